@@ -1,0 +1,340 @@
+"""The captioner: frozen encoder, trained projection, frozen GPT-2 with trained cross-attention and LoRA.
+
+    captioner = Captioner.load("weights/captioner.safetensors", "weights/decoder_small.safetensors")
+    captioner.caption(images, beam_size=3)          # uint8 (B, 3, S, S) -> list of B strings
+
+Shapes: B images, K captions or beams of each, N image tokens, D the encoder's width, T text tokens, V scored tokens.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from cli import UserError, check_writable
+from dataset import IGNORE
+from decoder import Block, Cache, Decoder, DecoderConfig, init_weights
+from encoder import WEIGHTS_FOLDER, ImageEncoder
+from tokenizer import END_OF_TEXT, BPETokenizer
+from weightfiles import first_line, read_weights
+
+EMBEDDED_DECODER = WEIGHTS_FOLDER / "decoder_small.safetensors"
+EMBEDDED_CHECKPOINT = WEIGHTS_FOLDER / "captioner.safetensors"
+CHECKPOINT_FOLDER = Path("checkpoints")
+MAX_TRAINED = 35_000_000
+
+
+@dataclass
+class CaptionerConfig:
+    """What joins the encoder to the decoder. With the two weight files it rebuilds the model."""
+
+    encoder: str = "tf_efficientnet_lite2"
+    image_size: int = 0  # 0: the encoder's own
+    projection_layers: int = 3  # transformer layers over the image tokens; 0: a linear projection
+    projection_dim: int = 384
+    projection_dropout: float = 0.1
+    dropout: float = 0.1  # in the decoder
+    cross_dim: int = 0
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.1
+    lora_targets: tuple = ("q", "v")
+
+
+@dataclass
+class GenerationConfig:
+    """How captions are searched for. `sample` draws tokens; otherwise beam search, greedy at beam_size 1."""
+
+    beam_size: int = 3
+    length_penalty: float = 0.0  # a hypothesis of n tokens scores log p / n ** length_penalty
+    max_length: int = 40  # tokens, the closing <|endoftext|> included
+    sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.beam_size < 1 or self.max_length < 1:
+            raise UserError("beam_size and max_length must be at least 1")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise UserError("temperature must be above 0, top_p in (0, 1] and top_k at least 0")
+
+
+class Projection(nn.Module):
+    """Encoder tokens (B, N, D) -> image tokens (B, N, projection_dim), normalised."""
+
+    def __init__(self, config, encoder_dim, num_tokens):
+        super().__init__()
+        width = config.projection_dim
+        self.input = nn.Linear(encoder_dim, width)
+        self.layers = nn.ModuleList()
+        if config.projection_layers:
+            self.positions = nn.Embedding(num_tokens, width)
+            layer = DecoderConfig(n_embd=width, dropout=config.projection_dropout)
+            self.layers.extend(Block(layer, causal=False) for _ in range(config.projection_layers))
+        self.norm = nn.LayerNorm(width)
+        self.dropout = config.projection_dropout
+        init_weights(self, max(1, config.projection_layers))
+
+    def forward(self, features):
+        x = self.input(features)
+        if self.layers:
+            x = x + self.positions.weight
+        x = F.dropout(x, self.dropout, self.training)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+class Captioner(nn.Module):
+    """Projection and decoder; and, unless features are cached, the encoder.
+
+    Args:
+        config: CaptionerConfig.
+        encoder: ImageEncoder, frozen.
+        decoder_weights: file of a GPT-2 state dict.
+        token_ids: sorted tokens that may be generated (V), <|endoftext|> among them; None: all that the decoder knows.
+    """
+
+    def __init__(self, config, encoder, decoder_weights, token_ids=None):
+        super().__init__()
+        self.config = config
+        self.decoder = Decoder.from_pretrained(
+            decoder_weights, dropout=config.dropout, image_dim=config.projection_dim, cross_dim=config.cross_dim,
+            lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+            lora_targets=config.lora_targets)
+        self.projection = Projection(config, encoder.dim, encoder.num_tokens)
+        self.encoder = encoder
+        self.tokenizer = BPETokenizer()
+        # Rows of zeros are tokens that the decoder itself never met: it cannot say them.
+        known = self.decoder.wte.weight.any(1).nonzero().squeeze(1)
+        token_ids = known if token_ids is None else token_ids[torch.isin(token_ids, known)]
+        # Where each token stands among those scored; others, as targets, do not count.
+        places = torch.full((self.decoder.config.vocab_size,), IGNORE)
+        places[token_ids] = torch.arange(len(token_ids))
+        self.end = int(places[min(END_OF_TEXT, len(places) - 1)])
+        if self.end == IGNORE:
+            raise ValueError("token_ids must hold <|endoftext|>")
+        self.register_buffer("token_ids", torch.as_tensor(token_ids), persistent=False)
+        self.register_buffer("places", places, persistent=False)
+        if self.num_trained() > MAX_TRAINED:
+            raise UserError(f"{self.num_trained() / 1e6:.1f}M trained parameters are more than the "
+                            f"{MAX_TRAINED / 1e6:.0f}M allowed: shrink the projection, cross_dim or the LoRA rank")
+
+    def trained_parameters(self):
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def num_trained(self):
+        return sum(parameter.numel() for parameter in self.trained_parameters().values())
+
+    # ---- training ----
+
+    def loss(self, features, tokens, targets, label_smoothing=0.0):
+        """Cross-entropy, averaged over the target tokens.
+
+        Args:
+            features: (B, N, D) from the encoder.
+            tokens, targets: (B * K, T), an image's K captions adjacent; IGNORE where there is no target.
+        """
+        hidden = self.decoder.hidden(tokens, self.decoder.keys_values(self.projection(features)))
+        used = targets != IGNORE
+        logits = F.linear(hidden[used], self.decoder.head_weight(self.token_ids))  # (tokens used, V)
+        return F.cross_entropy(logits.float(), self.places[targets[used]], label_smoothing=label_smoothing)
+
+    # ---- generation ----
+
+    @torch.inference_mode()
+    def caption(self, images, generation=None, seeds=None):
+        """uint8 images (B, 3, S, S) -> list of B captions."""
+        return self.generate(self.encoder(images), generation, seeds)
+
+    @torch.inference_mode()
+    def generate(self, features, generation=None, seeds=None):
+        """Features (B, N, D) -> list of B captions.
+
+        `seeds`: one number for each image, which with `generation.seed` decides its samples whatever the batch
+        (default: 0 … B - 1).
+        """
+        generation = generation or GenerationConfig()
+        image = self.projection(features)
+        rows = self.sample(image, generation, seeds) if generation.sample else self.beam_search(image, generation)
+        return [" ".join(self.tokenizer.decode(row).split()) for row in rows]
+
+    def next_log_probs(self, tokens, keys_values, cache, head, temperature=1.0):
+        """The step of generation: tokens (R, 1) after those in the cache -> log-probabilities (R, V), fp32."""
+        hidden = self.decoder.hidden(tokens, keys_values, cache)[:, -1]
+        return (F.linear(hidden, head).float() / temperature).log_softmax(-1)
+
+    def beam_search(self, image, generation):
+        """Image tokens (B, N, C) -> B lists of token ids, without <|endoftext|>.
+
+        Each image keeps K running beams. Of each step's 2K best continuations, those among the first K that end
+        are finished hypotheses, and the K best that do not end run on. An image is done, and leaves the batch,
+        when K hypotheses have finished (first come, first served: Kasai et al. 2022, arXiv:2204.05424) or
+        max_length is reached, where running beams count as they are.
+        """
+        K, alpha, max_length = generation.beam_size, generation.length_penalty, generation.max_length
+        max_length = min(max_length, self.decoder.config.n_positions)
+        device, images = image.device, len(image)
+        end = self.end
+        head = self.decoder.head_weight(self.token_ids)
+        keys_values = self.decoder.keys_values(image)
+        cache = Cache(max_length)
+
+        active = torch.arange(images, device=device)  # which image each slot of the batch holds
+        scores = torch.full((images, K), -torch.inf, device=device)
+        scores[:, 0] = 0  # one beam to begin with
+        tokens = torch.full((images, K, max_length + 1), end, device=device)  # places, not ids
+        finished = torch.zeros(images, dtype=torch.long, device=device)  # hypotheses, for each slot
+        best_score = torch.full((images,), -torch.inf, device=device)  # for each image
+        best = torch.full((images, max_length + 1), end, device=device)
+
+        for length in range(1, max_length + 1):
+            last = self.token_ids[tokens[:, :, length - 1]].view(-1, 1)
+            log_probs = self.next_log_probs(last, keys_values, cache, head).view(len(active), K, -1)
+            V = log_probs.shape[-1]
+            scores, flat = (scores[:, :, None] + log_probs).flatten(1).topk(min(2 * K, K * V))
+            beam, token = flat // V, flat % V  # (B, 2K) each
+            ends = token == end
+
+            # Those that end. Best first, so the first of them is the only one that can be the image's best.
+            ended = scores.masked_fill(~ends, -torch.inf)[:, :K] / length**alpha
+            top, at = ended.max(1)
+            better = (top > best_score[active]).nonzero().squeeze(1)
+            if len(better):
+                best_score[active[better]] = top[better]
+                best[active[better]] = tokens[better, beam[better, at[better]]]
+                best[active[better], length] = end
+            finished += (ended > -torch.inf).sum(1)
+
+            # Those that run on.
+            scores, pick = scores.masked_fill(ends, -torch.inf).topk(min(K, scores.shape[1]))
+            beam, token = beam.gather(1, pick), token.gather(1, pick)
+            going = ((finished < K) & (scores[:, 0] > -torch.inf)).nonzero().squeeze(1)
+            if not len(going):
+                break
+            if len(going) < len(active):
+                keys_values = [[part[going] for part in layer] for layer in keys_values]
+                active, finished, scores = active[going], finished[going], scores[going]
+            beam, token = beam[going], token[going]
+            if beam.shape[1] < K:  # fewer continuations than beams, in a tiny vocabulary: fill with dead ones
+                pad = (0, K - beam.shape[1])
+                scores, beam, token = F.pad(scores, pad, value=-torch.inf), F.pad(beam, pad), F.pad(token, pad)
+            tokens = tokens[going[:, None], beam]
+            tokens[:, :, length] = token
+            cache.select((going[:, None] * K + beam).flatten())
+        else:
+            top = scores[:, 0] / max_length**alpha
+            better = (top > best_score[active]).nonzero().squeeze(1)
+            best[active[better]] = tokens[better, 0]
+
+        return [self.until_end(row) for row in best[:, 1:].tolist()]
+
+    def until_end(self, places):
+        places = places[:places.index(self.end)] if self.end in places else places
+        return self.token_ids[places].tolist()
+
+    def sample(self, image, generation, seeds=None):
+        """Image tokens (B, N, C) -> B lists of token ids drawn with temperature, top-k and nucleus (top-p).
+
+        Holtzman et al. 2020, arXiv:1904.09751. Each image has random numbers of its own, so its caption does not
+        depend on the others of the batch.
+        """
+        max_length = min(generation.max_length, self.decoder.config.n_positions)
+        end = self.end
+        head = self.decoder.head_weight(self.token_ids)
+        keys_values = self.decoder.keys_values(image)
+        cache = Cache(max_length)
+        draws = np.stack([np.random.default_rng([generation.seed, seed]).random(max_length, dtype=np.float32)
+                          for seed in (range(len(image)) if seeds is None else seeds)])
+        draws = torch.from_numpy(draws).to(image.device)
+        tokens = torch.full((len(image), max_length + 1), end, device=image.device)
+        ended = torch.zeros(len(image), dtype=torch.bool, device=image.device)
+        for length in range(1, max_length + 1):
+            last = self.token_ids[tokens[:, length - 1:length]]
+            log_probs = self.next_log_probs(last, keys_values, cache, head, generation.temperature)
+            probs, order = log_probs.exp().sort(-1, descending=True)
+            if generation.top_k:
+                probs[:, generation.top_k:] = 0
+            mass = probs.cumsum(-1)
+            probs[mass - probs >= generation.top_p * mass[:, -1:]] = 0  # the token that crosses top_p stays
+            mass = probs.cumsum(-1)
+            choice = torch.searchsorted(mass, draws[:, length - 1:length] * mass[:, -1:], right=True)
+            choice = choice.clamp(max=(probs > 0).sum(-1, keepdim=True) - 1)
+            tokens[:, length] = order.gather(1, choice).squeeze(1).masked_fill(ended, end)
+            ended |= tokens[:, length] == end
+            if ended.all():
+                break
+        return [self.until_end(row) for row in tokens[:, 1:].tolist()]
+
+    # ---- checkpoints ----
+
+    def save(self, path, training=None, scores=None):
+        """Write what was trained, in fp16, and in the metadata all that `load` needs to rebuild the model."""
+        check_writable(path)
+        tensors = {name: parameter.detach().to("cpu", torch.float16).contiguous()
+                   for name, parameter in self.trained_parameters().items()}
+        tensors["token_ids"] = self.token_ids.to("cpu", torch.int32)
+        metadata = {"model": asdict(self.config), "encoder_hash": self.encoder.weights_hash(),
+                    "decoder_hash": self.decoder.weights_hash, "trained_parameters": self.num_trained(),
+                    "training": training or {}, "scores": scores or {}}
+        temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+        save_file(tensors, temporary, {"captioner": json.dumps(metadata)})
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, checkpoint, decoder_weights, encoder=None, all_tokens=False):
+        """Rebuild a captioner for inference from a checkpoint and the decoder weights it was trained with.
+
+        Args:
+            encoder: an ImageEncoder, if one is there already; otherwise the checkpoint's is loaded.
+            all_tokens: score all tokens instead of those that the training captions held.
+        Raises UserError where the encoder's or the decoder's weights are not those of the training.
+        """
+        metadata = read_metadata(checkpoint)
+        state = read_weights(checkpoint, "checkpoint")
+        token_ids = state.pop("token_ids").long()
+        config = CaptionerConfig(**metadata["model"])
+        encoder = encoder or ImageEncoder(config.encoder, config.image_size)
+        model = cls(config, encoder, decoder_weights, None if all_tokens else token_ids)
+        for part, now in ("decoder", model.decoder.weights_hash), ("encoder", encoder.weights_hash()):
+            if now != metadata[f"{part}_hash"]:
+                where = decoder_weights if part == "decoder" else config.encoder
+                raise UserError(f"the checkpoint {checkpoint} was trained with other {part} weights than {where}")
+        if state.keys() != model.trained_parameters().keys():
+            raise UserError(f"the checkpoint {checkpoint} does not fit its own description: it is damaged")
+        model.load_state_dict(state, strict=False)
+        model.metadata = metadata
+        model.decoder.merge_lora()
+        return model.eval()
+
+
+def read_metadata(checkpoint):
+    """What a checkpoint says of itself, without reading its tensors. Raises UserError."""
+    if not Path(checkpoint).is_file():
+        raise UserError(f"the checkpoint {checkpoint} does not exist")
+    try:
+        with safe_open(checkpoint, "pt") as file:
+            return json.loads((file.metadata() or {})["captioner"])
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"the checkpoint {checkpoint} is damaged or of another format: {first_line(error)}") from None
+    except KeyError:
+        raise UserError(f"{checkpoint} is not a checkpoint of p2_train.py") from None
+
+
+def newest_checkpoint(decoder_hash, folder=CHECKPOINT_FOLDER):
+    """The newest checkpoint in `folder` that was trained with these decoder weights, or None."""
+    for path in sorted(Path(folder).glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            if read_metadata(path)["decoder_hash"] == decoder_hash:
+                return path
+        except (UserError, KeyError):
+            continue  # some other file: not ours to complain about
+    return None

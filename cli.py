@@ -1,0 +1,116 @@
+"""What every script's command line shares: one-line errors, exit statuses, files written whole."""
+
+import argparse
+import dataclasses
+import json
+import os
+import stat
+import sys
+import tempfile
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message is one sentence: what is wrong and what to do."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose complaints are one line on stderr and exit status 2, like every other user error."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(**kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def add_options(parser, config, **help):
+    """Give the parser an option for each field of the dataclass `config`, with its default; `help` explains some."""
+    group = parser.add_argument_group(config.__name__)
+    for field in dataclasses.fields(config):
+        flag, text = f"--{field.name}", help.get(field.name, " ")
+        if isinstance(field.default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+        elif isinstance(field.default, tuple):
+            group.add_argument(flag, nargs="*", default=field.default, help=text)
+        else:
+            group.add_argument(flag, type=type(field.default), default=field.default, help=text)
+
+
+def take_options(arguments, config):
+    """The dataclass `config` from parsed arguments that add_options declared."""
+    return config(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(config)})
+
+
+def run(main):
+    """Call `main()` and exit: with its status, or with 2 and one line on stderr after a UserError.
+
+    Anything else is unexpected: Python prints the traceback and exits with 1.
+    """
+    try:
+        status = main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        status = 2
+    sys.exit(status or 0)
+
+
+def check_writable(path):
+    """Raise UserError unless a file can be created or replaced at `path`. Touches nothing.
+
+    Permission bits are read directly as well, because for root os.access grants everything.
+    """
+    path = Path(path)
+    folder = path.parent
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder, name a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: it is not an ordinary file, name one")
+    if not folder.is_dir():
+        raise UserError(f"cannot write {path}: the folder {folder} does not exist, create it first")
+    for place in [path, folder] if path.exists() else [folder]:
+        mode = place.stat().st_mode
+        if not os.access(place, os.W_OK) or not mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
+            raise UserError(f"cannot write {path}: {place} is read-only")
+
+
+def write_whole(path, data):
+    """Write `data` (bytes) to `path` so that a reader, or a killed run, never meets half a file."""
+    path = Path(os.path.realpath(path))  # a link stays a link
+    check_writable(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; give this one the permissions an ordinary open() would have.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path, value):
+    """Write `value` to `path` as UTF-8 JSON, whole or not at all."""
+    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+    # A file name that is not UTF-8 comes as lone surrogates, for which JSON's escape and Python's are the same.
+    write_whole(path, text.encode("utf-8", "backslashreplace"))
+
+
+def read_json(path, what):
+    """Read the JSON file `path`; `what` names it in the one-line errors ("captions file")."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise UserError(f"the {what} {path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"the {what} {path} is not JSON: {error}") from None

@@ -1,0 +1,264 @@
+"""Images and captions: folders of pictures, COCO-format captions, collation, cached encoder features."""
+
+import hashlib
+import json
+import re
+import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from cli import UserError, read_json, write_json
+from tokenizer import END_OF_TEXT
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+IGNORE = -100  # the target that cross_entropy leaves out
+
+# PIL warns of large pictures and of odd EXIF blocks. Once for all: catch_warnings is not for threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+# ---- images ----------------------------------------------------------------------------------------------------
+
+
+def list_images(folder):
+    """The folder's own image files as {stem: path}, sorted by name; stems are the keys of predictions."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"the image folder {folder} does not exist" if not folder.exists()
+                        else f"{folder} is a file: name the folder that holds the images")
+    images = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or path.is_symlink() and not path.exists()):
+            if path.stem in images:
+                raise UserError(f"{images[path.stem].name} and {path.name} would both be called {path.stem!r} in the "
+                                "output: rename one")
+            images[path.stem] = path
+    if not images:
+        raise UserError(f"the folder {folder} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
+    return images
+
+
+class ImageError(Exception):
+    """A file that cannot be read as an image; the message is the reason."""
+
+
+def load_image(path, side=None):
+    """Read a picture as a person would see it: upright, first frame, on white where transparent.
+
+    Args:
+        side: length in pixels that is needed; a larger JPEG is decoded at a fraction of its size, three times
+            `side` or more, which is visually the same and much faster.
+    Returns an RGB PIL image. Raises ImageError.
+    """
+    try:
+        with Image.open(path) as image:
+            if side:
+                image.draft(None, (3 * side, 3 * side))
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
+        raise ImageError("its size in pixels is absurd") from None
+    except Image.UnidentifiedImageError:
+        raise ImageError("not an image" if Path(path).stat().st_size else "the file is empty") from None
+    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, …
+        raise ImageError(str(error).strip().split("\n")[0] or type(error).__name__) from None
+
+
+def to_rgb(image):
+    """Any PIL mode -> RGB."""
+    if image.mode.startswith(("I", "F")):  # 16 and 32 bits, which PIL's own conversion clips at 255
+        values = np.asarray(image, dtype=np.float64)
+        low, high = 0, 65535
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            low, high = np.nanmin(values), np.nanmax(values)  # no agreed range: show what is there
+        values = np.nan_to_num((values - low) / max(high - low, 1e-12)) * 255
+        return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def load_ahead(paths, preprocess, side, batch_size, workers=4):
+    """Decode images in threads while the caller computes.
+
+    Yields (paths, images uint8 (B, 3, S, S) or None, [(path, reason), …] of those that could not be read).
+    At most three batches wait in memory.
+    """
+
+    def read(path):
+        try:
+            return preprocess(load_image(path, side))
+        except ImageError as error:
+            return str(error)
+
+    paths = list(paths)
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque()
+        starts = iter(range(0, len(paths), batch_size))
+        while True:
+            while len(waiting) < 3 and (start := next(starts, None)) is not None:
+                batch = paths[start:start + batch_size]
+                waiting.append((batch, [pool.submit(read, path) for path in batch]))
+            if not waiting:
+                return
+            batch, futures = waiting.popleft()
+            results = [future.result() for future in futures]
+            good = [(path, x) for path, x in zip(batch, results) if not isinstance(x, str)]
+            bad = [(path, x) for path, x in zip(batch, results) if isinstance(x, str)]
+            yield [path for path, _ in good], torch.stack([x for _, x in good]) if good else None, bad
+
+
+# ---- captions --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class CaptionedImage:
+    path: Path
+    captions: list
+
+
+def clean_caption(text):
+    """One style for training text: single spaces, none before punctuation, a capital first, a full stop last.
+
+    Metrics are blind to all of it, and a language model that need not guess the style spends no
+    probability, and no beam, on saying the same thing twice.
+    """
+    text = re.sub(r"\s+([.,;:!?'’])", r"\1", " ".join(text.split())).rstrip(" .,;:")
+    return text[:1].upper() + text[1:] + ("" if text.endswith(("!", "?")) else ".") if text else ""
+
+
+def read_captions(annotation_file, images_root):
+    """Read COCO-format captions: a list of CaptionedImage in the file's order, captions as they are.
+
+    `images_root` None: the captions alone matter, and no image is looked for.
+    Raises UserError for a file of another form, a caption of an unlisted image, or a missing image file.
+    """
+    data = read_json(annotation_file, "captions file")
+    root = Path(images_root or ".")
+    if not root.is_dir():
+        raise UserError(f"the image folder {root} does not exist")
+    try:
+        items = {image["id"]: CaptionedImage(root / image["file_name"], []) for image in data["images"]}
+        for annotation in data["annotations"]:
+            items[annotation["image_id"]].captions.append(str(annotation["caption"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{annotation_file} is not in COCO's caption form (images: id, file_name; "
+                        f"annotations: image_id, caption): {type(error).__name__} {error}") from None
+    present = {path.name for path in root.iterdir()} if images_root else set()
+    missing = [item.path for item in items.values() if images_root and item.path.name not in present]
+    if missing:
+        raise UserError(f"{len(missing)} images of {annotation_file} are not in {root}, the first is {missing[0].name}")
+    return list(items.values())
+
+
+def collate(captions, multiple=1):
+    """Token lists -> input and target (R, T), laid out for next-token prediction.
+
+    [g1 … gN] becomes input [50256, g1 … gN, 50256 …] and target [g1 … gN, 50256, -100 …]. An empty list
+    stands for no caption: its targets are all -100. T is rounded up to `multiple`.
+    """
+    length = max(len(tokens) for tokens in captions) + 1
+    length = -(-length // multiple) * multiple
+    inputs = torch.full((len(captions), length), END_OF_TEXT)
+    targets = torch.full((len(captions), length), IGNORE)
+    for row, tokens in enumerate(captions):
+        if tokens:
+            inputs[row, 1:len(tokens) + 1] = torch.tensor(tokens)
+            targets[row, :len(tokens) + 1] = torch.tensor([*tokens, END_OF_TEXT])
+    return inputs, targets
+
+
+def bucketed_batches(lengths, batch_size, generator):
+    """Shuffled batches of indices whose lengths are alike, so that little is padding.
+
+    Sorting by length within random pools of 20 batches keeps batches random enough.
+    """
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    batches = []
+    for start in range(0, len(order), 20 * batch_size):
+        pool = sorted(order[start:start + 20 * batch_size], key=lambda i: lengths[i])
+        batches += [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+# ---- cached features -------------------------------------------------------------------------------------------
+
+
+def make_view(image, view, seed):
+    """View 0 is the picture, view 1 its mirror image, later ones random crops of at least 60%, every other mirrored.
+
+    Returns an RGB PIL image; the same for the same (view, seed).
+    """
+    if view >= 2:
+        random = np.random.default_rng((seed, view))
+        width, height = image.size
+        w, h = (max(1, round(length * random.uniform(0.775, 1))) for length in (width, height))
+        x, y = random.integers(0, width - w + 1), random.integers(0, height - h + 1)
+        image = image.crop((x, y, x + w, y + h))
+    return ImageOps.mirror(image) if view % 2 else image
+
+
+class FeatureCache:
+    """Frozen features of images, encoded once and read by memory map: fp16, (images, views, N, D).
+
+    The file's name is a digest of the encoder's weights, the images and the number of views, so a change of
+    any makes a new one. An interrupted build goes on where it stopped.
+    """
+
+    def __init__(self, encoder, paths, folder, views=1, batch_size=32, device="cpu"):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        key = json.dumps([encoder.weights_hash(), encoder.image_size, views, stats])
+        self.file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+        shape = (len(paths), views, encoder.num_tokens, encoder.dim)
+        progress_file = self.file.with_suffix(".json")
+        done = read_json(progress_file, "cache")["done"] if progress_file.exists() and self.file.exists() else 0
+        mode = "r+" if done else "w+"
+        if done < len(paths):
+            data = np.lib.format.open_memmap(self.file, mode, np.float16, shape)
+            self._build(data, encoder.to(device), paths, done, max(1, batch_size // views), device, progress_file)
+            del data
+        self.data = np.load(self.file, mmap_mode="r")
+
+    @staticmethod
+    @torch.inference_mode()
+    def _build(data, encoder, paths, done, batch_size, device, progress_file):
+        _, views, tokens, dim = data.shape
+        numbers = {path: number for number, path in enumerate(paths)}
+
+        def preprocess(image_and_seed):
+            image, seed = image_and_seed
+            return torch.stack([encoder.preprocess(make_view(image, view, seed)) for view in range(views)])
+
+        def read(path):
+            try:
+                return preprocess((load_image(path, encoder.image_size), numbers[path]))
+            except ImageError as error:
+                raise UserError(f"{path} cannot be read: {error}") from None
+
+        with ThreadPoolExecutor() as pool, tqdm(total=len(paths), initial=done, desc="encoding", unit="image") as bar:
+            for start in range(done, len(paths), batch_size):
+                images = torch.stack(list(pool.map(read, paths[start:start + batch_size])))  # (B, views, 3, S, S)
+                with torch.autocast("cuda", torch.float16, enabled=device == "cuda"):
+                    features = encoder(images.flatten(0, 1).to(device))
+                end = start + len(images)
+                data[start:end] = features.view(-1, views, tokens, dim).half().cpu().numpy()
+                bar.update(len(images))
+                if start // batch_size % 50 == 0 or end == len(paths):
+                    data.flush()
+                    write_json(progress_file, {"done": end})
+
+    def __getitem__(self, index_and_view):
+        """(image numbers, view numbers) -> features (B, N, D), fp16 tensor on the CPU"""
+        index, view = index_and_view
+        return torch.from_numpy(self.data[index, view])

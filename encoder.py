@@ -1,0 +1,125 @@
+"""The frozen image encoder: a timm ViT, or a timm CNN whose feature map is the patch grid.
+
+    encoder = ImageEncoder("tf_efficientnet_lite2")
+    tokens = encoder(torch.stack([encoder.preprocess(image) for image in images]))   # (B, N, D)
+
+The CNN gives the hybrid of Dosovitskiy et al. 2021, section 3.1 (https://arxiv.org/abs/2010.11929):
+each cell of its last feature map is one patch token.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from cli import UserError
+from weightfiles import content_hash, first_line, read_weights
+
+WEIGHTS_FOLDER = Path(__file__).resolve().parent / "weights"
+
+
+class ImageEncoder(nn.Module):
+    """Frozen backbone and the preprocessing that belongs to it.
+
+    Args:
+        name: a timm model, such as `vit_large_patch14_clip_224.openai` or `tf_efficientnet_lite2`.
+        image_size: side of the square input in pixels; default 224 for a CNN, a ViT's own size otherwise.
+        weights: a file of timm's tensors; None: `weights/<name>.*` if there, else the model hub;
+            "random": untrained (for tests).
+
+    Attributes: `name`, `image_size`, `dim` (D), `grid` (rows, columns of patches), `num_prefix_tokens`
+    (class and register tokens, which stand before the patches).
+    """
+
+    def __init__(self, name, image_size=None, weights=None):
+        super().__init__()
+        try:
+            config = timm.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model(name) else None
+        except (RuntimeError, KeyError):
+            config = None
+        if config is None:
+            raise UserError(f"timm has no model named {name}; timm.list_models() lists those it has")
+        # A ViT is built for one size, to which its position embeddings are resampled; a CNN takes any.
+        self.image_size = image_size or (config.input_size[-1] if config.fixed_input_size else 224)
+        if self.image_size < 1:
+            raise UserError(f"image_size is {self.image_size}, but must be at least 1 pixel")
+        size = {"img_size": self.image_size} if config.fixed_input_size else {}
+        self.name = name
+        self.model = self._load(name, config, size, weights)
+        self.model.eval().requires_grad_(False)
+        self.is_vit = hasattr(self.model, "num_prefix_tokens")
+        if self.is_vit:
+            self.grid = tuple(self.model.patch_embed.grid_size)
+            patch = self.model.patch_embed.patch_size[0]
+            if self.image_size % patch:
+                raise UserError(f"image_size is {self.image_size}, but must be a multiple of {name}'s patches of {patch}")
+        else:
+            self.model.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+            with torch.inference_mode():
+                features = self.model.forward_features(torch.zeros(1, 3, self.image_size, self.image_size))
+            if features.ndim != 4 or features.shape[1] != self.model.num_features:
+                raise UserError(f"{name} is neither a ViT nor a CNN with one feature map")
+            self.grid = tuple(features.shape[2:])
+        self.dim = self.model.num_features
+        self.num_prefix_tokens = self.model.num_prefix_tokens if self.is_vit else 0
+        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1) * 255, persistent=False)
+
+    @staticmethod
+    def _load(name, config, size, weights):
+        if weights is None:
+            files = [WEIGHTS_FOLDER / f"{name}{suffix}" for suffix in (".safetensors", ".bin", ".pth")]
+            weights = next((file for file in files if file.is_file()), None)
+        if weights is None and name == "tf_efficientnet_lite2":
+            raise UserError("the embedded encoder's weights are not here yet: run `bash hw3_download.sh`")
+        if weights is None:
+            try:
+                return timm.create_model(name, pretrained=True, num_classes=0, **size)
+            except Exception as error:  # whatever the hub's client raises without a network
+                raise UserError(f"the weights of {name} are neither in {WEIGHTS_FOLDER} nor to be had from the "
+                                f"model hub ({first_line(error)}); run `bash hw3_download.sh full`") from None
+        model = timm.create_model(name, num_classes=0, **size)
+        if weights == "random":
+            return model
+        state = read_weights(weights, "encoder weights")
+        # timm renames keys and resamples position embeddings in a function beside each model.
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        head = tuple(f"{classifier}." for classifier in np.atleast_1d(config.classifier or []))
+        try:
+            state = convert(state, model) if convert else state
+            model.load_state_dict({key: value for key, value in state.items() if not key.startswith(head or "\0")})
+        except (RuntimeError, KeyError, AttributeError) as error:
+            raise UserError(f"{weights} does not hold the weights of timm's {name}: {first_line(error)}") from None
+        return model
+
+    def train(self, mode=True):
+        """Frozen: dropout and batch statistics never switch on."""
+        return super().train(False)
+
+    @property
+    def num_tokens(self):
+        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
+
+    def weights_hash(self):
+        """Content hash of the backbone's weights; a checkpoint records it."""
+        return content_hash(self.model.state_dict())
+
+    def preprocess(self, image):
+        """RGB PIL image of any size -> uint8 tensor (3, S, S): the whole picture, aspect ignored, bicubic."""
+        size = (self.image_size, self.image_size)
+        if image.size != size:
+            # reducing_gap: box-shrink big photographs to 3 times the target first, visually the same, much faster
+            image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+        return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+
+    def forward(self, images):
+        """uint8 images (B, 3, S, S) -> tokens (B, N, D): prefix tokens, then patches row by row."""
+        x = (images.to(self.mean.dtype) - self.mean) / self.std
+        if self.is_vit:
+            return self.model.forward_features(x)  # (B, N, D)
+        x = self.model.forward_features(x.contiguous(memory_format=torch.channels_last))  # (B, D, rows, columns)
+        return x.flatten(2).transpose(1, 2)

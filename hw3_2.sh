@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Caption a folder of images with the ViT and GPT-2:
+#   bash hw3_2.sh <images> <out.json> [decoder_weights [checkpoint]]
+# Exit status: 0 all captioned, 2 a mistake that you can mend, 3 some images were skipped, 1 anything else.
+
+here=$(dirname "${BASH_SOURCE[0]}")
+if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ] && [ -x "$here/.venv/bin/python3" ]; then
+    PATH=$here/.venv/bin:$PATH
+fi
+exec python3 "$here/p2_infer.py" "$@"

@@ -1,0 +1,71 @@
+"""Show captions: print each file with its caption, and draw the images with their captions under them.
+
+    python3 hw3_demo.py <images> <captions.json> <picture.png>
+"""
+
+import math
+import textwrap
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt
+
+import cli
+from dataset import ImageError, list_images, load_image
+
+COLUMNS = 3
+CELL = 3.6  # width of a column, inches
+PICTURE = 2.5  # height of a picture, inches
+FONT_SIZE = 11
+WRAP = 40  # characters of that size that fit under a picture
+
+
+def main():
+    parser = cli.ArgumentParser(description="Print captions and draw them under their images.")
+    parser.add_argument("images", help="folder of images")
+    parser.add_argument("captions", help="JSON from hw3_2.sh: image name without extension to caption")
+    parser.add_argument("picture", help="PNG to write")
+    args = parser.parse_args()
+    captions = cli.read_json(args.captions, "captions file")
+    cli.check_writable(args.picture)
+    files = {stem: path for stem, path in list_images(args.images).items() if stem in captions}
+    if not files:
+        raise cli.UserError(f"{args.captions} holds no caption of an image in {args.images}")
+    width = max(len(path.name) for path in files.values())
+    shown = []
+    for stem, path in files.items():
+        print(f"{path.name:{width}}  {captions[stem]}")
+        try:
+            shown.append((load_image(path), captions[stem]))
+        except ImageError:
+            pass  # p2_infer.py has named it already
+    draw(shown, args.picture)
+    print(f"drawn in {args.picture}")
+
+
+def draw(shown, picture):
+    """Write a grid of [(image, caption), …], each caption wrapped beneath its image, to the PNG `picture`."""
+    texts = [textwrap.fill(caption, WRAP) for _, caption in shown]
+    columns = max(1, min(COLUMNS, len(shown)))
+    rows = max(1, math.ceil(len(shown) / columns))
+    # Under each picture there is room for the longest caption, so no text runs into the row below.
+    lines = 1.5 + max((text.count("\n") + 1 for text in texts), default=0)
+    below = lines * FONT_SIZE * 1.3 / 72
+    width, height = columns * CELL, rows * (PICTURE + below)
+    figure = plt.figure(figsize=(width, height))
+    for i, ((image, _), text) in enumerate(zip(shown, texts)):
+        row, column = divmod(i, columns)
+        left, bottom = (column + 0.04) * CELL, (rows - 1 - row) * (PICTURE + below) + below
+        axes = figure.add_axes((left / width, bottom / height, 0.92 * CELL / width, 0.96 * PICTURE / height))
+        axes.imshow(image)
+        axes.set_anchor("S")  # the picture stands on its caption
+        axes.axis("off")
+        axes.annotate(text, (0.5, 0), (0, -6), xycoords="axes fraction", textcoords="offset points", ha="center",
+                      va="top", fontsize=FONT_SIZE, parse_math=False)  # dollar signs in a caption are no formula
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    cli.run(main)

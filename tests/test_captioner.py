@@ -1,0 +1,286 @@
+"""Loss, search, sampling and checkpoints, on tiny random models."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from captioner import Captioner, CaptionerConfig, GenerationConfig, Projection, newest_checkpoint, read_metadata
+from cli import UserError
+from dataset import collate
+from decoder import Decoder, DecoderConfig
+from tokenizer import END_OF_TEXT, BPETokenizer
+from weightfiles import content_hash
+
+
+class FakeEncoder(torch.nn.Module):
+    """Stands for an ImageEncoder whose features a test makes up."""
+
+    def __init__(self, dim=12, num_tokens=4):
+        super().__init__()
+        self.dim, self.num_tokens, self.image_size = dim, num_tokens, 8
+        self.weight = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def weights_hash(self):
+        return content_hash({"weight": self.weight})
+
+
+def save_decoder(path, vocab_size=50257, seed=0, scale=0.3):
+    torch.manual_seed(seed)
+    decoder = Decoder(DecoderConfig(vocab_size=vocab_size, n_positions=48, n_embd=64, n_layer=2))
+    for name, parameter in decoder.named_parameters():
+        if "ln" not in name:
+            torch.nn.init.normal_(parameter, std=scale)
+    torch.save(decoder.pretrained_state(), path)
+    return path
+
+
+def make_captioner(tmp_path, vocab_size=50257, token_ids=None, trained_scale=0.3, **config):
+    """A captioner whose trained part is random, so that images matter."""
+    path = tmp_path / "decoder.bin"
+    if not path.exists():
+        save_decoder(path, vocab_size)
+    config = CaptionerConfig(**{"projection_layers": 1, "projection_dim": 64, "lora_rank": 2} | config)
+    model = Captioner(config, FakeEncoder(), path, token_ids).eval()
+    torch.manual_seed(1)
+    for parameter in model.trained_parameters().values():
+        torch.nn.init.normal_(parameter, std=trained_scale)
+    return model
+
+
+def log_prob_without_cache(model, features, tokens):
+    """log p(tokens | image), computed in one forward pass."""
+    inputs = torch.tensor([[model.token_ids[model.end], *tokens[:-1]]])
+    with torch.inference_mode():
+        logits = model.decoder(inputs, model.projection(features), model.token_ids)
+    places = model.places[torch.tensor(tokens)]
+    return logits[0].log_softmax(-1)[range(len(tokens)), places].sum().item()
+
+
+# ---- training ----
+
+
+def test_loss_is_the_mean_over_target_tokens(tmp_path):
+    ids = torch.tensor([5, 9, 11, 400, END_OF_TEXT])
+    model = make_captioner(tmp_path, token_ids=ids)
+    features = torch.randn(2, 4, 12)
+    captions = [[5, 9], [11], [400, 5, 9], []]  # the second image has one caption and an empty row
+    loss = model.loss(features, *collate(captions)).item()
+    by_hand = [log_prob_without_cache(model, features[i // 2:i // 2 + 1], [*caption, END_OF_TEXT])
+               for i, caption in enumerate(captions) if caption]
+    assert loss == pytest.approx(-sum(by_hand) / (3 + 2 + 4), rel=1e-5)
+
+
+def test_tokens_that_the_decoder_never_met_are_neither_said_nor_counted(tmp_path):
+    state = torch.load(save_decoder(tmp_path / "decoder.bin"))
+    state["wte.weight"][9] = 0
+    torch.save(state, tmp_path / "decoder.bin")
+    model = make_captioner(tmp_path, token_ids=torch.tensor([5, 9, END_OF_TEXT]))
+    assert model.token_ids.tolist() == [5, END_OF_TEXT]
+    tokens, targets = collate([[5, 9, 5]])
+    expected = model.loss(torch.ones(1, 4, 12), tokens, targets.masked_fill(targets == 9, -100))
+    torch.testing.assert_close(model.loss(torch.ones(1, 4, 12), tokens, targets), expected)
+
+
+def test_one_batch_is_overfitted_until_its_captions_come_back(tmp_path):
+    captions = ["A dog runs through the snow.", "Two children play on a beach.", "A man rides a horse.",
+                "A cup of coffee stands on a wooden table.", "A rocket.", "A cat looks into the camera."]
+    tokenizer = BPETokenizer()
+    rows = [tokenizer.encode(caption) for caption in captions]
+    model = make_captioner(tmp_path, trained_scale=0.05, dropout=0.0, projection_dropout=0.0, lora_dropout=0.0,
+                           token_ids=torch.tensor(sorted({END_OF_TEXT}.union(*rows)))).train()
+    features = torch.randn(len(captions), 4, 12)
+    optimizer = torch.optim.Adam(model.trained_parameters().values(), lr=3e-3)
+    for _ in range(250):
+        loss = model.loss(features, *collate(rows))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    for beam_size in 1, 3:
+        assert model.generate(features, GenerationConfig(beam_size=beam_size)) == captions
+    assert model.generate(features.flip(0), GenerationConfig()) == captions[::-1]
+
+
+def test_more_than_35_million_trained_parameters_are_refused(tmp_path):
+    with pytest.raises(UserError, match="35M"):
+        make_captioner(tmp_path, projection_dim=1024, projection_layers=3)
+
+
+def test_linear_projection_mixes_nothing_and_layers_mix():
+    features = torch.randn(1, 4, 12)
+    other = features.clone()
+    other[0, 3] += 1
+    for layers, mixes in (0, False), (1, True):
+        torch.manual_seed(0)
+        projection = Projection(CaptionerConfig(projection_layers=layers, projection_dim=64), 12, 4).eval()
+        first = (projection(features) - projection(other))[0, 0].abs().max().item()
+        assert (first > 1e-4) == mixes
+
+
+# ---- search ----
+
+
+def exhaustive_search(model, features, max_length, alpha):
+    """The best of all sequences that end with <|endoftext|> or at max_length."""
+    end = int(model.token_ids[model.end])
+    others = [token for token in model.token_ids.tolist() if token != end]
+    finished = [[*words, end] for n in range(max_length) for words in itertools.product(others, repeat=n)]
+    cut = [list(words) for words in itertools.product(others, repeat=max_length)]
+    best = max(finished + cut, key=lambda row: log_prob_without_cache(model, features, row) / len(row) ** alpha)
+    return [token for token in best if token != end]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7, 1.5])
+def test_beam_search_equals_exhaustive_search_on_a_tiny_vocabulary(tmp_path, alpha):
+    model = make_captioner(tmp_path, vocab_size=4)
+    features = torch.randn(5, 4, 12)
+    generation = GenerationConfig(beam_size=4**4, max_length=4, length_penalty=alpha)
+    with torch.inference_mode():
+        found = model.beam_search(model.projection(features), generation)
+    assert found == [exhaustive_search(model, features[i:i + 1], 4, alpha) for i in range(5)]
+    assert len(set(map(tuple, found))) > 1
+
+
+def plain_beam_search(model, features, K, alpha, max_length):
+    """The same rules as Captioner.beam_search, one image, no cache, Python lists: a second implementation."""
+    end = int(model.token_ids[model.end])
+    running, finished = [(0.0, [])], []
+    for length in range(1, max_length + 1):
+        candidates = []
+        for score, words in running:
+            with torch.inference_mode():
+                logits = model.decoder(torch.tensor([[end, *words]]), model.projection(features), model.token_ids)
+            steps = logits[0, -1].log_softmax(-1).tolist()
+            candidates += [(score + step, [*words, token]) for step, token in zip(steps, model.token_ids.tolist())]
+        candidates = sorted(candidates, key=lambda pair: -pair[0])[:2 * K]
+        finished += [(score / length**alpha, words[:-1]) for score, words in candidates[:K] if words[-1] == end]
+        running = [(score, words) for score, words in candidates if words[-1] != end][:K]
+        if len(finished) >= K:
+            break
+    else:
+        finished += [(score / max_length**alpha, words) for score, words in running]
+    return max(finished, key=lambda pair: pair[0])[1]
+
+
+@pytest.mark.parametrize("K, alpha", [(1, 0.0), (3, 0.0), (4, 1.0)])
+def test_beam_search_with_cache_and_batch_equals_plain_beam_search(tmp_path, K, alpha):
+    model = make_captioner(tmp_path, vocab_size=60)
+    features = 3 * torch.randn(9, 4, 12)
+    with torch.inference_mode():
+        found = model.beam_search(model.projection(features), GenerationConfig(K, alpha, max_length=12))
+    assert found == [plain_beam_search(model, features[i:i + 1], K, alpha, 12) for i in range(9)]
+    assert len({len(row) for row in found}) > 1  # images leave the batch at different times
+
+
+@pytest.mark.parametrize("generation", [GenerationConfig(1), GenerationConfig(3), GenerationConfig(sample=True, seed=3)])
+def test_captions_do_not_depend_on_the_batch(tmp_path, generation):
+    model = make_captioner(tmp_path)
+    features = torch.randn(32, 4, 12)
+
+    def in_batches(size):
+        return [text for start in range(0, 32, size)
+                for text in model.generate(features[start:start + size], generation, range(start, min(start + size, 32)))]
+
+    assert in_batches(1) == in_batches(7) == in_batches(32)
+    assert len(set(in_batches(32))) > 16
+
+
+def test_only_the_named_tokens_are_said(tmp_path):
+    ids = torch.tensor([64, 5, 900, 4000, END_OF_TEXT]).sort().values
+    model = make_captioner(tmp_path, token_ids=ids)
+    with torch.inference_mode():
+        image = model.projection(torch.randn(8, 4, 12))
+        rows = model.beam_search(image, GenerationConfig()) + model.sample(image, GenerationConfig())
+    said = {token for row in rows for token in row}
+    assert said and said <= set(ids.tolist()) - {END_OF_TEXT}
+
+
+def sampled_frequencies(model, generation, draws=4000):
+    """How often each token comes first, over many samples for one image."""
+    with torch.inference_mode():
+        image = model.projection(torch.ones(1, 4, 12)).expand(draws, -1, -1)
+        rows = model.sample(image, generation, range(draws))
+    counts = torch.zeros(len(model.token_ids))
+    for row in rows:
+        counts[int(model.places[row[0]]) if row else model.end] += 1
+    return counts / draws
+
+
+def test_sampling_follows_the_distribution_and_its_cuts(tmp_path):
+    model = make_captioner(tmp_path, vocab_size=8)
+    with torch.inference_mode():
+        logits = model.decoder(torch.tensor([[7]]), model.projection(torch.ones(1, 4, 12)), model.token_ids)[0, 0]
+    order = logits.argsort(descending=True)
+    for generation, keep in [
+        (GenerationConfig(sample=True, max_length=1), 8),
+        (GenerationConfig(sample=True, max_length=1, temperature=0.5), 8),
+        (GenerationConfig(sample=True, max_length=1, top_k=3), 3),
+        (GenerationConfig(sample=True, max_length=1, top_p=0.6), None),
+    ]:
+        probs = (logits / generation.temperature).softmax(-1)
+        if keep is None:  # the smallest set whose mass reaches top_p
+            keep = int((probs[order].cumsum(0) < generation.top_p).sum()) + 1
+            assert 1 < keep < 8
+        expected = torch.zeros(8).index_fill(0, order[:keep], 1) * probs
+        expected /= expected.sum()
+        found = sampled_frequencies(model, generation)
+        assert (found - expected).abs().max() < 4 * math.sqrt(0.25 / 4000)
+        assert not found[order[keep:]].any()
+
+
+def test_samples_are_the_same_for_a_seed_and_differ_between_seeds(tmp_path):
+    model = make_captioner(tmp_path)
+    features = torch.randn(6, 4, 12)
+    one, again, other = (model.generate(features, GenerationConfig(sample=True, seed=seed)) for seed in (1, 1, 2))
+    assert one == again != other
+
+
+@pytest.mark.parametrize("options", [dict(beam_size=0), dict(max_length=0), dict(temperature=0), dict(top_p=0)])
+def test_impossible_generation_options_are_refused(options):
+    with pytest.raises(UserError):
+        GenerationConfig(**options)
+
+
+# ---- checkpoints ----
+
+
+def test_a_checkpoint_brings_back_the_model_and_holds_only_what_was_trained(tmp_path):
+    model = make_captioner(tmp_path, token_ids=torch.tensor([5, 9, 11, 400, END_OF_TEXT]))
+    model.save(tmp_path / "c.safetensors", {"epochs": 2}, {"cider": 0.5})
+    again = Captioner.load(tmp_path / "c.safetensors", tmp_path / "decoder.bin", model.encoder)
+    features = torch.randn(6, 4, 12)
+    assert again.generate(features) == model.generate(features)
+    assert again.token_ids.tolist() == model.token_ids.tolist() and again.config == model.config
+    assert again.metadata["training"] == {"epochs": 2} and again.metadata["scores"] == {"cider": 0.5}
+    size = (tmp_path / "c.safetensors").stat().st_size
+    assert size < 2 * model.num_trained() + 20_000  # fp16, and nothing of the frozen weights
+    everything = Captioner.load(tmp_path / "c.safetensors", tmp_path / "decoder.bin", model.encoder, all_tokens=True)
+    assert len(everything.token_ids) == 50257
+
+
+def test_a_checkpoint_meets_only_the_weights_it_was_trained_with(tmp_path):
+    model = make_captioner(tmp_path)
+    model.save(tmp_path / "c.safetensors")
+    save_decoder(tmp_path / "other.bin", seed=1)
+    with pytest.raises(UserError, match="other decoder weights"):
+        Captioner.load(tmp_path / "c.safetensors", tmp_path / "other.bin", model.encoder)
+    encoder = FakeEncoder()
+    encoder.weight.data += 1
+    with pytest.raises(UserError, match="other encoder weights"):
+        Captioner.load(tmp_path / "c.safetensors", tmp_path / "decoder.bin", encoder)
+
+
+def test_newest_matching_checkpoint_is_found(tmp_path):
+    import os
+
+    model = make_captioner(tmp_path)
+    for age, name in enumerate(["new", "old", "older"]):
+        model.save(tmp_path / f"{name}.safetensors")
+        os.utime(tmp_path / f"{name}.safetensors", (10**9 - age, 10**9 - age))
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    assert newest_checkpoint(model.decoder.weights_hash, tmp_path) == tmp_path / "new.safetensors"
+    assert newest_checkpoint("another", tmp_path) is None
+    with pytest.raises(UserError, match="damaged"):
+        read_metadata(tmp_path / "broken.safetensors")

@@ -1,0 +1,183 @@
+"""The decoder is GPT-2: compared with Hugging Face's, and its additions start from it."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from cli import UserError
+from decoder import Cache, Decoder, attention_weights
+from weightfiles import content_hash
+
+
+def hugging_face_gpt2(width, layers, vocab_size=300):
+    torch.manual_seed(width)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=layers, n_head=width // 64, n_positions=48,
+                                       vocab_size=vocab_size, bos_token_id=0, eos_token_id=0)).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)  # far from the initial weights, where every layer matters
+    return model
+
+
+def save(model, path):
+    state = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+def random_decoder(tmp_path, **options):
+    """A frozen decoder whose additions are random instead of the no-op they start as."""
+    decoder = Decoder.from_pretrained(save(hugging_face_gpt2(128, 2), tmp_path / "gpt2.bin"), **options).eval()
+    for name, parameter in decoder.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return decoder
+
+
+@pytest.mark.parametrize("width, layers", [(128, 2), (320, 3)])
+@pytest.mark.parametrize("name", ["gpt2.bin", "gpt2.safetensors"])
+def test_logits_equal_hugging_face(tmp_path, width, layers, name):
+    theirs = hugging_face_gpt2(width, layers)
+    ours = Decoder.from_pretrained(save(theirs, tmp_path / name)).eval()
+    tokens = torch.randint(0, 300, (4, 40))
+    with torch.inference_mode():
+        expected = theirs(tokens).logits
+        assert expected.std() > 0.3
+        torch.testing.assert_close(ours(tokens), expected, atol=1e-4, rtol=0)
+        some = torch.tensor([3, 77, 299])
+        torch.testing.assert_close(ours(tokens, token_ids=some), expected[..., some], atol=1e-4, rtol=0)
+
+
+def test_saved_state_loads_in_hugging_face(tmp_path):
+    theirs = hugging_face_gpt2(128, 2)
+    ours = Decoder.from_pretrained(save(theirs, tmp_path / "gpt2.bin")).eval()
+    again = GPT2LMHeadModel(theirs.config).eval()
+    missing, unexpected = again.transformer.load_state_dict(ours.pretrained_state(), strict=False)
+    assert not missing and not unexpected
+    again.tie_weights()
+    tokens = torch.randint(0, 300, (2, 20))
+    with torch.inference_mode():
+        torch.testing.assert_close(again(tokens).logits, theirs(tokens).logits)
+
+
+def test_prefix_and_buffers_of_old_exports_are_accepted(tmp_path):
+    model = hugging_face_gpt2(64, 2)
+    bare = {name: tensor.clone() for name, tensor in model.transformer.state_dict().items()}
+    bare |= {"h.0.attn.bias": torch.ones(1, 1, 48, 48), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    torch.save(bare, tmp_path / "bare.bin")
+    one = Decoder.from_pretrained(tmp_path / "bare.bin")
+    two = Decoder.from_pretrained(save(model, tmp_path / "prefixed.bin"))
+    assert one.weights_hash == two.weights_hash
+
+
+def test_content_hash_sees_values_names_and_shapes_but_not_the_format():
+    state = {"a": torch.arange(6.0), "b": torch.ones(2)}
+    assert content_hash(state) == content_hash({"b": torch.ones(2).half(), "a": torch.arange(6.0)})
+    assert content_hash(state) != content_hash(state | {"b": torch.tensor([1.0, 1.001])})
+    assert content_hash(state) != content_hash({"c": state["a"], "b": state["b"]})
+    assert content_hash(state) != content_hash(state | {"a": state["a"].view(2, 3)})
+
+
+def test_cache_changes_nothing(tmp_path):
+    decoder = random_decoder(tmp_path, image_dim=64, lora_rank=4)
+    image, tokens = torch.randn(3, 5, 64), torch.randint(0, 300, (6, 17))  # two captions an image
+    with torch.inference_mode():
+        keys_values = decoder.keys_values(image)
+        whole = decoder.hidden(tokens, keys_values)
+        cache = Cache(17)
+        steps = [decoder.hidden(tokens[:, :6], keys_values, cache)]
+        steps += [decoder.hidden(tokens[:, t:t + 1], keys_values, cache) for t in range(6, 17)]
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_selected_cache_rows_go_on_as_themselves(tmp_path):
+    decoder = random_decoder(tmp_path)
+    tokens, rows = torch.randint(0, 300, (4, 9)), torch.tensor([2, 2, 0])
+    with torch.inference_mode():
+        cache = Cache(9)
+        decoder.hidden(tokens[:, :8], cache=cache)
+        cache.select(rows)
+        torch.testing.assert_close(decoder.hidden(tokens[rows, 8:], cache=cache), decoder.hidden(tokens[rows])[:, 8:],
+                                   atol=1e-5, rtol=1e-5)
+
+
+def test_text_is_causal_and_sees_its_own_image_only(tmp_path):
+    decoder = random_decoder(tmp_path, image_dim=64)
+    image, tokens = torch.randn(2, 5, 64), torch.randint(0, 300, (4, 9))  # rows 0 and 1 are captions of image 0
+    with torch.inference_mode():
+        before = decoder(tokens, image)
+        later, other = tokens.clone(), image.clone()
+        later[:, 6:] += 1 - 2 * (later[:, 6:] == 299).long()
+        other[1] += 1
+        torch.testing.assert_close(decoder(later, image)[:, :6], before[:, :6])
+        after = decoder(tokens, other)
+    torch.testing.assert_close(after[:2], before[:2])
+    assert (after[2:] - before[2:]).abs().mean() > 0.01
+
+
+def test_additions_start_as_a_no_op(tmp_path):
+    path = save(hugging_face_gpt2(128, 2), tmp_path / "gpt2.bin")
+    added = Decoder.from_pretrained(path, image_dim=64, cross_dim=64, lora_rank=4,
+                                    lora_targets=("q", "k", "v", "attn_proj", "mlp")).eval()
+    tokens = torch.randint(0, 300, (2, 9))
+    with torch.inference_mode():
+        torch.testing.assert_close(added(tokens, torch.randn(2, 5, 64)), Decoder.from_pretrained(path).eval()(tokens))
+
+
+def test_only_additions_are_trainable(tmp_path):
+    decoder = random_decoder(tmp_path, image_dim=64, lora_rank=4)
+    trainable = {name for name, parameter in decoder.named_parameters() if parameter.requires_grad}
+    assert trainable.isdisjoint(decoder.pretrained_names())
+    assert trainable | decoder.pretrained_names() == {name for name, _ in decoder.named_parameters()}
+    assert any(".cross." in name for name in trainable) and any("lora_A" in name for name in trainable)
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), ("k",), ("q", "k", "v", "attn_proj", "mlp")])
+def test_merged_lora_gives_the_same_outputs(tmp_path, targets):
+    decoder = random_decoder(tmp_path, image_dim=64, lora_rank=4, lora_targets=targets)
+    tokens, image = torch.randint(0, 300, (2, 9)), torch.randn(2, 5, 64)
+    with torch.inference_mode():
+        before = decoder(tokens, image)
+        plain = Decoder.from_pretrained(tmp_path / "gpt2.bin").eval()(tokens)
+        after = decoder.merge_lora().eval()(tokens, image)
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    assert (before - plain).abs().mean() > 0.01
+
+
+def test_attention_weights_are_those_of_the_forward_pass(tmp_path):
+    decoder = random_decoder(tmp_path, image_dim=64, cross_dim=192)
+    tokens, image, attentions = torch.randint(0, 300, (6, 9)), torch.randn(3, 5, 64), []
+    with torch.inference_mode():
+        keys_values = decoder.keys_values(image)
+        with_weights = decoder.hidden(tokens, keys_values, attentions=attentions)
+        torch.testing.assert_close(with_weights, decoder.hidden(tokens, keys_values), atol=1e-5, rtol=1e-5)
+    assert [weights.shape for weights in attentions] == [(6, 3, 9, 5)] * 2  # layers of (R, H, T, N)
+    torch.testing.assert_close(attentions[0].sum(-1), torch.ones(6, 3, 9))
+    # The second caption of the second image, first layer, worked out by hand.
+    block = decoder.h[0]
+    with torch.inference_mode():
+        x = decoder.wte(tokens[3:4]) + decoder.wpe.weight[:9]
+        x = x + block.attn(block.ln_1(x))
+        q = block.cross.c_q(block.ln_cross(x)).view(9, 3, 64).transpose(0, 1)
+        k = block.cross.c_kv(image[1]).chunk(2, -1)[0].view(5, 3, 64).transpose(0, 1)
+        torch.testing.assert_close(attentions[0][3], attention_weights(q, k))
+        torch.testing.assert_close(attentions[0][3], torch.softmax(q @ k.mT / 8, -1))
+
+
+def test_wrong_files_are_named_in_one_sentence(tmp_path):
+    good = {name: tensor.clone() for name, tensor in hugging_face_gpt2(64, 2).transformer.state_dict().items()}
+    cases = {
+        "an encoder's": {"patch_embed.weight": torch.ones(3, 3)},
+        "a layer short": {name: tensor for name, tensor in good.items() if name != "h.0.mlp.c_fc.bias"},
+        "a shape off": good | {"h.1.ln_1.weight": torch.ones(65)},
+        "a tensor more": good | {"h.1.attn.gate": torch.ones(1)},
+        "heads of 50": {name: tensor[..., :50] for name, tensor in good.items()},
+    }
+    for name, state in cases.items():
+        torch.save(state, tmp_path / "wrong.bin")
+        with pytest.raises(UserError, match="wrong.bin|multiple"):
+            Decoder.from_pretrained(tmp_path / "wrong.bin")
+            pytest.fail(name)

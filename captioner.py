@@ -36,15 +36,18 @@ class CaptionerConfig:
 
     encoder: str = "tf_efficientnet_lite2"
     image_size: int = 0  # 0: the encoder's own
-    projection_layers: int = 3  # transformer layers over the image tokens; 0: a linear projection
+    projection_layers: int = 2  # transformer layers over the image tokens; 0: a linear projection
     projection_dim: int = 384
     projection_dropout: float = 0.1
-    dropout: float = 0.1  # in the decoder
-    cross_dim: int = 0
-    lora_rank: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.1
-    lora_targets: tuple = ("q", "v")
+    dropout: float = 0.0  # in the decoder
+    cross_dim: int = 0  # 0: the decoder's width
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    lora_targets: tuple = ("q", "k", "v", "attn_proj", "mlp")
+
+    def __post_init__(self):
+        self.lora_targets = tuple(self.lora_targets)  # a list on the command line and in a checkpoint
 
     def load_decoder(self, path):
         """The frozen decoder of a GPT-2 state dict, with trainable cross-attention and LoRA."""
@@ -248,32 +251,31 @@ class Captioner(nn.Module):
     def sample(self, image, generation, seeds=None):
         """Image tokens (B, N, C) -> B lists of token ids drawn with temperature, top-k and nucleus (top-p).
 
-        Holtzman et al. 2020, arXiv:1904.09751. Each image has random numbers of its own, so its caption does not
-        depend on the others of the batch.
+        Holtzman et al. 2020, arXiv:1904.09751. Drawn as the largest of log p + Gumbel noise, each image's noise its
+        own, so that its caption depends neither on the others of the batch nor on the last bit of p.
         """
         max_length = min(generation.max_length, self.decoder.config.n_positions)
-        end = self.end
         head = self.decoder.head_weight(self.token_ids)
         keys_values = self.decoder.keys_values(image)
         cache = Cache(max_length)
-        draws = np.stack([np.random.default_rng([generation.seed, seed]).random(max_length, dtype=np.float32)
-                          for seed in (range(len(image)) if seeds is None else seeds)])
-        draws = torch.from_numpy(draws).to(image.device)
-        tokens = torch.full((len(image), max_length + 1), end, device=image.device)
+        seeds = range(len(image)) if seeds is None else seeds
+        random = [np.random.default_rng([generation.seed, seed]) for seed in seeds]
+        tokens = torch.full((len(image), max_length + 1), self.end, device=image.device)
         ended = torch.zeros(len(image), dtype=torch.bool, device=image.device)
         for length in range(1, max_length + 1):
             last = self.token_ids[tokens[:, length - 1:length]]
             log_probs = self.next_log_probs(last, keys_values, cache, head, generation.temperature)
-            probs, order = log_probs.exp().sort(-1, descending=True)
+            likely = log_probs.sort(-1, descending=True).values
+            probs = likely.exp()
+            # Tokens before which less than top_p lies stay: the one that crosses it as well.
+            kept = (probs.cumsum(-1) - probs < generation.top_p).sum(-1, keepdim=True)
             if generation.top_k:
-                probs[:, generation.top_k:] = 0
-            mass = probs.cumsum(-1)
-            probs[mass - probs >= generation.top_p * mass[:, -1:]] = 0  # the token that crosses top_p stays
-            mass = probs.cumsum(-1)
-            choice = torch.searchsorted(mass, draws[:, length - 1:length] * mass[:, -1:], right=True)
-            choice = choice.clamp(max=(probs > 0).sum(-1, keepdim=True) - 1)
-            tokens[:, length] = order.gather(1, choice).squeeze(1).masked_fill(ended, end)
-            ended |= tokens[:, length] == end
+                kept = kept.clamp(max=generation.top_k)
+            log_probs = log_probs.masked_fill(log_probs < likely.gather(1, kept - 1), -torch.inf)
+            noise = np.stack([rng.standard_exponential(len(head), dtype=np.float32) for rng in random])
+            choice = (log_probs - torch.from_numpy(noise).to(image.device).log()).argmax(-1)
+            tokens[:, length] = choice.masked_fill(ended, self.end)
+            ended |= tokens[:, length] == self.end
             if ended.all():
                 break
         return [self.until_end(row) for row in tokens[:, 1:].tolist()]

@@ -30,10 +30,10 @@ class Settings:
     n_layer: int = 6
     n_embd: int = 256
     n_positions: int = 128
-    dropout: float = 0.1
-    epochs: int = 12
-    batch_size: int = 128
-    learning_rate: float = 1e-3
+    dropout: float = 0.0
+    epochs: int = 1
+    batch_size: int = 64
+    learning_rate: float = 1.5e-3
     weight_decay: float = 0.1
     warmup: float = 0.03
     clip: float = 1.0

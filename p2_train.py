@@ -32,11 +32,11 @@ class Settings:
     output: str = "checkpoints/captioner.safetensors"
     cache: str = "cache"
     views: int = 2
-    epochs: int = 15
-    batch_size: int = 32
+    epochs: int = 8
+    batch_size: int = 8
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
-    warmup: float = 0.05
+    warmup: float = 0.04
     clip: float = 1.0
     label_smoothing: float = 0.1
     selection: int = 500

@@ -41,7 +41,7 @@ def make_captioner(tmp_path, vocab_size=50257, token_ids=None, trained_scale=0.3
     path = tmp_path / "decoder.bin"
     if not path.exists():
         save_decoder(path, vocab_size, scale=decoder_scale)
-    config = CaptionerConfig(**{"projection_layers": 1, "projection_dim": 64, "lora_rank": 2} | config)
+    config = CaptionerConfig(**{"projection_layers": 1, "projection_dim": 64, "lora_rank": 2, "lora_targets": ("q", "v")} | config)
     model = Captioner(config, FakeEncoder(), config.load_decoder(path), token_ids).eval()
     torch.manual_seed(1)
     for parameter in model.trained_parameters().values():
@@ -122,25 +122,30 @@ def test_linear_projection_mixes_nothing_and_layers_mix():
 # ---- search ----
 
 
-def exhaustive_search(model, features, max_length, alpha):
-    """The best of all sequences that end with <|endoftext|> or at max_length."""
+def exhaustive_search(model, features, max_length, alphas):
+    """For each alpha, the best of all sequences that end with <|endoftext|> or at max_length; one image."""
     end = int(model.token_ids[model.end])
     others = [token for token in model.token_ids.tolist() if token != end]
-    finished = [[*words, end] for n in range(max_length) for words in itertools.product(others, repeat=n)]
-    cut = [list(words) for words in itertools.product(others, repeat=max_length)]
-    best = max(finished + cut, key=lambda row: log_prob_without_cache(model, features, row) / len(row) ** alpha)
-    return [token for token in best if token != end]
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.7, 1.5])
-def test_beam_search_equals_exhaustive_search_on_a_tiny_vocabulary(tmp_path, alpha):
-    model = make_captioner(tmp_path, vocab_size=4, trained_scale=1.0)
-    features = torch.randn(5, 4, 12)
-    generation = GenerationConfig(beam_size=4**4, max_length=4, length_penalty=alpha)
+    rows = [[*words, end] for n in range(max_length) for words in itertools.product(others, repeat=n)]
+    rows += [list(words) for words in itertools.product(others, repeat=max_length)]
+    tokens = torch.tensor([row + [end] * (max_length - len(row)) for row in rows])
+    inputs = torch.cat([torch.full((len(rows), 1), end), tokens[:, :-1]], 1)
     with torch.inference_mode():
-        found = model.beam_search(model.projection(features), generation)
-    assert found == [exhaustive_search(model, features[i:i + 1], 4, alpha) for i in range(5)]
-    assert len(set(map(tuple, found))) > 1
+        steps = model.decoder(inputs, model.projection(features)).log_softmax(-1).gather(2, tokens[:, :, None])
+    scores = [steps[i, :len(row)].sum().item() for i, row in enumerate(rows)]
+    best = [max(range(len(rows)), key=lambda i: scores[i] / len(rows[i]) ** alpha) for alpha in alphas]
+    return [[token for token in rows[i] if token != end] for i in best]
+
+
+def test_beam_search_equals_exhaustive_search_on_a_tiny_vocabulary(tmp_path):
+    model = make_captioner(tmp_path, vocab_size=4)
+    features, alphas = torch.randn(5, 4, 12), (0.0, 0.7, 1.5)
+    with torch.inference_mode():
+        image = model.projection(features)
+        found = [model.beam_search(image, GenerationConfig(4**4, alpha, max_length=4)) for alpha in alphas]
+    expected = [exhaustive_search(model, features[i:i + 1], 4, alphas) for i in range(5)]
+    assert [list(rows) for rows in zip(*found)] == expected
+    assert len({tuple(row) for rows in expected for row in rows}) > 1
 
 
 def plain_beam_search(model, features, K, alpha, max_length):
@@ -166,11 +171,11 @@ def plain_beam_search(model, features, K, alpha, max_length):
 
 @pytest.mark.parametrize("K, alpha", [(1, 0.0), (3, 0.0), (4, 1.0)])
 def test_beam_search_with_cache_and_batch_equals_plain_beam_search(tmp_path, K, alpha):
-    model = make_captioner(tmp_path, vocab_size=60)
-    features = 3 * torch.randn(9, 4, 12)
+    model = make_captioner(tmp_path, vocab_size=6, decoder_scale=0.2)
+    features = 3 * torch.randn(12, 4, 12)
     with torch.inference_mode():
         found = model.beam_search(model.projection(features), GenerationConfig(K, alpha, max_length=12))
-    assert found == [plain_beam_search(model, features[i:i + 1], K, alpha, 12) for i in range(9)]
+    assert found == [plain_beam_search(model, features[i:i + 1], K, alpha, 12) for i in range(12)]
     assert len({len(row) for row in found}) > 1  # images leave the batch at different times
 
 
@@ -218,6 +223,7 @@ def test_sampling_follows_the_distribution_and_its_cuts(tmp_path):
         (GenerationConfig(sample=True, max_length=1, temperature=0.5), 8),
         (GenerationConfig(sample=True, max_length=1, top_k=3), 3),
         (GenerationConfig(sample=True, max_length=1, top_p=0.6), None),
+        (GenerationConfig(sample=True, max_length=1, top_p=0.6, top_k=1), 1),
     ]:
         probs = (logits / generation.temperature).softmax(-1)
         if keep is None:  # the smallest set whose mass reaches top_p

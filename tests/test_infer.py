@@ -56,7 +56,8 @@ def make_decoder_weights(path, seed, width=64, vocab_size=END_OF_TEXT + 1):
 
 
 def make_checkpoint(path, decoder_weights, seed):
-    config = CaptionerConfig(encoder="test_vit", image_size=32, projection_layers=0, projection_dim=64)
+    config = CaptionerConfig(encoder="test_vit", image_size=32, projection_layers=0, projection_dim=64,
+                             lora_rank=8, lora_targets=("q", "v"))
     token_ids = torch.tensor(sorted({END_OF_TEXT, *BPETokenizer().encode(WORDS)}))
     model = Captioner(config, ImageEncoder(config.encoder, config.image_size), config.load_decoder(decoder_weights),
                       token_ids)

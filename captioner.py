@@ -1,13 +1,13 @@
 """The captioner: frozen encoder, trained projection, frozen GPT-2 with trained cross-attention and LoRA.
 
     captioner = Captioner.load("weights/captioner.safetensors", "weights/decoder_small.safetensors")
-    captioner.caption(images, beam_size=3)          # uint8 (B, 3, S, S) -> list of B strings
+    captioner.caption(images)          # uint8 (B, 3, S, S) -> list of B strings
 
 Shapes: B images, K captions or beams of each, N image tokens, D the encoder's width, T text tokens, V scored tokens.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from weightfiles import first_line, read_weights
 
 EMBEDDED_DECODER = WEIGHTS_FOLDER / "decoder_small.safetensors"
 EMBEDDED_CHECKPOINT = WEIGHTS_FOLDER / "captioner.safetensors"
-CHECKPOINT_FOLDER = Path("checkpoints")
+CHECKPOINT_FOLDERS = Path("checkpoints"), Path(__file__).resolve().parent / "checkpoints"
 MAX_TRAINED = 35_000_000
 
 
@@ -36,7 +36,7 @@ class CaptionerConfig:
 
     encoder: str = "tf_efficientnet_lite2"
     image_size: int = 0  # 0: the encoder's own
-    projection_layers: int = 2  # transformer layers over the image tokens; 0: a linear projection
+    projection_layers: int = 0  # transformer layers over the image tokens; 0: a linear projection
     projection_dim: int = 384
     projection_dropout: float = 0.1
     dropout: float = 0.0  # in the decoder
@@ -92,6 +92,10 @@ class Projection(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.dropout = config.projection_dropout
         init_weights(self, max(1, config.projection_layers))
+        nn.init.normal_(self.input.weight, std=encoder_dim**-0.5)
+        for layer in self.layers:  # they start as the identity, since attention learns a linear projection sooner
+            nn.init.zeros_(layer.attn.c_proj.weight)
+            nn.init.zeros_(layer.mlp.c_proj.weight)
 
     def forward(self, features):
         x = self.input(features)
@@ -104,7 +108,7 @@ class Projection(nn.Module):
 
 
 class Captioner(nn.Module):
-    """Projection and decoder; and, unless features are cached, the encoder.
+    """Encoder, projection and decoder. `loss` and `generate` take the encoder's features, `caption` takes images.
 
     Args:
         config: CaptionerConfig.
@@ -115,7 +119,7 @@ class Captioner(nn.Module):
 
     def __init__(self, config, encoder, decoder, token_ids=None):
         super().__init__()
-        self.config = config
+        self.config = replace(config, image_size=encoder.image_size)
         self.decoder = decoder
         self.projection = Projection(config, encoder.dim, encoder.num_tokens)
         self.encoder = encoder
@@ -126,9 +130,9 @@ class Captioner(nn.Module):
         # Where each token stands among those scored; others, as targets, do not count.
         places = torch.full((self.decoder.config.vocab_size,), IGNORE)
         places[token_ids] = torch.arange(len(token_ids))
-        self.end = int(places[min(END_OF_TEXT, len(places) - 1)])
+        self.end = int(places[min(END_OF_TEXT, len(places) - 1)])  # in a smaller vocabulary, its last token
         if self.end == IGNORE:
-            raise ValueError("token_ids must hold <|endoftext|>")
+            raise UserError("the decoder weights, or the tokens of the checkpoint, lack <|endoftext|>: they are damaged")
         self.register_buffer("token_ids", torch.as_tensor(token_ids), persistent=False)
         self.register_buffer("places", places, persistent=False)
         if self.num_trained() > MAX_TRAINED:
@@ -266,11 +270,11 @@ class Captioner(nn.Module):
             last = self.token_ids[tokens[:, length - 1:length]]
             log_probs = self.next_log_probs(last, keys_values, cache, head, generation.temperature)
             likely = log_probs.sort(-1, descending=True).values
-            probs = likely.exp()
+            if generation.top_k:
+                likely = likely[:, :generation.top_k]
+            probs = likely.softmax(-1)
             # Tokens before which less than top_p lies stay: the one that crosses it as well.
             kept = (probs.cumsum(-1) - probs < generation.top_p).sum(-1, keepdim=True)
-            if generation.top_k:
-                kept = kept.clamp(max=generation.top_k)
             log_probs = log_probs.masked_fill(log_probs < likely.gather(1, kept - 1), -torch.inf)
             noise = np.stack([rng.standard_exponential(len(head), dtype=np.float32) for rng in random])
             choice = (log_probs - torch.from_numpy(noise).to(image.device).log()).argmax(-1)
@@ -287,7 +291,7 @@ class Captioner(nn.Module):
         tensors = {name: parameter.detach().to("cpu", torch.float16).contiguous()
                    for name, parameter in self.trained_parameters().items()}
         tensors["token_ids"] = self.token_ids.to("cpu", torch.int32)
-        metadata = {"model": asdict(self.config), "encoder_hash": self.encoder.weights_hash(),
+        metadata = {"model": asdict(self.config), "fusion": "cross", "encoder_hash": self.encoder.weights_hash,
                     "decoder_hash": self.decoder.weights_hash, "trained_parameters": self.num_trained(),
                     "training": training or {}, "scores": scores or {}}
         write_whole(path, save(tensors, {"captioner": json.dumps(metadata)}))
@@ -307,7 +311,7 @@ class Captioner(nn.Module):
         decoder = config.load_decoder(decoder_weights)
         encoder = encoder or ImageEncoder(config.encoder, config.image_size)
         for part, now, where in (("decoder", decoder.weights_hash, decoder_weights),
-                                 ("encoder", encoder.weights_hash(), config.encoder)):
+                                 ("encoder", encoder.weights_hash, config.encoder)):
             if now != metadata[f"{part}_hash"]:
                 raise UserError(f"the checkpoint {checkpoint} was trained with other {part} weights than {where}")
         try:
@@ -338,9 +342,10 @@ def read_metadata(checkpoint):
         raise UserError(f"{checkpoint} is not a checkpoint of p2_train.py") from None
 
 
-def newest_checkpoint(decoder_hash, folder=CHECKPOINT_FOLDER):
-    """The newest checkpoint in `folder` that was trained with these decoder weights, or None."""
-    for path in sorted(Path(folder).glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True):
+def newest_checkpoint(decoder_hash, folders=CHECKPOINT_FOLDERS):
+    """The newest checkpoint that was trained with these decoder weights, or None; here, or beside this module."""
+    paths = [path for folder in folders for path in Path(folder).glob("*.safetensors") if path.is_file()]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             if read_metadata(path)["decoder_hash"] == decoder_hash:
                 return path

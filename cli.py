@@ -54,6 +54,9 @@ def run(main):
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        status = 130  # as a shell reports it
     sys.exit(status or 0)
 
 

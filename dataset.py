@@ -1,8 +1,10 @@
 """Images and captions: folders of pictures, COCO-format captions, collation, cached encoder features."""
 
+import fcntl
 import hashlib
 import json
 import re
+import shutil
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +36,11 @@ def list_images(folder):
         raise UserError(f"the image folder {folder} does not exist" if not folder.exists()
                         else f"{folder} is a file: name the folder that holds the images")
     images = {}
-    for path in sorted(folder.iterdir()):
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
+    for path in paths:
         if path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or path.is_symlink() and not path.exists()):
             if path.stem in images:
                 raise UserError(f"{images[path.stem].name} and {path.name} would both be called {path.stem!r} in the "
@@ -74,7 +80,7 @@ def load_image(path, side=None):
 def to_rgb(image):
     """Any PIL mode -> RGB."""
     if image.mode.startswith(("I", "F")):  # 16 and 32 bits, which PIL's own conversion clips at 255
-        values = np.asarray(image, dtype=np.float64)
+        values = np.asarray(image, dtype=np.float32)
         low, high = 0, 65535
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             low, high = np.nanmin(values), np.nanmax(values)  # no agreed range: show what is there
@@ -149,25 +155,25 @@ def read_captions(annotation_file, images_root):
     try:
         items = {image["id"]: CaptionedImage(root / image["file_name"], []) for image in data["images"]}
         for annotation in data["annotations"]:
-            items[annotation["image_id"]].captions.append(str(annotation["caption"]))
+            if not isinstance(annotation["caption"], str):
+                raise TypeError(f"caption {annotation['caption']!r} is not a string")
+            items[annotation["image_id"]].captions.append(annotation["caption"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{annotation_file} is not in COCO's caption form (images: id, file_name; "
                         f"annotations: image_id, caption): {type(error).__name__} {error}") from None
-    present = {path.name for path in root.iterdir()} if images_root else set()
-    missing = [item.path for item in items.values() if images_root and item.path.name not in present]
+    missing = [item.path for item in items.values() if images_root and not item.path.exists()]
     if missing:
         raise UserError(f"{len(missing)} images of {annotation_file} are not in {root}, the first is {missing[0].name}")
     return list(items.values())
 
 
-def collate(captions, multiple=1):
+def collate(captions):
     """Token lists -> input and target (R, T), laid out for next-token prediction.
 
     [g1 … gN] becomes input [50256, g1 … gN, 50256 …] and target [g1 … gN, 50256, -100 …]. An empty list
-    stands for no caption: its targets are all -100. T is rounded up to `multiple`.
+    stands for no caption: its targets are all -100.
     """
     length = max(len(tokens) for tokens in captions) + 1
-    length = -(-length // multiple) * multiple
     inputs = torch.full((len(captions), length), END_OF_TEXT)
     targets = torch.full((len(captions), length), IGNORE)
     for row, tokens in enumerate(captions):
@@ -211,23 +217,28 @@ class FeatureCache:
     """Frozen features of images, encoded once and read by memory map: fp16, (images, views, N, D).
 
     The file's name is a digest of the encoder's weights, the images and the number of views, so a change of
-    any makes a new one. An interrupted build goes on where it stopped.
+    any makes a new one. An interrupted build goes on where it stopped; of two runs that want the same features, one
+    computes and the other waits.
     """
 
     def __init__(self, encoder, paths, folder, views=1, batch_size=32, device="cpu"):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-        key = json.dumps([encoder.weights_hash(), encoder.image_size, views, stats])
+        key = json.dumps([encoder.name, encoder.weights_hash, encoder.image_size, device, views, stats])
         self.file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
         shape = (len(paths), views, encoder.num_tokens, encoder.dim)
         progress_file = self.file.with_suffix(".json")
-        done = read_json(progress_file, "cache")["done"] if progress_file.exists() and self.file.exists() else 0
-        mode = "r+" if done else "w+"
-        if done < len(paths):
-            data = np.lib.format.open_memmap(self.file, mode, np.float16, shape)
-            self._build(data, encoder.to(device), paths, done, max(1, batch_size // views), device, progress_file)
-            del data
+        with open(self.file.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = read_json(progress_file, "cache")["done"] if progress_file.exists() and self.file.exists() else 0
+            if not done and (size := 2 * int(np.prod(shape))) > shutil.disk_usage(folder).free:
+                raise UserError(f"the features need {size / 1e9:.1f} GB in {folder}, more than is free there: name "
+                                "another --cache or fewer --views")
+            if done < len(paths):
+                data = np.lib.format.open_memmap(self.file, "r+" if done else "w+", np.float16, shape)
+                self._build(data, encoder.to(device), paths, done, max(1, batch_size // views), device, progress_file)
+                del data
         self.data = np.load(self.file, mmap_mode="r")
 
     @staticmethod
@@ -244,11 +255,16 @@ class FeatureCache:
             try:
                 return preprocess((load_image(path, encoder.image_size), numbers[path]))
             except ImageError as error:
-                raise UserError(f"{path} cannot be read: {error}") from None
+                return f"{path.name}: {error}"
 
         with ThreadPoolExecutor() as pool, tqdm(total=len(paths), initial=done, desc="encoding", unit="image") as bar:
             for start in range(done, len(paths), batch_size):
-                images = torch.stack(list(pool.map(read, paths[start:start + batch_size])))  # (B, views, 3, S, S)
+                images = list(pool.map(read, paths[start:start + batch_size]))
+                if any(isinstance(image, str) for image in images):  # name all there are, not one a run
+                    bad = [image for image in pool.map(read, paths[start:]) if isinstance(image, str)]
+                    raise UserError(f"{len(bad)} images cannot be read, mend or drop them: {'; '.join(bad[:10])}"
+                                    + ("; …" if len(bad) > 10 else ""))
+                images = torch.stack(images)  # (B, views, 3, S, S)
                 with torch.autocast("cuda", torch.float16, enabled=device == "cuda"):
                     features = encoder(images.flatten(0, 1).to(device))
                 end = start + len(images)

@@ -173,6 +173,9 @@ def init_weights(model, n_layer):
         if isinstance(module, (SelfAttention, MLP)):
             nn.init.normal_(module.c_proj.weight, std=0.02 / (2 * n_layer) ** 0.5)
         if isinstance(module, CrossAttention):
+            # 0.02 suits width 768 and more; in a narrow model it leaves attention uniform for hundreds of steps.
+            for layer in module.c_q, module.c_kv:
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             nn.init.zeros_(module.c_proj.weight)
 
 
@@ -199,6 +202,21 @@ class Cache:
             kept = stored.new_empty(2, len(rows), *stored.shape[2:])
             kept[:, :, :, :self.length] = stored[:, rows, :, :self.length]
             self.stored[layer] = kept
+
+
+def read_gpt2(path):
+    """A GPT-2 state dict in the Hugging Face layout, without prefix, causal masks and the tied head: what is hashed.
+
+    Raises UserError for a file that is missing or damaged, or whose head is not tied.
+    """
+    state = read_weights(path, "decoder weights")
+    state = {key.removeprefix("transformer."): value for key, value in state.items()}
+    # Causal masks, which some exports carry as buffers.
+    state = {key: value for key, value in state.items() if not key.endswith((".attn.bias", ".attn.masked_bias"))}
+    head = state.pop("lm_head.weight", None)
+    if head is not None and "wte.weight" in state and not torch.equal(head, state["wte.weight"]):
+        raise UserError(f"{path} has an output head of its own; GPT-2's is tied to its token embedding")
+    return state
 
 
 class Decoder(nn.Module):
@@ -228,20 +246,14 @@ class Decoder(nn.Module):
             options: fields of DecoderConfig that add to GPT-2 (image_dim, lora_rank, …); what they add is trainable.
         Raises UserError for a file that is missing, damaged, or not GPT-2's.
         """
-        state = read_weights(path, "decoder weights")
-        state = {key.removeprefix("transformer."): value for key, value in state.items()}
-        # Causal masks, which some exports carry as buffers.
-        state = {key: value for key, value in state.items() if not key.endswith((".attn.bias", ".attn.masked_bias"))}
-        head = state.pop("lm_head.weight", None)
+        state = read_gpt2(path)
         try:
             vocab_size, n_embd = state["wte.weight"].shape
             sizes = dict(vocab_size=vocab_size, n_embd=n_embd, n_positions=len(state["wpe.weight"]),
                          n_layer=1 + max(int(key.split(".")[1]) for key in state if key.startswith("h.")))
-        except (KeyError, ValueError, IndexError) as error:
+        except (KeyError, ValueError, IndexError, TypeError) as error:
             raise UserError(f"{path} does not hold GPT-2 weights in the Hugging Face layout: "
                             f"no {first_line(error)}") from None
-        if head is not None and not torch.equal(head, state["wte.weight"]):
-            raise UserError(f"{path} has an output head of its own; GPT-2's is tied to its token embedding")
         decoder = cls(DecoderConfig(**sizes, **options))
         decoder.weights_hash = content_hash(state)
         for key, value in state.items():

@@ -8,6 +8,7 @@ each cell of its last feature map is one patch token.
 """
 
 import sys
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ class ImageEncoder(nn.Module):
     """Frozen backbone and the preprocessing that belongs to it.
 
     Args:
-        name: a timm model, such as `vit_large_patch14_clip_224.openai` or `tf_efficientnet_lite2`.
+        name: a timm model, such as `vit_large_patch14_clip_quickgelu_224.openai` or `tf_efficientnet_lite2`.
         image_size: side of the square input in pixels; default 224 for a CNN, a ViT's own size otherwise.
         weights: a file of timm's tensors; None: `weights/<name>.*` if there, else the model hub;
             "random": untrained (for tests).
@@ -92,7 +93,7 @@ class ImageEncoder(nn.Module):
         try:
             state = convert(state, model) if convert else state
             model.load_state_dict({key: value for key, value in state.items() if not key.startswith(head or "\0")})
-        except (RuntimeError, KeyError, AttributeError) as error:
+        except (RuntimeError, LookupError, AttributeError, TypeError, AssertionError) as error:
             raise UserError(f"{weights} does not hold the weights of timm's {name}: {first_line(error)}") from None
         return model
 
@@ -104,6 +105,7 @@ class ImageEncoder(nn.Module):
     def num_tokens(self):
         return self.num_prefix_tokens + self.grid[0] * self.grid[1]
 
+    @cached_property
     def weights_hash(self):
         """Content hash of the backbone's weights; a checkpoint records it."""
         return content_hash(self.model.state_dict())

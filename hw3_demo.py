@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
-import cli
+from cli import ArgumentParser, UserError, check_writable, read_json, run
 from dataset import ImageError, list_images, load_image
 
 COLUMNS = 3
@@ -22,16 +22,18 @@ WRAP = 40  # characters of that size that fit under a picture
 
 
 def main():
-    parser = cli.ArgumentParser(description="Print captions and draw them under their images.")
+    parser = ArgumentParser(description="Print captions and draw them under their images.")
     parser.add_argument("images", help="folder of images")
     parser.add_argument("captions", help="JSON from hw3_2.sh: image name without extension to caption")
     parser.add_argument("picture", help="PNG to write")
     args = parser.parse_args()
-    captions = cli.read_json(args.captions, "captions file")
-    cli.check_writable(args.picture)
+    captions = read_json(args.captions, "captions file")
+    if not isinstance(captions, dict):
+        raise UserError(f"{args.captions} is not the JSON of hw3_2.sh: image name without extension to caption")
+    check_writable(args.picture)
     files = {stem: path for stem, path in list_images(args.images).items() if stem in captions}
     if not files:
-        raise cli.UserError(f"{args.captions} holds no caption of an image in {args.images}")
+        raise UserError(f"{args.captions} holds no caption of an image in {args.images}")
     width = max(len(path.name) for path in files.values())
     shown = []
     for stem, path in files.items():
@@ -68,4 +70,4 @@ def draw(shown, picture):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

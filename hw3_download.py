@@ -305,7 +305,7 @@ LLAVA = HubModel("llava-1.5-7b-hf", "llava-hf/llava-1.5-7b-hf")
 FULL = [
     HubModel("decoder_model.bin", "openai-community/gpt2", ("model.safetensors",)),
     # encoder.py reads timm's names and OpenAI's.
-    HubModel("vit_large_patch14_clip_224.openai.safetensors", "timm/vit_large_patch14_clip_224.openai",
+    HubModel("vit_large_patch14_clip_quickgelu_224.openai.safetensors", "timm/vit_large_patch14_clip_224.openai",
              ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")),
     # open_clip kept OpenAI's names, so OpenAI's clip.load takes this file as its own ViT-B-32.pt.
     HubModel("ViT-B-32.pt", "timm/vit_base_patch32_clip_224.openai",

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from captioner import (CHECKPOINT_FOLDER, EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner, GenerationConfig,
-                       newest_checkpoint)
+from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner, GenerationConfig, newest_checkpoint
 from cli import ArgumentParser, UserError, add_options, check_writable, run, take_options, write_json
 from dataset import list_images, load_ahead
-from decoder import Decoder
+from decoder import read_gpt2
 from training import pick_device
+from weightfiles import content_hash
 
 
 def find_weights(decoder_weights=None, checkpoint=None):
@@ -26,9 +26,9 @@ def find_weights(decoder_weights=None, checkpoint=None):
     if decoder_weights is None:
         return EMBEDDED_DECODER, EMBEDDED_CHECKPOINT
     if checkpoint is None:
-        checkpoint = newest_checkpoint(Decoder.from_pretrained(decoder_weights).weights_hash)
+        checkpoint = newest_checkpoint(content_hash(read_gpt2(decoder_weights)))
     if checkpoint is None:
-        raise UserError(f"no checkpoint in {CHECKPOINT_FOLDER}/ was trained with {decoder_weights}: train one with "
+        raise UserError(f"no checkpoint in checkpoints/ was trained with {decoder_weights}: train one with "
                         f"`python3 p2_train.py --decoder {decoder_weights}` or name one")
     return decoder_weights, checkpoint
 
@@ -74,6 +74,8 @@ def main():
     check_writable(arguments.output)
     decoder_weights, checkpoint = find_weights(arguments.decoder_weights, arguments.checkpoint)
     model = Captioner.load(checkpoint, decoder_weights, all_tokens=arguments.all_tokens)
+    if arguments.decoder_weights and not arguments.checkpoint:
+        print(f"with the checkpoint {checkpoint}", file=sys.stderr)
     captions, unread = caption_folder(model, images, generation, arguments.batch_size, pick_device())
     write_json(arguments.output, captions)
     print(f"{len(captions)} captions in {Path(arguments.output)}"

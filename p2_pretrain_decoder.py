@@ -21,7 +21,7 @@ from cli import ArgumentParser, UserError, add_options, run, take_options, write
 from dataset import IGNORE, bucketed_batches, clean_caption, collate, read_captions
 from decoder import Decoder, DecoderConfig
 from tokenizer import END_OF_TEXT, VOCAB_SIZE, BPETokenizer
-from training import adamw, autocast, cosine, load_state, pick_device, refuse_to_overwrite, save_state, step_optimizer
+from training import adamw, autocast, check_settings, cosine, load_state, pick_device, prepare_output, save_state, step_optimizer
 
 
 @dataclass
@@ -42,6 +42,9 @@ class Settings:
     seed: int = 0
     save_minutes: float = 5.0
 
+    def __post_init__(self):
+        check_settings(self, ("n_layer", "n_embd", "n_positions", "epochs", "batch_size"), ("dropout", "warmup"))
+
 
 HELP = dict(batch_size="captions", warmup="part of all steps", clip="gradient norm",
             held_out="images at the end of each captions file that are kept out: p2_train.py selects on them",
@@ -56,8 +59,9 @@ def read_texts(text_files, caption_files, held_out):
         images = read_captions(file, None)
         if len(images) <= held_out:
             raise UserError(f"{file} has {len(images)} images, no more than the {held_out} that are held out")
-        for start, images in (texts, images[:len(images) - held_out]), (kept_out, images[len(images) - held_out:]):
-            start += [caption for image in images for caption in image.captions]
+        split = len(images) - held_out
+        texts += [caption for image in images[:split] for caption in image.captions]
+        kept_out += [caption for image in images[split:] for caption in image.captions]
     for file in text_files:
         try:
             texts += Path(file).read_text(encoding="utf-8").splitlines()
@@ -65,7 +69,13 @@ def read_texts(text_files, caption_files, held_out):
             raise UserError(f"cannot read {file}: {error.strerror}") from None
     kept_out = dict.fromkeys(filter(None, map(clean_caption, kept_out)))
     texts = dict.fromkeys(filter(None, map(clean_caption, texts)))
-    return [text for text in texts if text not in kept_out], list(kept_out)
+    forbidden = {letters(text) for text in kept_out}
+    return [text for text in texts if letters(text) not in forbidden], list(kept_out)
+
+
+def letters(text):
+    """What makes two captions the same for all that case and punctuation do: letters and digits, lower case."""
+    return "".join(character for character in text.lower() if character.isalnum())
 
 
 def drop_rare(rows, min_count):
@@ -79,7 +89,7 @@ class SeenTokens:
 
     A token that never occurs in training has no target and, as an input, no gradient. If its embedding is zero,
     its logit is 0 whatever the text, and all such tokens together add count * exp(0) to the softmax's denominator:
-    one more column, log(count). So a decoder of the seen tokens alone is trained, and `whole_table` gives
+    one more term, as of a logit log(count). So a decoder of the seen tokens alone is trained, and `whole_table` gives
     its table all 50,257 rows, as any GPT-2 expects.
     """
 
@@ -96,11 +106,12 @@ class SeenTokens:
     def loss(self, decoder, tokens, targets, reduction="mean"):
         """Cross-entropy of next tokens; ids of tokens and targets (R, T), IGNORE where there is no target."""
         used = targets != IGNORE
-        hidden = decoder.hidden(self.places[tokens])[used]
-        table = decoder.head_weight()
-        head = F.pad(table, (0, 0, 0, 1))  # a row of zeros for the unseen …
-        bias = F.pad(table.new_zeros(len(table)), (0, 1), value=math.log(max(self.unseen, 1e-30)))  # … and their number
-        return F.cross_entropy(F.linear(hidden, head, bias).float(), self.places[targets[used]], reduction=reduction)
+        logits = F.linear(decoder.hidden(self.places[tokens])[used], decoder.head_weight()).float()
+        denominator = logits.logsumexp(-1)
+        if self.unseen:
+            denominator = torch.logaddexp(denominator, denominator.new_tensor(math.log(self.unseen)))
+        losses = denominator - logits.gather(1, self.places[targets[used]][:, None]).squeeze(1)
+        return losses.mean() if reduction == "mean" else losses.sum()
 
     def whole_table(self, table):
         """Embeddings of the seen tokens (len(ids), C) -> of all tokens (vocab_size, C)"""
@@ -122,14 +133,13 @@ def perplexity(decoder, seen, rows, device, batch_size=256):
             total += seen.loss(decoder, tokens, targets, "sum").item()
         count += (targets != IGNORE).sum().item()
     decoder.train()
-    return math.exp(total / count)
+    return math.exp(total / count) if count else math.nan
 
 
 def train(settings, text_files, caption_files, device=None):
     """Train and write the decoder. Returns the perplexity on the held-out captions after each epoch."""
     device = device or pick_device()
-    state_file = Path(settings.output).with_suffix(".state.pt")
-    refuse_to_overwrite(settings.output, state_file)
+    state_file = prepare_output(settings.output)
     texts, kept_out = read_texts(text_files, caption_files, settings.held_out)
     if not texts:
         raise UserError("there is nothing to train on: name --text or --captions files")
@@ -152,7 +162,9 @@ def train(settings, text_files, caption_files, device=None):
     print(f"{len(rows)} captions, {sum(lengths)} tokens, {len(seen.ids)} of them different; "
           f"{sum(p.numel() for p in parameters.values()) / 1e6:.1f}M parameters; {device}")
 
-    progress = load_state(state_file, asdict(settings), optimizer, parameters, device)
+    same = {**asdict(settings), "captions": len(rows), "tokens": sum(lengths)}
+    same.pop("save_minutes")
+    progress = load_state(state_file, same, optimizer, parameters, device)
     progress = progress or {"epoch": 0, "step": 0, "perplexity": []}
     saved = time.monotonic()
     for epoch in range(progress["epoch"], settings.epochs):
@@ -172,13 +184,13 @@ def train(settings, text_files, caption_files, device=None):
                 bar.set_postfix(loss=f"{running:.3f}")
             if time.monotonic() - saved > 60 * settings.save_minutes:
                 progress.update(epoch=epoch, step=step + 1)
-                save_state(state_file, asdict(settings), optimizer, parameters, progress)
+                save_state(state_file, same, optimizer, parameters, progress)
                 saved = time.monotonic()
         if held_out_rows:
             progress["perplexity"].append(perplexity(decoder, seen, held_out_rows, device))
             print(f"epoch {epoch + 1}: perplexity {progress['perplexity'][-1]:.2f} on {len(held_out_rows)} held-out captions")
         progress.update(epoch=epoch + 1, step=0)
-        save_state(state_file, asdict(settings), optimizer, parameters, progress)
+        save_state(state_file, same, optimizer, parameters, progress)
     state = decoder.pretrained_state()
     state["wte.weight"] = seen.whole_table(state["wte.weight"])
     # safetensors refuses transposed views, hence the copies; fp16 halves the file.

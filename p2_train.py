@@ -7,7 +7,6 @@ off; the epoch with the best CIDEr on them is the checkpoint. An interrupted run
 given again.
 """
 
-import json
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,7 +21,7 @@ from dataset import FeatureCache, bucketed_batches, clean_caption, collate, read
 from encoder import ImageEncoder
 from p2_evaluate import cider, tokenize
 from tokenizer import END_OF_TEXT, BPETokenizer
-from training import adamw, autocast, cosine, load_state, pick_device, refuse_to_overwrite, save_state, step_optimizer
+from training import adamw, autocast, check_settings, cosine, load_state, pick_device, prepare_output, save_state, step_optimizer
 
 
 @dataclass
@@ -32,17 +31,20 @@ class Settings:
     output: str = "checkpoints/captioner.safetensors"
     cache: str = "cache"
     views: int = 2
-    epochs: int = 8
+    epochs: int = 18
     batch_size: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.2e-3
     weight_decay: float = 0.05
-    warmup: float = 0.04
+    warmup: float = 0.02
     clip: float = 1.0
     label_smoothing: float = 0.1
     selection: int = 500
     selection_beam: int = 3
     seed: int = 0
     save_minutes: float = 5.0
+
+    def __post_init__(self):
+        check_settings(self, ("epochs", "batch_size", "views", "selection_beam"), ("warmup", "label_smoothing"))
 
 
 HELP = dict(
@@ -60,7 +62,7 @@ HELP = dict(
 class CaptionData:
     """Tokens of every image's captions, and the cached features beside them."""
 
-    def __init__(self, images, tokenizer, features, max_tokens):
+    def __init__(self, images, tokenizer, max_tokens, features=None):
         self.features = features
         self.rows = []  # for each image, its captions' tokens
         for image in images:
@@ -94,23 +96,23 @@ def caption_features(model, features, generation, device, batch_size=100):
 def train(config, settings, device=None):
     """Train, keep the best checkpoint, and return [{epoch, loss, cider}, …]."""
     device = device or pick_device()
-    state_file = Path(settings.output).with_suffix(".state.pt")
-    refuse_to_overwrite(settings.output, state_file)
+    state_file = prepare_output(settings.output)
     data = Path(settings.data)
     images = read_captions(data / "train.json", data / "images" / "train")
+    images = [image for image in images if image.captions]
     if not 0 < settings.selection < len(images):
         raise UserError(f"{len(images)} images cannot be split into training and {settings.selection} for selection")
-    images = [image for image in images if image.captions]
     parts = images[:-settings.selection], images[-settings.selection:]
 
     torch.manual_seed(settings.seed)
     encoder = ImageEncoder(config.encoder, config.image_size)
-    features, selection_features = (
+    decoder = config.load_decoder(settings.decoder)
+    train_data = CaptionData(parts[0], BPETokenizer(), max_tokens=decoder.config.n_positions - 1)
+    model = Captioner(config, encoder, decoder, train_data.token_ids()).to(device)
+    # Last, since it can take long: whatever is wrong above shows first.
+    train_data.features, selection_features = (
         FeatureCache(encoder, [image.path for image in part], settings.cache, views, device=device)
         for part, views in zip(parts, (settings.views, 1)))
-    decoder = config.load_decoder(settings.decoder)
-    train_data = CaptionData(parts[0], BPETokenizer(), features, max_tokens=decoder.config.n_positions - 1)
-    model = Captioner(config, encoder, decoder, train_data.token_ids()).to(device)
     references = tokenize({str(i): image.captions for i, image in enumerate(parts[1])})
     trained = model.trained_parameters()
     optimizer = adamw(trained.values(), settings.learning_rate, settings.weight_decay)
@@ -120,11 +122,16 @@ def train(config, settings, device=None):
           f"{model.num_trained() / 1e6:.2f}M trained parameters of {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M; "
           f"{device}", flush=True)
 
-    settings_now = asdict(settings) | json.loads(json.dumps(asdict(config)))
-    progress = load_state(state_file, settings_now, optimizer, trained, device)
+    same = asdict(settings) | asdict(config) | {"lora_targets": list(config.lora_targets)} | {
+        "captions": sum(map(len, train_data.rows)), "encoder's weights": encoder.weights_hash,
+        "decoder's weights": decoder.weights_hash}
+    del same["save_minutes"], same["cache"]  # these change no result
+    progress = load_state(state_file, same, optimizer, trained, device)
     progress = progress or {"epoch": 0, "step": 0, "loss": 0.0, "seconds": 0.0, "history": []}
     started = saved = time.monotonic()
     before = progress["seconds"]
+    if not state_file.exists():
+        save_state(state_file, same, optimizer, trained, progress)
     for epoch in range(progress["epoch"], settings.epochs):
         generator = torch.Generator().manual_seed(settings.seed * 1000 + epoch)
         batches = bucketed_batches(train_data.lengths, settings.batch_size, generator)
@@ -145,7 +152,7 @@ def train(config, settings, device=None):
             if time.monotonic() - saved > 60 * settings.save_minutes:
                 progress.update(epoch=epoch, step=step + 1, loss=total_loss.item(),
                                 seconds=before + time.monotonic() - started)
-                save_state(state_file, settings_now, optimizer, trained, progress)
+                save_state(state_file, same, optimizer, trained, progress)
                 saved = time.monotonic()
         model.eval()
         captions = caption_features(model, selection_features, GenerationConfig(settings.selection_beam), device)
@@ -155,10 +162,10 @@ def train(config, settings, device=None):
         history.append({"epoch": epoch + 1, "loss": total_loss.item() / steps, "cider": float(score), "seconds": seconds})
         print(f"epoch {epoch + 1}: loss {history[-1]['loss']:.3f}, CIDEr {score:.4f} on the selection split, "
               f"{seconds / 60:.1f} min", flush=True)
-        if score >= max(entry["cider"] for entry in history):
+        if score > max((entry["cider"] for entry in history[:-1]), default=-1):
             model.save(settings.output, asdict(settings), {"selection": history[-1]})
         progress.update(epoch=epoch + 1, step=0, loss=0.0, seconds=seconds)
-        save_state(state_file, settings_now, optimizer, trained, progress)
+        save_state(state_file, same, optimizer, trained, progress)
         saved = time.monotonic()
     best = max(progress["history"], key=lambda entry: entry["cider"])
     print(f"best: CIDEr {best['cider']:.4f} after epoch {best['epoch']}, in {settings.output}")

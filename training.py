@@ -3,11 +3,12 @@
 import contextlib
 import math
 import os
+import pickle
 from pathlib import Path
 
 import torch
 
-from cli import UserError
+from cli import UserError, check_writable
 
 
 def pick_device():
@@ -57,7 +58,10 @@ def save_state(path, settings, optimizer, parameters, progress):
              "random": torch.get_rng_state(),
              "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
     temporary = Path(path).with_suffix(".tmp")
-    torch.save(state, temporary)
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -65,10 +69,14 @@ def load_state(path, settings, optimizer, parameters, device):
     """Restore what save_state wrote and return its `progress`, or None if there is nothing to go on from."""
     if not Path(path).exists():
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    changed = [key for key in settings if state["settings"].get(key) != settings[key]]
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before = state["settings"]
+    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
+        raise UserError(f"{path}, of an unfinished run, is damaged: delete it, or name another --output") from None
+    changed = [key for key in settings if before.get(key) != settings[key]]
     if changed:
-        raise UserError(f"{path} is of an unfinished run with another {changed[0]} ({state['settings'].get(changed[0])}, "
+        raise UserError(f"{path} is of an unfinished run with another {changed[0]} ({before.get(changed[0])}, "
                         f"not {settings[changed[0]]}): repeat its settings, delete it, or name another --output")
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -80,9 +88,27 @@ def load_state(path, settings, optimizer, parameters, device):
     return state["progress"]
 
 
-def refuse_to_overwrite(output, state_file):
-    """A finished run's output is not overwritten by starting its command again."""
+def prepare_output(output):
+    """Check that `output` can be written, and that no finished run wrote it; return the state file beside it."""
     output = Path(output)
-    if output.exists() and not Path(state_file).exists():
+    state_file = output.with_suffix(".state.pt")
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output is {output}, but should end in .safetensors")
+    if output.exists() and not state_file.exists():
         raise UserError(f"{output} is there already: delete it or name another --output")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the folder {output.parent}: {error.strerror}") from None
+    check_writable(output)
+    return state_file
+
+
+def check_settings(settings, at_least_one, fractions):
+    """Raise UserError unless these fields of a dataclass are at least 1, and those from 0 to below 1."""
+    for name in at_least_one:
+        if getattr(settings, name) < 1:
+            raise UserError(f"--{name} is {getattr(settings, name)}, but must be at least 1")
+    for name in fractions:
+        if not 0 <= getattr(settings, name) < 1:
+            raise UserError(f"--{name} is {getattr(settings, name)}, but must be at least 0 and below 1")

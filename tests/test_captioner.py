@@ -22,6 +22,7 @@ class FakeEncoder(torch.nn.Module):
         self.dim, self.num_tokens, self.image_size = dim, num_tokens, 8
         self.weight = torch.nn.Parameter(torch.ones(3), requires_grad=False)
 
+    @property
     def weights_hash(self):
         return content_hash({"weight": self.weight})
 
@@ -108,15 +109,15 @@ def test_more_than_35_million_trained_parameters_are_refused(tmp_path):
         make_captioner(tmp_path, projection_dim=1024, projection_layers=3)
 
 
-def test_linear_projection_mixes_nothing_and_layers_mix():
+def test_linear_projection_mixes_nothing_and_layers_mix_after_a_start_as_identity():
     features = torch.randn(1, 4, 12)
     other = features.clone()
     other[0, 3] += 1
-    for layers, mixes in (0, False), (1, True):
-        torch.manual_seed(0)
+    for layers in 0, 1:
         projection = Projection(CaptionerConfig(projection_layers=layers, projection_dim=64), 12, 4).eval()
-        first = (projection(features) - projection(other))[0, 0].abs().max().item()
-        assert (first > 1e-4) == mixes
+        assert torch.equal(projection(features)[0, 0], projection(other)[0, 0])
+    torch.nn.init.normal_(projection.layers[0].attn.c_proj.weight)
+    assert not torch.allclose(projection(features)[0, 0], projection(other)[0, 0], atol=1e-3)
 
 
 # ---- search ----
@@ -181,7 +182,7 @@ def test_beam_search_with_cache_and_batch_equals_plain_beam_search(tmp_path, K, 
 
 @pytest.mark.parametrize("generation", [GenerationConfig(1), GenerationConfig(3), GenerationConfig(sample=True, seed=3)])
 def test_captions_do_not_depend_on_the_batch(tmp_path, generation):
-    model = make_captioner(tmp_path)
+    model = make_captioner(tmp_path, token_ids=torch.arange(0, END_OF_TEXT + 1, 48), trained_scale=1.0)
     features = torch.randn(32, 4, 12)
 
     def in_batches(size):
@@ -228,7 +229,7 @@ def test_sampling_follows_the_distribution_and_its_cuts(tmp_path):
         probs = (logits / generation.temperature).softmax(-1)
         if keep is None:  # the smallest set whose mass reaches top_p
             keep = int((probs[order].cumsum(0) < generation.top_p).sum()) + 1
-            assert 1 < keep < 8
+            assert 1 < keep < 8, probs
         expected = torch.zeros(8).index_fill(0, order[:keep], 1) * probs
         expected /= expected.sum()
         found = sampled_frequencies(model, generation)
@@ -286,7 +287,7 @@ def test_newest_matching_checkpoint_is_found(tmp_path):
         model.save(tmp_path / f"{name}.safetensors")
         os.utime(tmp_path / f"{name}.safetensors", (10**9 - age, 10**9 - age))
     (tmp_path / "broken.safetensors").write_bytes(b"no")
-    assert newest_checkpoint(model.decoder.weights_hash, tmp_path) == tmp_path / "new.safetensors"
-    assert newest_checkpoint("another", tmp_path) is None
+    assert newest_checkpoint(model.decoder.weights_hash, [tmp_path]) == tmp_path / "new.safetensors"
+    assert newest_checkpoint("another", [tmp_path]) is None
     with pytest.raises(UserError, match="damaged"):
         read_metadata(tmp_path / "broken.safetensors")

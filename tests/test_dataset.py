@@ -2,6 +2,7 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -267,6 +268,7 @@ def test_coco_captions_are_read_in_order_as_they_are(tmp_path):
     ({"images": []}, "COCO's caption form.*annotations"),
     (COCO | {"images": [{"id": 10}]}, "COCO's caption form.*file_name"),
     (COCO | {"images": COCO["images"][:1]}, "COCO's caption form.*10"),
+    (COCO | {"annotations": [{"caption": None, "image_id": 10}]}, "COCO's caption form.*None is not a string"),
     (COCO, "1 images of .* are not in .*, the first is b.jpg")])
 def test_captions_of_another_form_are_refused(tmp_path, data, message):
     touch(tmp_path, "a.jpg")
@@ -293,13 +295,6 @@ def test_captions_are_laid_out_for_next_token_prediction():
         [64, 9592, 351, 257, 14595, 290, 867, 10801, 8217, 290, 257, 1787, 286, 2057, end],
         [64, 9592, end, none, none, none, none, none, none, none, none, none, none, none, none],
         [none] * 15]
-
-
-def test_layout_is_rounded_up():
-    inputs, targets = collate([[1, 2, 3]], multiple=8)
-    assert inputs.tolist() == [[50256, 1, 2, 3] + [50256] * 4]
-    assert targets.tolist() == [[1, 2, 3, 50256] + [-100] * 4]
-    assert collate([[1, 2, 3]], multiple=4)[0].shape == (1, 4)
 
 
 def test_batches_hold_every_index_once_and_little_padding():
@@ -413,10 +408,17 @@ def test_any_change_makes_a_new_cache(vit, photos, tmp_path):
     assert len(files) == 5
 
 
-def test_unreadable_training_image_is_named(vit, photos, tmp_path):
-    cut_in_half(photos[4])
-    with pytest.raises(UserError, match="4.jpg cannot be read: .*truncated"):
+def test_unreadable_training_images_are_all_named_at_once(vit, photos, tmp_path):
+    cut_in_half(photos[2])
+    photos[6].write_bytes(b"")
+    with pytest.raises(UserError, match="^2 images cannot be read, .*2.jpg: .*truncated.*6.jpg: the file is empty$"):
         cache_of(vit, photos, tmp_path / "cache")
+
+
+def test_two_runs_that_want_one_cache_build_it_once(vit, photos, tmp_path):
+    with Encoded(vit) as encoded, ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda _: cache_of(vit, photos, tmp_path / "cache").data.copy(), range(2))
+    assert encoded.images == 7 * 3 and np.array_equal(one, two)
 
 
 # ---- the encoder -----------------------------------------------------------------------------------------------
@@ -468,10 +470,10 @@ def test_encoder_is_timms_model_on_normalised_pixels(name):
 @pytest.mark.parametrize("name", ["test_vit", "test_efficientnet"])
 def test_encoder_stays_frozen(name):
     encoder = make_encoder(name, 32)
-    images, before = random_images(encoder), encoder.weights_hash()
+    images, before = random_images(encoder), encoder.weights_hash
     expected = encoder(images)
     encoder.train()
-    assert torch.equal(encoder(images), expected) and encoder.weights_hash() == before
+    assert torch.equal(encoder(images), expected) and encoder.weights_hash == before
     assert not any(module.training for module in encoder.modules())
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
 

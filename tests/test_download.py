@@ -304,11 +304,11 @@ def test_full_fetches_everything_in_its_format(start, hub, tmp_path):
     assert status == 0, error
     weights = tmp_path / "weights"
     assert {path.name for path in weights.iterdir()} == {
-        "decoder_model.bin", "vit_large_patch14_clip_224.openai.safetensors", "ViT-B-32.pt", "llava-1.5-7b-hf"}
+        "decoder_model.bin", "vit_large_patch14_clip_quickgelu_224.openai.safetensors", "ViT-B-32.pt", "llava-1.5-7b-hf"}
     for file, expected in [("decoder_model.bin", GPT2), ("ViT-B-32.pt", CLIP)]:
         state = torch.load(weights / file, weights_only=True)
         assert set(state) == set(expected) and all(torch.equal(state[name], expected[name]) for name in state)
-    assert set(load_file(weights / "vit_large_patch14_clip_224.openai.safetensors")) == set(CLIP)
+    assert set(load_file(weights / "vit_large_patch14_clip_quickgelu_224.openai.safetensors")) == set(CLIP)
     llava = hub.repositories["llava-hf/llava-1.5-7b-hf"]
     assert {path.name: path.read_bytes() for path in (weights / "llava-1.5-7b-hf").iterdir()} == {
         name: data for name, data in llava.items() if name != "README.md"}

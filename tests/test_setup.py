@@ -253,7 +253,7 @@ def test_test_script_passes_arguments_on(run, checkout, tmp_path):
 
 @pytest.mark.parametrize("status", [0, 1, 2, 3])
 def test_caption_script_passes_paths_and_status_through(run, checkout, tmp_path, status):
-    write_script(tmp_path / "stub" / "python3", f'#!/bin/bash\nprintf "<%s>" "$@"\nexit {status}\n')
+    write_script(tmp_path / "stub" / "python3", f'#!/bin/bash\n[ "$1" = -c ] && exit\nprintf "<%s>" "$@"\nexit {status}\n')
     arguments = ["my images", "out 'put'.json", "dec oder.bin", "check*point"]
     result = run("bash", checkout / "hw3_2.sh", *arguments, path=[tmp_path / "stub"])
     assert result.returncode == status
@@ -269,9 +269,18 @@ def test_caption_script_passes_paths_and_status_through(run, checkout, tmp_path,
 @pytest.mark.parametrize("script", ["hw3_2.sh", "hw3_download.sh"])
 def test_own_environment_is_used_if_none_is_active(run, checkout, tmp_path, script, environment, expected):
     shutil.copy(ROOT / script, checkout / script)
-    write_script(checkout / ".venv/bin/python3", "#!/bin/bash\necho ours\n")
-    write_script(tmp_path / "stub" / "python3", "#!/bin/bash\necho theirs\n")
+    write_script(checkout / ".venv/bin/python3", '#!/bin/bash\n[ "$1" = -c ] || echo ours\n')
+    write_script(tmp_path / "stub" / "python3", '#!/bin/bash\n[ "$1" = -c ] || echo theirs\n')
     assert run("bash", checkout / script, path=[tmp_path / "stub"], **environment).stdout.strip() == expected
+
+
+@pytest.mark.parametrize("python", [None, f'#!/bin/bash\nexec "{sys.executable}" -S "$@"\n'], ids=["no python", "bare"])
+def test_caption_script_says_that_packages_are_missing(run, checkout, tmp_path, python):
+    if python:
+        write_script(tmp_path / "stub" / "python3", python)
+    result = run("bash", checkout / "hw3_2.sh", "images", "out.json", path=[tmp_path / "stub"])
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("hw3_2.sh: python3 or its packages are missing") and result.stderr.count("\n") == 1
 
 
 def test_caption_script_calls_only_python():

@@ -137,7 +137,7 @@ def test_batches_hold_every_caption_of_each_image_beside_its_features():
 
     images = [type("Image", (), {"captions": ["one", "three words here"]}), type("Image", (), {"captions": ["four"]})]
     features = np.arange(2 * 3 * 4).reshape(2, 3, 4)  # images, views, a number for the tokens
-    data = p2_train.CaptionData(images, Tokenizer(), features, max_tokens=10)
+    data = p2_train.CaptionData(images, Tokenizer(), 10, features)
     inputs, tokens, targets = data.batch([1, 0], [2, 0])
     assert inputs.tolist() == [features[1, 2].tolist(), features[0, 0].tolist()]
     assert tokens.tolist() == [[END_OF_TEXT, 5, 5], [END_OF_TEXT] * 3, [END_OF_TEXT, 4, 4], [END_OF_TEXT, 17, 17]]

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import nn
 
 from cli import UserError, write_whole
-from dataset import IGNORE
+from dataset import IGNORE, collate
 from decoder import Block, Cache, Decoder, DecoderConfig, init_weights
 from encoder import WEIGHTS_FOLDER, ImageEncoder
 from tokenizer import END_OF_TEXT, BPETokenizer
@@ -154,10 +154,39 @@ class Captioner(nn.Module):
             features: (B, N, D) from the encoder.
             tokens, targets: (B * K, T), an image's K captions adjacent; IGNORE where there is no target.
         """
+        return self.token_losses(features, tokens, targets, label_smoothing).mean()
+
+    def token_losses(self, features, tokens, targets, label_smoothing=0.0):
+        """Cross-entropy at each target token, row by row; targets that are not among those scored are left out."""
         hidden = self.decoder.hidden(tokens, self.decoder.keys_values(self.projection(features)))
-        used = targets != IGNORE
+        places = torch.where(targets == IGNORE, IGNORE, self.places[targets.clamp(min=0)])
+        used = places != IGNORE
         logits = F.linear(hidden[used], self.decoder.head_weight(self.token_ids))  # (tokens used, V)
-        return F.cross_entropy(logits.float(), self.places[targets[used]], label_smoothing=label_smoothing)
+        return F.cross_entropy(logits.float(), places[used], label_smoothing=label_smoothing, reduction="none")
+
+    def self_critical_loss(self, features, reward, samples, seed=0, max_length=30):
+        """Self-critical sequence training (Rennie et al. 2017): REINFORCE on captions that the model itself draws.
+
+        The baseline of a caption's reward is the mean over the image's other samples (Luo 2020, arXiv:2003.09971),
+        which needs no greedy caption beside them.
+
+        Args:
+            features: (B, N, D) from the encoder.
+            reward: function from the list of B * samples captions, an image's adjacent, to as many numbers.
+            samples: captions drawn for each image, at least 2.
+        Returns the loss, averaged over the tokens drawn, and the mean reward.
+        """
+        generation = GenerationConfig(sample=True, max_length=max_length, seed=seed)
+        with torch.inference_mode():
+            rows = self.sample(self.projection(features), generation, range(samples * len(features)))
+        rewards = torch.as_tensor(reward([self.text(row) for row in rows]), dtype=torch.float32).view(-1, samples)
+        others = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
+        advantages = (rewards - others).flatten()[:, None].to(features.device)  # (B * samples, 1)
+        tokens, targets = (x.to(features.device) for x in collate(rows))
+        targets[[not row for row in rows], 0] = END_OF_TEXT  # drawn at once; to collate, an empty row is no caption
+        targets[:, max_length:] = IGNORE  # a caption that was cut there did not draw its end
+        weights = advantages.expand_as(targets)[targets != IGNORE]
+        return (weights * self.token_losses(features, tokens, targets)).mean(), rewards.mean().item()
 
     # ---- generation ----
 
@@ -170,13 +199,17 @@ class Captioner(nn.Module):
     def generate(self, features, generation=None, seeds=None):
         """Features (B, N, D) -> list of B captions.
 
-        `seeds`: one number for each image, which with `generation.seed` decides its samples whatever the batch
-        (default: 0 … B - 1).
+        `seeds`: one number for each image, which with `generation.seed` decides its sample whatever the batch
+        (default: 0 … B - 1); with K numbers for each image, K samples of each.
         """
         generation = generation or GenerationConfig()
         image = self.projection(features)
         rows = self.sample(image, generation, seeds) if generation.sample else self.beam_search(image, generation)
-        return [" ".join(self.tokenizer.decode(row).split()) for row in rows]
+        return [self.text(row) for row in rows]
+
+    def text(self, tokens):
+        """Token ids, without <|endoftext|> -> the caption, on one line."""
+        return " ".join(self.tokenizer.decode(tokens).split())
 
     def next_log_probs(self, tokens, keys_values, cache, head, temperature=1.0):
         """The step of generation: tokens (R, 1) after those in the cache -> log-probabilities (R, V), fp32."""
@@ -253,9 +286,9 @@ class Captioner(nn.Module):
         return self.token_ids[places].tolist()
 
     def sample(self, image, generation, seeds=None):
-        """Image tokens (B, N, C) -> B lists of token ids drawn with temperature, top-k and nucleus (top-p).
+        """Image tokens (B, N, C) -> as many lists of token ids as seeds, drawn with temperature, top-k and top-p.
 
-        Holtzman et al. 2020, arXiv:1904.09751. Drawn as the largest of log p + Gumbel noise, each image's noise its
+        Top-p is nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751). Drawn as the largest of log p + Gumbel noise, each image's noise its
         own, so that its caption depends neither on the others of the batch nor on the last bit of p.
         """
         max_length = min(generation.max_length, self.decoder.config.n_positions)
@@ -264,18 +297,19 @@ class Captioner(nn.Module):
         cache = Cache(max_length)
         seeds = range(len(image)) if seeds is None else seeds
         random = [np.random.default_rng([generation.seed, seed]) for seed in seeds]
-        tokens = torch.full((len(image), max_length + 1), self.end, device=image.device)
-        ended = torch.zeros(len(image), dtype=torch.bool, device=image.device)
+        tokens = torch.full((len(random), max_length + 1), self.end, device=image.device)
+        ended = torch.zeros(len(random), dtype=torch.bool, device=image.device)
         for length in range(1, max_length + 1):
             last = self.token_ids[tokens[:, length - 1:length]]
             log_probs = self.next_log_probs(last, keys_values, cache, head, generation.temperature)
-            likely = log_probs.sort(-1, descending=True).values
-            if generation.top_k:
-                likely = likely[:, :generation.top_k]
-            probs = likely.softmax(-1)
-            # Tokens before which less than top_p lies stay: the one that crosses it as well.
-            kept = (probs.cumsum(-1) - probs < generation.top_p).sum(-1, keepdim=True)
-            log_probs = log_probs.masked_fill(log_probs < likely.gather(1, kept - 1), -torch.inf)
+            if generation.top_k or generation.top_p < 1:
+                likely = log_probs.sort(-1, descending=True).values
+                if generation.top_k:
+                    likely = likely[:, :generation.top_k]
+                probs = likely.softmax(-1)
+                # Tokens before which less than top_p lies stay: the one that crosses it as well.
+                kept = (probs.cumsum(-1) - probs < generation.top_p).sum(-1, keepdim=True)
+                log_probs = log_probs.masked_fill(log_probs < likely.gather(1, kept - 1), -torch.inf)
             noise = np.stack([rng.standard_exponential(len(head), dtype=np.float32) for rng in random])
             choice = (log_probs - torch.from_numpy(noise).to(image.device).log()).argmax(-1)
             tokens[:, length] = choice.masked_fill(ended, self.end)
@@ -296,6 +330,12 @@ class Captioner(nn.Module):
                     "training": training or {}, "scores": scores or {}}
         write_whole(path, save(tensors, {"captioner": json.dumps(metadata)}))
 
+    def load_trained(self, state):
+        """Take these values for all that is trained. Raises KeyError or RuntimeError where names or shapes differ."""
+        if state.keys() != self.trained_parameters().keys():
+            raise KeyError("other names")
+        self.load_state_dict(state, strict=False)
+
     @classmethod
     def load(cls, checkpoint, decoder_weights, encoder=None, all_tokens=False):
         """Rebuild a captioner for inference from a checkpoint and the decoder weights it was trained with.
@@ -310,21 +350,24 @@ class Captioner(nn.Module):
         config = CaptionerConfig(**metadata["model"])
         decoder = config.load_decoder(decoder_weights)
         encoder = encoder or ImageEncoder(config.encoder, config.image_size)
-        for part, now, where in (("decoder", decoder.weights_hash, decoder_weights),
-                                 ("encoder", encoder.weights_hash, config.encoder)):
-            if now != metadata[f"{part}_hash"]:
-                raise UserError(f"the checkpoint {checkpoint} was trained with other {part} weights than {where}")
+        check_hashes(checkpoint, metadata, decoder, decoder_weights, encoder)
         try:
             token_ids = state.pop("token_ids").long()
             model = cls(config, encoder, decoder, None if all_tokens else token_ids)
-            if state.keys() != model.trained_parameters().keys():
-                raise KeyError("other names")
-            model.load_state_dict(state, strict=False)
+            model.load_trained(state)
         except (KeyError, RuntimeError):
             raise UserError(f"the checkpoint {checkpoint} does not fit its own description: it is damaged") from None
         model.metadata = metadata
         model.decoder.merge_lora()
         return model.eval()
+
+
+def check_hashes(checkpoint, metadata, decoder, decoder_weights, encoder):
+    """Raise UserError unless these are the frozen weights that the checkpoint was trained with."""
+    for part, now, where in (("decoder", decoder.weights_hash, decoder_weights),
+                             ("encoder", encoder.weights_hash, encoder.name)):
+        if now != metadata[f"{part}_hash"]:
+            raise UserError(f"the checkpoint {checkpoint} was trained with other {part} weights than {where}")
 
 
 def read_metadata(checkpoint):

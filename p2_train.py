@@ -4,7 +4,7 @@
 
 `data` is in the course's layout: train.json in COCO's caption form and images/train. The last 500 images are split
 off; the epoch with the best CIDEr on them is the checkpoint. An interrupted run goes on when the same command is
-given again.
+given again. After the epochs of cross-entropy, `--scst_epochs` of self-critical training raise CIDEr itself.
 """
 
 import time
@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from captioner import Captioner, CaptionerConfig, GenerationConfig
+from captioner import Captioner, CaptionerConfig, GenerationConfig, check_hashes, read_metadata
+from cider import CiderScorer
 from cli import ArgumentParser, UserError, add_options, run, take_options
 from dataset import FeatureCache, bucketed_batches, clean_caption, collate, read_captions
 from encoder import ImageEncoder
 from p2_evaluate import cider, tokenize
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import adamw, autocast, check_settings, cosine, load_state, pick_device, prepare_output, save_state, step_optimizer
+from weightfiles import read_weights
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Settings:
     output: str = "checkpoints/captioner.safetensors"
     cache: str = "cache"
     views: int = 2
+    init: str = ""
     epochs: int = 18
     batch_size: int = 8
     learning_rate: float = 1.2e-3
@@ -38,18 +41,27 @@ class Settings:
     warmup: float = 0.02
     clip: float = 1.0
     label_smoothing: float = 0.1
+    scst_epochs: int = 0
+    scst_learning_rate: float = 3e-4
+    scst_samples: int = 5
     selection: int = 500
     selection_beam: int = 3
     seed: int = 0
     save_minutes: float = 5.0
 
     def __post_init__(self):
-        check_settings(self, ("epochs", "batch_size", "views", "selection_beam"), ("warmup", "label_smoothing"))
+        check_settings(self, ("batch_size", "views", "selection_beam"), ("warmup", "label_smoothing"))
+        if min(self.epochs, self.scst_epochs) < 0 or self.epochs + self.scst_epochs < 1:
+            raise UserError("--epochs and --scst_epochs must be at least 1 together")
+        if self.scst_samples < 2:
+            raise UserError(f"--scst_samples is {self.scst_samples}, but must be at least 2")
 
 
 HELP = dict(
     data="folder with train.json and images/train", decoder="GPT-2 weights, .bin or .safetensors",
     output="the checkpoint to write", cache="folder for the encoder's features",
+    init="checkpoint whose trained weights to start from; same model options", epochs="of cross-entropy",
+    scst_epochs="of self-critical training on CIDEr, after the others", scst_samples="captions drawn for each image",
     views="of each image in the cache: 1 as it is, 2 its mirror image as well, more: random crops too",
     batch_size="images, each with all its captions", warmup="part of all steps", clip="gradient norm",
     selection="images at the end of train.json, on which checkpoints are selected",
@@ -94,7 +106,7 @@ def caption_features(model, features, generation, device, batch_size=100):
 
 
 def train(config, settings, device=None):
-    """Train, keep the best checkpoint, and return [{epoch, loss, cider}, …]."""
+    """Train, keep the best checkpoint, and return [{epoch, loss or reward, cider, seconds}, …]."""
     device = device or pick_device()
     state_file = prepare_output(settings.output)
     data = Path(settings.data)
@@ -109,6 +121,14 @@ def train(config, settings, device=None):
     decoder = config.load_decoder(settings.decoder)
     train_data = CaptionData(parts[0], BPETokenizer(), max_tokens=decoder.config.n_positions - 1)
     model = Captioner(config, encoder, decoder, train_data.token_ids()).to(device)
+    if settings.init:
+        metadata = read_metadata(settings.init)
+        check_hashes(settings.init, metadata, decoder, settings.decoder, encoder)
+        try:
+            state = read_weights(settings.init, "checkpoint")
+            model.load_trained({name: value for name, value in state.items() if name != "token_ids"})
+        except (KeyError, RuntimeError):
+            raise UserError(f"the checkpoint {settings.init} has other model options: {metadata['model']}") from None
     # Last, since it can take long: whatever is wrong above shows first.
     train_data.features, selection_features = (
         FeatureCache(encoder, [image.path for image in part], settings.cache, views, device=device)
@@ -117,7 +137,6 @@ def train(config, settings, device=None):
     trained = model.trained_parameters()
     optimizer = adamw(trained.values(), settings.learning_rate, settings.weight_decay)
     steps = -(-len(parts[0]) // settings.batch_size)
-    total = steps * settings.epochs
     print(f"{len(parts[0])} images to train on, {len(parts[1])} to select on, {len(model.token_ids)} tokens occur; "
           f"{model.num_trained() / 1e6:.2f}M trained parameters of {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M; "
           f"{device}", flush=True)
@@ -127,30 +146,45 @@ def train(config, settings, device=None):
         "decoder's weights": decoder.weights_hash}
     del same["save_minutes"], same["cache"]  # these change no result
     progress = load_state(state_file, same, optimizer, trained, device)
-    progress = progress or {"epoch": 0, "step": 0, "loss": 0.0, "seconds": 0.0, "history": []}
+    progress = progress or {"epoch": 0, "step": 0, "running": 0.0, "seconds": 0.0, "history": []}
     started = saved = time.monotonic()
     before = progress["seconds"]
     if not state_file.exists():
         save_state(state_file, same, optimizer, trained, progress)
-    for epoch in range(progress["epoch"], settings.epochs):
+    scorer = None
+    for epoch in range(progress["epoch"], settings.epochs + settings.scst_epochs):
+        scst = epoch >= settings.epochs
+        stage_start, stage_epochs = (settings.epochs, settings.scst_epochs) if scst else (0, settings.epochs)
+        total = steps * stage_epochs
+        if scst and scorer is None:
+            scorer = CiderScorer([image.captions for image in parts[0]], end="<end>")
         generator = torch.Generator().manual_seed(settings.seed * 1000 + epoch)
         batches = bucketed_batches(train_data.lengths, settings.batch_size, generator)
         views = torch.randint(settings.views, (len(parts[0]),), generator=generator).numpy()
-        model.train()
-        total_loss = torch.tensor(progress["loss"], device=device)
-        bar = tqdm(range(progress["step"], steps), desc=f"epoch {epoch + 1}/{settings.epochs}", unit="batch")
+        model.train(not scst)  # captions are drawn, and judged, without dropout
+        running = torch.tensor(progress["running"], device=device)  # the sum of the losses, or of the rewards
+        name = "reward" if scst else "loss"
+        bar = tqdm(range(progress["step"], steps), desc=f"epoch {epoch + 1}/{settings.epochs + settings.scst_epochs}",
+                   unit="batch")
         for step in bar:
             inputs, tokens, targets = (x.to(device) for x in train_data.batch(batches[step], views[batches[step]]))
             with autocast(device):
-                loss = model.loss(inputs.float(), tokens, targets, settings.label_smoothing)
+                if scst:
+                    numbers = np.repeat(batches[step], settings.scst_samples)
+                    loss, mean_reward = model.self_critical_loss(
+                        inputs.float(), lambda captions: scorer.score(numbers, captions), settings.scst_samples,
+                        seed=(settings.seed * 1000 + epoch) * steps + step)
+                else:
+                    loss = model.loss(inputs.float(), tokens, targets, settings.label_smoothing)
             loss.backward()
-            factor = cosine(epoch * steps + step, total, max(1, int(settings.warmup * total)))
-            step_optimizer(optimizer, settings.learning_rate * factor, settings.clip)
-            total_loss += loss.detach()
+            factor = cosine((epoch - stage_start) * steps + step, total, max(1, int(settings.warmup * total)))
+            peak = settings.scst_learning_rate if scst else settings.learning_rate
+            step_optimizer(optimizer, peak * factor, settings.clip)
+            running += mean_reward if scst else loss.detach()
             if step % 20 == 0:
-                bar.set_postfix(loss=f"{total_loss.item() / (step + 1):.3f}")
+                bar.set_postfix({name: f"{running.item() / (step + 1):.3f}"})
             if time.monotonic() - saved > 60 * settings.save_minutes:
-                progress.update(epoch=epoch, step=step + 1, loss=total_loss.item(),
+                progress.update(epoch=epoch, step=step + 1, running=running.item(),
                                 seconds=before + time.monotonic() - started)
                 save_state(state_file, same, optimizer, trained, progress)
                 saved = time.monotonic()
@@ -159,12 +193,12 @@ def train(config, settings, device=None):
         score, _ = cider(references, tokenize({str(i): [caption] for i, caption in enumerate(captions)}))
         seconds = before + time.monotonic() - started
         history = progress["history"]
-        history.append({"epoch": epoch + 1, "loss": total_loss.item() / steps, "cider": float(score), "seconds": seconds})
-        print(f"epoch {epoch + 1}: loss {history[-1]['loss']:.3f}, CIDEr {score:.4f} on the selection split, "
+        history.append({"epoch": epoch + 1, name: running.item() / steps, "cider": score, "seconds": seconds})
+        print(f"epoch {epoch + 1}: {name} {history[-1][name]:.3f}, CIDEr {score:.4f} on the selection split, "
               f"{seconds / 60:.1f} min", flush=True)
         if score > max((entry["cider"] for entry in history[:-1]), default=-1):
             model.save(settings.output, asdict(settings), {"selection": history[-1]})
-        progress.update(epoch=epoch + 1, step=0, loss=0.0, seconds=seconds)
+        progress.update(epoch=epoch + 1, step=0, running=0.0, seconds=seconds)
         save_state(state_file, same, optimizer, trained, progress)
         saved = time.monotonic()
     best = max(progress["history"], key=lambda entry: entry["cider"])

@@ -19,7 +19,7 @@ class FakeEncoder(torch.nn.Module):
 
     def __init__(self, dim=12, num_tokens=4):
         super().__init__()
-        self.dim, self.num_tokens, self.image_size = dim, num_tokens, 8
+        self.name, self.dim, self.num_tokens, self.image_size = "fake", dim, num_tokens, 8
         self.weight = torch.nn.Parameter(torch.ones(3), requires_grad=False)
 
     @property
@@ -118,6 +118,46 @@ def test_linear_projection_mixes_nothing_and_layers_mix_after_a_start_as_identit
         assert torch.equal(projection(features)[0, 0], projection(other)[0, 0])
     torch.nn.init.normal_(projection.layers[0].attn.c_proj.weight)
     assert not torch.allclose(projection(features)[0, 0], projection(other)[0, 0], atol=1e-3)
+
+
+def test_self_critical_loss_is_reinforce_with_the_other_samples_as_baseline(tmp_path):
+    model = make_captioner(tmp_path, token_ids=torch.tensor([5, 9, 11, 400, END_OF_TEXT]), decoder_scale=0.1)
+    torch.manual_seed(1)
+    features, drawn = torch.randn(2, 4, 12), []
+
+    def reward(captions):
+        drawn.extend(captions)
+        return [float(i**2) for i in range(len(captions))]  # 0 1 4, 9 16 25
+
+    loss, mean = model.self_critical_loss(features, reward, samples=3, seed=3, max_length=3)
+    assert mean == pytest.approx(55 / 6)
+    rows = model.sample(model.projection(features), GenerationConfig(sample=True, max_length=3, seed=3), range(6))
+    assert drawn == [model.text(row) for row in rows] and {len(row) == 3 for row in rows} == {True, False}
+    log_probs = [log_prob_without_cache(model, features[i // 3:i // 3 + 1], row + [END_OF_TEXT] * (len(row) < 3))
+                 for i, row in enumerate(rows)]
+    advantages = [0 - 2.5, 1 - 2, 4 - 0.5, 9 - 20.5, 16 - 17, 25 - 12.5]
+    tokens = sum(len(row) + (len(row) < 3) for row in rows)
+    by_hand = -sum(advantage * log_prob for advantage, log_prob in zip(advantages, log_probs)) / tokens
+    assert loss.item() == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_self_critical_training_raises_the_reward(tmp_path):
+    model = make_captioner(tmp_path, token_ids=torch.tensor([5, 9, 11, 400, END_OF_TEXT]), trained_scale=0.05)
+    features = torch.randn(4, 4, 12)
+    wanted = model.text([11] * 5)
+
+    def reward(captions):
+        return [float(caption == wanted) for caption in captions]
+
+    optimizer = torch.optim.Adam(model.trained_parameters().values(), lr=1e-2)
+    means = []
+    for step in range(60):
+        loss, mean = model.self_critical_loss(features, reward, samples=20, seed=step, max_length=6)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        means.append(mean)
+    assert sum(means[-5:]) > 4 and sum(means[:5]) < 1, means
 
 
 # ---- search ----
@@ -235,6 +275,12 @@ def test_sampling_follows_the_distribution_and_its_cuts(tmp_path):
         found = sampled_frequencies(model, generation)
         assert (found - expected).abs().max() < 4 * math.sqrt(0.25 / 4000)
         assert not found[order[keep:]].any()
+
+
+def test_several_samples_of_an_image_are_those_of_its_copies(tmp_path):
+    model = make_captioner(tmp_path)
+    features, generation = torch.randn(3, 4, 12), GenerationConfig(sample=True, max_length=8)
+    assert model.generate(features, generation, range(6)) == model.generate(features.repeat_interleave(2, 0), generation)
 
 
 def test_samples_are_the_same_for_a_seed_and_differ_between_seeds(tmp_path):

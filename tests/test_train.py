@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,20 +78,38 @@ def interrupt_after(module, monkeypatch, steps):
     return original
 
 
-@pytest.mark.parametrize("steps, save_minutes", [(11, 1e9), (10, 0.0)])  # on from an epoch's end, and from its middle
-def test_resumed_training_equals_training_without_interruption(workplace, monkeypatch, steps, save_minutes):
-    history = p2_train.train(CONFIG, settings(output="checkpoints/whole.safetensors"), "cpu")
-    stopped = settings(output="checkpoints/stopped.safetensors", save_minutes=save_minutes)
+@pytest.mark.parametrize("steps, save_minutes, scst_epochs", [
+    (11, 1e9, 0), (10, 0.0, 0),  # on from an epoch's end, and from its middle
+    (13, 0.0, 2)])  # and from the middle of self-critical training
+def test_resumed_training_equals_training_without_interruption(workplace, monkeypatch, steps, save_minutes, scst_epochs):
+    stages = dict(epochs=4 - scst_epochs, scst_epochs=scst_epochs)
+    history = p2_train.train(CONFIG, settings(output="checkpoints/whole.safetensors", **stages), "cpu")
+    stopped = settings(output="checkpoints/stopped.safetensors", save_minutes=save_minutes, **stages)
     original = interrupt_after(p2_train, monkeypatch, steps)
     with pytest.raises(Interrupted):
         p2_train.train(CONFIG, stopped, "cpu")
     monkeypatch.setattr(p2_train, "step_optimizer", original)
     torch.manual_seed(999)  # the state brings its own
     resumed = p2_train.train(CONFIG, stopped, "cpu")
-    assert [(e["epoch"], e["loss"], e["cider"]) for e in resumed] == [(e["epoch"], e["loss"], e["cider"]) for e in history]
+    for entry in resumed + history:
+        assert entry.pop("seconds") > 0
+    assert resumed == history and ["reward" in entry for entry in history] == [False] * (4 - scst_epochs) + [True] * scst_epochs
     whole, stopped = load_file("checkpoints/whole.safetensors"), load_file("checkpoints/stopped.safetensors")
     assert whole.keys() == stopped.keys() and all(torch.equal(whole[name], stopped[name]) for name in whole)
-    assert history[-1]["loss"] < history[0]["loss"]
+    assert history[1]["loss"] < history[0]["loss"]
+
+
+def test_training_starts_from_a_checkpoint_of_the_same_model(workplace, monkeypatch):
+    p2_train.train(CONFIG, settings(epochs=2, output="checkpoints/first.safetensors"), "cpu")
+    interrupt_after(p2_train, monkeypatch, 0)
+    with pytest.raises(Interrupted):
+        p2_train.train(CONFIG, settings(init="checkpoints/first.safetensors", output="checkpoints/second.safetensors"), "cpu")
+    start = torch.load("checkpoints/second.state.pt")["parameters"]
+    first = load_file("checkpoints/first.safetensors")
+    assert all(torch.equal(value.half(), first[name]) for name, value in start.items())
+    for config, words in ((replace(CONFIG, lora_rank=4), "other model options"), (replace(CONFIG, image_size=48), "encoder")):
+        with pytest.raises(UserError, match=words):
+            p2_train.train(config, settings(init="checkpoints/first.safetensors", output="checkpoints/third.safetensors"), "cpu")
 
 
 def test_trained_captioner_names_the_colours_of_new_pictures(workplace, monkeypatch):

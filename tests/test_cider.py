@@ -6,8 +6,9 @@ import random
 import numpy as np
 import pytest
 
-import p2_evaluate
+import metrics
 from cider import CiderScorer, tokenize
+from p2_evaluate import load_references
 
 CAPTIONS = [  # and their tokens
     ("A dog can't run; it's wet, isn't it?", "a dog ca n't run it 's wet is n't it"),
@@ -25,14 +26,14 @@ CAPTIONS = [  # and their tokens
 
 def test_tokens_are_those_of_the_java_tokenizer():
     assert [" ".join(tokenize(caption)) for caption, _ in CAPTIONS] == [tokens for _, tokens in CAPTIONS]
-    assert p2_evaluate.tokenize({0: [caption for caption, _ in CAPTIONS]})[0] == [tokens for _, tokens in CAPTIONS]
+    assert metrics.tokenize({0: [caption for caption, _ in CAPTIONS]})[0] == [tokens for _, tokens in CAPTIONS]
 
 
 def test_tokens_of_all_flickr8k_captions(flickr8k):
     """All but one in ten thousand: the Java tokenizer looks at the next line to judge a full stop."""
     captions = [entry["caption"] for name in ("train", "val")
                 for entry in json.loads((flickr8k / f"{name}.json").read_text(encoding="utf-8"))["annotations"]]
-    java = p2_evaluate.tokenize({0: captions})[0]
+    java = metrics.tokenize({0: captions})[0]
     different = sum(" ".join(tokenize(caption)) != tokens for caption, tokens in zip(captions, java))
     assert different <= len(captions) / 10_000
 
@@ -51,8 +52,8 @@ def world(images, seed=0):
 
 def reference_scores(references, candidates):
     keys = range(len(references))
-    return p2_evaluate.cider(p2_evaluate.tokenize(dict(zip(keys, references))),
-                             p2_evaluate.tokenize({key: [candidates[key]] for key in keys}))
+    return metrics.cider(metrics.tokenize(dict(zip(keys, references))),
+                             metrics.tokenize({key: [candidates[key]] for key in keys}))
 
 
 @pytest.mark.parametrize("images", [10, 60])
@@ -65,7 +66,7 @@ def test_scores_are_those_of_the_reference_implementation(images):
 
 
 def test_scores_on_validation_captions(flickr8k):
-    references = list(p2_evaluate.load_references(flickr8k / "val.json").values())
+    references = [image.captions for image in load_references(flickr8k / "val.json").values()]
     candidates = [captions[0] for captions in references]
     references = [captions[1:] for captions in references]
     for shift in 0, 7:  # people's captions, and those of other pictures

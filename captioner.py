@@ -164,7 +164,7 @@ class Captioner(nn.Module):
         logits = F.linear(hidden[used], self.decoder.head_weight(self.token_ids))  # (tokens used, V)
         return F.cross_entropy(logits.float(), places[used], label_smoothing=label_smoothing, reduction="none")
 
-    def self_critical_loss(self, features, reward, samples, seed=0, max_length=30):
+    def self_critical_loss(self, features, reward, samples, seed=0, max_length=24):
         """Self-critical sequence training (Rennie et al. 2017): REINFORCE on captions that the model itself draws.
 
         The baseline of a caption's reward is the mean over the image's other samples (Luo 2020, arXiv:2003.09971),
@@ -177,7 +177,7 @@ class Captioner(nn.Module):
         Returns the loss, averaged over the tokens drawn, and the mean reward.
         """
         generation = GenerationConfig(sample=True, max_length=max_length, seed=seed)
-        with torch.inference_mode():
+        with torch.inference_mode(), self.decoder.merged_lora():
             rows = self.sample(self.projection(features), generation, range(samples * len(features)))
         rewards = torch.as_tensor(reward([self.text(row) for row in rows]), dtype=torch.float32).view(-1, samples)
         others = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)

@@ -5,6 +5,7 @@ B images, K captions of each (rows R = B * K, an image's captions adjacent), T t
 C width, H heads of 64, V vocabulary.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import loralib
@@ -319,10 +320,27 @@ class Decoder(nn.Module):
         keys_values = self.keys_values(image) if image is not None else None
         return F.linear(self.hidden(tokens, keys_values), self.head_weight(token_ids))
 
+    def lora_layers(self):
+        """The layers with a low-rank update that is not folded in."""
+        return [module for module in self.modules()
+                if isinstance(module, (loralib.Linear, loralib.MergedLinear)) and module.r and not module.merged]
+
     def merge_lora(self):
         """Fold the low-rank updates into the weights: the same outputs, faster. For inference only."""
-        for module in self.modules():
-            if isinstance(module, (loralib.Linear, loralib.MergedLinear)) and module.r and not module.merged:
-                module.merge_weights = True
-                module.train(False)
+        for module in self.lora_layers():
+            module.merge_weights = True
+            module.train(False)
         return self
+
+    @contextmanager
+    def merged_lora(self):
+        """`merge_lora` for a while, as within training: afterwards every weight is what it was, to the bit."""
+        before = [(module, module.weight.data, module.training) for module in self.lora_layers()]
+        for module, weight, _ in before:
+            module.weight.data = weight.clone()
+        self.merge_lora()
+        try:
+            yield
+        finally:
+            for module, weight, training in before:
+                module.weight.data, module.merged, module.merge_weights, module.training = weight, False, False, training

@@ -100,7 +100,7 @@ def caption_features(model, features, generation, device, batch_size=100):
     captions = []
     for start in range(0, len(features.data), batch_size):
         numbers = np.arange(start, min(start + batch_size, len(features.data)))
-        with autocast(device):
+        with autocast(device), model.decoder.merged_lora():
             captions += model.generate(features[numbers, np.zeros_like(numbers)].to(device).float(), generation)
     return captions
 

@@ -147,6 +147,25 @@ def test_merged_lora_gives_the_same_outputs(tmp_path, targets):
     assert (before - plain).abs().mean() > 0.01
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_lora_merged_for_a_while_leaves_no_trace(tmp_path, training):
+    decoder = random_decoder(tmp_path, image_dim=64, lora_rank=4, lora_targets=("q", "v", "mlp"), dropout=0.0).train(training)
+    tokens, image = torch.randint(0, 300, (2, 9)), torch.randn(2, 5, 64)
+    before, output = {name: value.clone() for name, value in decoder.state_dict().items()}, decoder(tokens, image)
+    addresses = [parameter.data_ptr() for parameter in decoder.parameters()]
+    with torch.inference_mode(), decoder.merged_lora():
+        torch.testing.assert_close(decoder(tokens, image), output, atol=1e-4, rtol=1e-4)
+        assert not torch.equal(decoder.h[0].mlp.c_fc.weight, before["h.0.mlp.c_fc.weight"])
+        assert not decoder.lora_layers()
+    assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
+    assert addresses == [parameter.data_ptr() for parameter in decoder.parameters()]
+    assert all(module.training == training for module in decoder.modules())
+    again = decoder(tokens, image)
+    assert torch.equal(again, output)
+    again.sum().backward()
+    assert decoder.h[0].mlp.c_fc.lora_A.grad.abs().sum() > 0
+
+
 def test_attention_weights_are_those_of_the_forward_pass(tmp_path):
     decoder = random_decoder(tmp_path, image_dim=64, cross_dim=192)
     tokens, image, attentions = torch.randint(0, 300, (6, 9)), torch.randn(3, 5, 64), []

@@ -38,8 +38,9 @@ class CaptionerConfig:
     image_size: int = 0  # 0: the encoder's own
     projection_layers: int = 0  # transformer layers over the image tokens; 0: a linear projection
     projection_dim: int = 384
-    projection_dropout: float = 0.1
-    dropout: float = 0.0  # in the decoder
+    projection_dropout: float = 0.3
+    patch_dropout: float = 0.3  # part of an image's patches that a training step leaves out
+    dropout: float = 0.1  # in the decoder
     cross_dim: int = 0  # 0: the decoder's width
     lora_rank: int = 16
     lora_alpha: float = 32.0
@@ -48,6 +49,9 @@ class CaptionerConfig:
 
     def __post_init__(self):
         self.lora_targets = tuple(self.lora_targets)  # a list on the command line and in a checkpoint
+        for name in ("projection_dropout", "patch_dropout", "dropout", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, but must be at least 0 and below 1")
 
     def load_decoder(self, path):
         """The frozen decoder of a GPT-2 state dict, with trainable cross-attention and LoRA."""
@@ -90,7 +94,7 @@ class Projection(nn.Module):
             layer = DecoderConfig(n_embd=width, dropout=config.projection_dropout)
             self.layers.extend(Block(layer, causal=False) for _ in range(config.projection_layers))
         self.norm = nn.LayerNorm(width)
-        self.dropout = config.projection_dropout
+        self.dropout, self.patch_dropout = config.projection_dropout, config.patch_dropout
         init_weights(self, max(1, config.projection_layers))
         nn.init.normal_(self.input.weight, std=encoder_dim**-0.5)
         for layer in self.layers:  # they start as the identity, since attention learns a linear projection sooner
@@ -101,6 +105,10 @@ class Projection(nn.Module):
         x = self.input(features)
         if self.layers:
             x = x + self.positions.weight
+        if self.training and self.patch_dropout:  # the same number from every image (Liu et al. 2022, arXiv:2208.07220)
+            order = torch.rand(x.shape[:2], device=x.device).argsort(1)
+            kept = order[:, :max(1, round(x.shape[1] * (1 - self.patch_dropout)))]
+            x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
         x = F.dropout(x, self.dropout, self.training)
         for layer in self.layers:
             x = layer(x)
@@ -156,15 +164,15 @@ class Captioner(nn.Module):
         """
         return self.token_losses(features, tokens, targets, label_smoothing).mean()
 
-    def token_losses(self, features, tokens, targets, label_smoothing=0.0):
+    def token_losses(self, features, tokens, targets, label_smoothing=0.0, temperature=1.0):
         """Cross-entropy at each target token, row by row; targets that are not among those scored are left out."""
         hidden = self.decoder.hidden(tokens, self.decoder.keys_values(self.projection(features)))
         places = torch.where(targets == IGNORE, IGNORE, self.places[targets.clamp(min=0)])
         used = places != IGNORE
         logits = F.linear(hidden[used], self.decoder.head_weight(self.token_ids))  # (tokens used, V)
-        return F.cross_entropy(logits.float(), places[used], label_smoothing=label_smoothing, reduction="none")
+        return F.cross_entropy(logits.float() / temperature, places[used], label_smoothing=label_smoothing, reduction="none")
 
-    def self_critical_loss(self, features, reward, samples, seed=0, max_length=24):
+    def self_critical_loss(self, features, reward, samples, temperature=1.0, seed=0, max_length=24):
         """Self-critical sequence training (Rennie et al. 2017): REINFORCE on captions that the model itself draws.
 
         The baseline of a caption's reward is the mean over the image's other samples (Luo 2020, arXiv:2003.09971),
@@ -172,21 +180,29 @@ class Captioner(nn.Module):
 
         Args:
             features: (B, N, D) from the encoder.
-            reward: function from the list of B * samples captions, an image's adjacent, to as many numbers.
+            reward: function from B * samples captions, an image's adjacent, and whether each came to its end before
+                max_length, to as many numbers.
             samples: captions drawn for each image, at least 2.
+            temperature: of the policy that draws and is improved. At 1, label smoothing makes its captions poor.
         Returns the loss, averaged over the tokens drawn, and the mean reward.
         """
-        generation = GenerationConfig(sample=True, max_length=max_length, seed=seed)
+        generation = GenerationConfig(sample=True, temperature=temperature, max_length=max_length, seed=seed)
+        training = self.training
+        self.eval()  # captions are drawn without dropout, and judged with it
         with torch.inference_mode(), self.decoder.merged_lora():
             rows = self.sample(self.projection(features), generation, range(samples * len(features)))
-        rewards = torch.as_tensor(reward([self.text(row) for row in rows]), dtype=torch.float32).view(-1, samples)
+        self.train(training)
+        torch.clear_autocast_cache()  # of casts that were made without gradients
+        ended = [len(row) < max_length for row in rows]
+        rewards = torch.as_tensor(reward([self.text(row) for row in rows], ended), dtype=torch.float32).view(-1, samples)
         others = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
         advantages = (rewards - others).flatten()[:, None].to(features.device)  # (B * samples, 1)
         tokens, targets = (x.to(features.device) for x in collate(rows))
         targets[[not row for row in rows], 0] = END_OF_TEXT  # drawn at once; to collate, an empty row is no caption
         targets[:, max_length:] = IGNORE  # a caption that was cut there did not draw its end
         weights = advantages.expand_as(targets)[targets != IGNORE]
-        return (weights * self.token_losses(features, tokens, targets)).mean(), rewards.mean().item()
+        losses = self.token_losses(features, tokens, targets, temperature=temperature)
+        return (weights * losses).mean(), rewards.mean().item()
 
     # ---- generation ----
 
@@ -208,8 +224,9 @@ class Captioner(nn.Module):
         return [self.text(row) for row in rows]
 
     def text(self, tokens):
-        """Token ids, without <|endoftext|> -> the caption, on one line."""
-        return " ".join(self.tokenizer.decode(tokens).split())
+        """Token ids, without <|endoftext|> -> the caption, on one line, a capital first: CIDEr as a reward is blind to it."""
+        caption = " ".join(self.tokenizer.decode(tokens).split())
+        return caption[:1].upper() + caption[1:]
 
     def next_log_probs(self, tokens, keys_values, cache, head, temperature=1.0):
         """The step of generation: tokens (R, 1) after those in the cache -> log-probabilities (R, V), fp32."""
@@ -288,8 +305,8 @@ class Captioner(nn.Module):
     def sample(self, image, generation, seeds=None):
         """Image tokens (B, N, C) -> as many lists of token ids as seeds, drawn with temperature, top-k and top-p.
 
-        Top-p is nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751). Drawn as the largest of log p + Gumbel noise, each image's noise its
-        own, so that its caption depends neither on the others of the batch nor on the last bit of p.
+        Top-p is nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751). Drawn as the largest of log p + Gumbel noise,
+        each image's noise its own, so that its caption depends neither on the others of the batch nor on p's last bit.
         """
         max_length = min(generation.max_length, self.decoder.config.n_positions)
         head = self.decoder.head_weight(self.token_ids)

@@ -8,8 +8,8 @@ For use inside training. Reports go through pycocoevalcap (p2_evaluate.py), with
 
 import math
 import re
-from collections import Counter
 from functools import lru_cache
+from itertools import repeat
 
 import numpy as np
 
@@ -49,15 +49,12 @@ def tokenize(caption):
     """The tokens that pycocoevalcap scores: PTB's, lower case, without punctuation. list of str
 
     Where it differs from the Java tokenizer: there a single letter or an abbreviation before a full stop depends on
-    how the next caption in the file begins.
+    how the next caption in the file begins; and what captions of photographs hardly hold is split otherwise: tags in
+    angle brackets, web addresses, #hashtags and @mentions, smileys, signed numbers, ½, £ and °, '90s, y'all, Ph.D.,
+    feet and inches.
     """
     caption = caption.replace("&amp;", "&").replace("&nbsp;", " ").replace("’", "'")
     return [token for word in caption.split() for token in word_tokens(word)]
-
-
-def ngrams(tokens, longest=4):
-    """{n-gram: count} for n = 1 … 4, in one list by n."""
-    return [Counter(zip(*(tokens[i:] for i in range(n)))) for n in range(1, longest + 1)]
 
 
 class CiderScorer:
@@ -71,40 +68,77 @@ class CiderScorer:
 
     def __init__(self, references, end=None):
         self.end = [end] if end else []
-        counts = [[ngrams(tokenize(caption) + self.end) for caption in captions] for captions in references]
-        frequency = Counter(gram for captions in counts
-                            for gram in {gram for caption in captions for grams in caption for gram in grams})
-        log_images = math.log(len(counts))
-        self.unseen = log_images  # the weight of an n-gram in no reference
-        self.weights = {gram: log_images - math.log(number) for gram, number in frequency.items()}
-        self.images = [self._index(captions) for captions in counts]
+        self.numbers = {}  # n-gram -> its number
+        captions = [tokenize(caption) + self.end for group in references for caption in group]
+        sizes = np.array([len(group) for group in references])
+        image = np.repeat(np.arange(len(sizes)), sizes)  # of each caption
+        place = np.arange(len(image)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # its place among the image's
+        owner, gram, count = self._count(captions, {}, self.numbers)
 
-    def _index(self, captions):
-        """One image's references: {n-gram: [(which, weight), …]}, norms (R, 4) and lengths (R)."""
-        postings, norms = {}, np.zeros((len(captions), 4))
-        for which, caption in enumerate(captions):
-            for n, grams in enumerate(caption):
-                for gram, count in grams.items():
-                    weight = count * self.weights[gram]
-                    postings.setdefault(gram, []).append((which, weight))
-                    norms[which, n] += weight**2
-        return postings, np.sqrt(norms), np.array([sum(caption[1].values()) for caption in captions])
+        # In how many images each n-gram occurs, however many of their captions hold it.
+        occurs = np.unique(image[owner // 4] * len(self.numbers) + gram) % len(self.numbers)
+        log_images = math.log(len(sizes))
+        weights = log_images - np.log(np.bincount(occurs, minlength=len(self.numbers)))
+        self.weights = np.append(weights, log_images)  # the last for an n-gram in no reference
 
-    def score(self, images, captions):
-        """CIDEr-D of each caption against the references of its image: numbers and strings -> (len,) float64."""
-        return np.array([self._score(*self.images[image], tokenize(caption) + self.end)
-                         for image, caption in zip(images, captions)])
+        # What each image's captions hold of an n-gram, by image and n-gram: keys, and (place, weight) from starts on.
+        key = image[owner // 4] * len(self.numbers) + gram
+        order = np.argsort(key, kind="stable")
+        self.keys, first = np.unique(key[order], return_index=True)
+        self.starts = np.append(first, len(key))
+        self.places, self.values = place[owner // 4][order], (count * weights[gram])[order]
 
-    def _score(self, postings, norms, lengths, tokens):
-        products, norm, weight_of = np.zeros(norms.shape), [0.0] * 4, self.weights.get
-        for n, grams in enumerate(ngrams(tokens)):
-            for gram, count in grams.items():
-                weight = count * weight_of(gram, self.unseen)
-                norm[n] += weight**2
-                for which, reference in postings.get(gram, ()):
-                    products[which, n] += min(weight, reference) * reference
-        scale = norms * np.sqrt(norm)
+        self.most = sizes.max(initial=0)
+        self.norms, self.lengths = np.zeros((len(sizes), 4, self.most)), np.full((len(sizes), self.most), np.inf)
+        squares = np.bincount(owner, (count * weights[gram])**2, minlength=4 * len(captions))
+        self.norms[image, :, place] = np.sqrt(squares).reshape(-1, 4)
+        self.lengths[image, place] = [max(len(tokens) - 1, 0) for tokens in captions]
+        self.sizes = sizes
+
+    @staticmethod
+    def _count(captions, numbers, new):
+        """Captions' tokens -> three arrays: 4 * caption + (n - 1), n-gram, how often it occurs there.
+
+        N-grams that are not in `numbers` are entered into `new`, and numbered from there on.
+        """
+        grams, lengths = [], []
+        for tokens in captions:
+            shifted = tokens, tokens[1:], tokens[2:], tokens[3:]
+            grams += tokens  # a word stands for itself, longer ones are tuples
+            for n in 2, 3, 4:
+                grams += zip(*shifted[:n])
+            lengths += map(len, shifted)
+        found = np.fromiter(map(numbers.get, grams, repeat(-1)), np.int64, len(grams))
+        for i in np.flatnonzero(found < 0).tolist():
+            found[i] = len(numbers) + new.setdefault(grams[i], len(new))
+        total = max(1, len(numbers) + len(new))
+        keys = np.repeat(np.arange(len(lengths)), lengths) * total + found
+        keys, counts = np.unique(keys, return_counts=True)
+        return keys // total, keys % total, counts
+
+    def score(self, images, captions, ended=None):
+        """CIDEr-D of each caption against the references of its image: numbers and strings -> (len,) float64.
+
+        `ended`: for each caption whether it came to its end, without which `end` is not appended; default: all did.
+        """
+        images, known = np.asarray(images, np.int64), len(self.numbers)
+        ended = [True] * len(captions) if ended is None else ended
+        rows = [tokenize(caption) + (self.end if whole else []) for caption, whole in zip(captions, ended)]
+        owner, gram, count = self._count(rows, self.numbers, {})
+        weight = count * self.weights[np.minimum(gram, known)]
+        norms = np.sqrt(np.bincount(owner, weight**2, minlength=4 * len(rows))).reshape(-1, 4, 1)
+
+        key = np.where(gram < known, images[owner // 4] * known + gram, -1)
+        at = np.searchsorted(self.keys, key)
+        hit = np.flatnonzero(self.keys[np.minimum(at, len(self.keys) - 1)] == key)
+        at, number = at[hit], np.diff(self.starts)[at[hit]]
+        entry = np.repeat(self.starts[at] - np.cumsum(number) + number, number) + np.arange(number.sum())
+        hit = np.repeat(hit, number)
+        products = np.bincount(owner[hit] * self.most + self.places[entry],
+                               np.minimum(weight[hit], self.values[entry]) * self.values[entry],
+                               minlength=4 * len(rows) * self.most).reshape(-1, 4, self.most)
+        scale = norms * self.norms[images]
         cosines = np.divide(products, scale, out=products, where=scale != 0)
-        length = max(len(tokens) - 1, 0)  # in bigrams, as in the reference implementation
-        cosines *= np.exp(-(length - lengths)**2 / 72)[:, None]
-        return 10 * cosines.mean()
+        length = np.array([[max(len(tokens) - 1, 0)] for tokens in rows])  # in bigrams, as in the reference implementation
+        penalty = np.exp(-(length - self.lengths[images])**2 / 72)  # 0 where an image has fewer references than others
+        return 10 / 4 * (cosines.sum(1) * penalty).sum(1) / self.sizes[images]

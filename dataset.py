@@ -153,7 +153,11 @@ def read_captions(annotation_file, images_root):
     if not root.is_dir():
         raise UserError(f"the image folder {root} does not exist")
     try:
-        items = {image["id"]: CaptionedImage(root / image["file_name"], []) for image in data["images"]}
+        items = {}
+        for image in data["images"]:
+            if image["id"] in items:
+                raise UserError(f"{annotation_file} has two images with the id {image['id']!r}: captions could mean either")
+            items[image["id"]] = CaptionedImage(root / image["file_name"], [])
         for annotation in data["annotations"]:
             if not isinstance(annotation["caption"], str):
                 raise TypeError(f"caption {annotation['caption']!r} is not a string")

@@ -343,4 +343,5 @@ class Decoder(nn.Module):
             yield
         finally:
             for module, weight, training in before:
-                module.weight.data, module.merged, module.merge_weights, module.training = weight, False, False, training
+                module.weight.data, module.merged, module.merge_weights = weight, False, False
+                module.train(training)  # its dropout too

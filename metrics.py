@@ -60,25 +60,31 @@ def tokenize(captions):
     return {key: [next(tokens) for _ in group] for key, group in captions.items()}
 
 
-def tokenize_both(references, candidates):
-    """`tokenize` of references and candidates in one start of Java; the tokens of references are kept in cache/."""
+def tokenize_all(references, systems):
+    """`tokenize` of references and of each system's captions in one start of Java: tokens, and a list of tokens.
+
+    The tokens of references are kept in cache/.
+    """
     key = hashlib.sha256(json.dumps(references).encode()).hexdigest()[:16]
     file = TOKEN_CACHE / f"tokens-{key}.json"
     try:
         known = json.loads(file.read_text())
     except (OSError, ValueError):
         known = None
-    if known is not None and known.keys() == references.keys():
-        return known, tokenize(candidates)
-    tokens = tokenize({("r", key): group for key, group in references.items()} | {None: [""]}
-                      | {("c", key): group for key, group in candidates.items()})
-    references = {key: tokens["r", key] for key in references}
-    try:
-        TOKEN_CACHE.mkdir(exist_ok=True)
-        write_whole(file, json.dumps(references).encode())
-    except (OSError, UserError):
-        pass  # a cache is no reason to fail
-    return references, {key: tokens["c", key] for key in candidates}
+    if known is not None and known.keys() != references.keys():
+        known = None
+    rows = {} if known else {(None, key): group for key, group in references.items()}
+    rows |= {(number, key): group for number, captions in enumerate(systems) for key, group in captions.items()}
+    tokens = tokenize(rows)
+    systems = [{key: tokens[number, key] for key in captions} for number, captions in enumerate(systems)]
+    if known is None:
+        known = {key: tokens[None, key] for key in references}
+        try:
+            TOKEN_CACHE.mkdir(exist_ok=True)
+            write_whole(file, json.dumps(known).encode())
+        except (OSError, UserError):
+            pass  # a cache is no reason to fail
+    return known, systems
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------
@@ -104,10 +110,11 @@ def rouge_l(references, candidates):
     return float(score), scores
 
 
-def meteor(references, candidates):
-    """METEOR 1.5 (Denkowski and Lavie 2014), 0 to 1. Ten seconds and 2 GB of memory, for its table of paraphrases.
+def meteor(references, systems):
+    """METEOR 1.5 (Denkowski and Lavie 2014), 0 to 1, of each system's candidates: a list of pairs.
 
-    What pycocoevalcap's Meteor asks of the same jar; that class looks for Java on PATH, and hangs when Java fails.
+    Ten seconds and 2 GB of memory, for its table of paraphrases. What pycocoevalcap's Meteor asks of the same jar; that
+    class looks for Java on PATH, and hangs when Java fails.
     """
     command = java("-Xmx2G", "-jar", str(PACKAGE / "meteor" / METEOR_JAR), "-", "-", "-stdio", "-l", "en", "-norm")
     pipe = subprocess.PIPE
@@ -127,12 +134,15 @@ def meteor(references, candidates):
 
         try:
             # "|||" separates; no caption holds it, since the PTB tokenizer sets its bars apart.
-            statistics = [answer(" ||| ".join(["SCORE", *references[key], *candidates[key]])) for key in references]
-            first = answer(" ||| ".join(["EVAL", *statistics]))
-            scores = [float(line) for line in (first, *(answer() for _ in statistics))]
+            found = []
+            for candidates in systems:
+                statistics = [answer(" ||| ".join(["SCORE", *references[key], *candidates[key]])) for key in references]
+                first = answer(" ||| ".join(["EVAL", *statistics]))
+                *scores, corpus = [float(line) for line in (first, *(answer() for _ in statistics))]
+                found.append((corpus, np.array(scores)))
+            return found
         finally:
             process.kill()  # nothing to save, and it must not outlive an error here
-    return scores[-1], np.array(scores[:-1])
 
 
 def spice(references, candidates):
@@ -149,29 +159,37 @@ def spice(references, candidates):
         result = subprocess.run(command, cwd=SPICE_MODELS.parent.parent, capture_output=True, text=True)
         if result.returncode or not target.exists():
             raise RuntimeError(f"SPICE stopped: {result.stderr[-2000:]}")
-        found = {row["image_id"]: float(row["scores"]["All"]["f"]) for row in json.loads(target.read_text())}
-    scores = np.array([found[i] for i in range(len(rows))])
+        found = {row["image_id"]: row["scores"]["All"]["f"] for row in json.loads(target.read_text())}
+    scores = np.array([found[i] for i in range(len(rows))], np.float64)  # None becomes nan
     return scores.mean(), scores
 
 
-def text_scores(references, candidates, raw_references=None, raw_candidates=None):
-    """Every metric of tokenized captions by name: {"CIDEr": (corpus score, scores of the images), ...}.
+def text_scores(references, systems, raw_references=None, raw_systems=None):
+    """Every metric of each system's tokenized captions: a list of {"CIDEr": (corpus score, scores of the images), ...}.
 
     With the captions as they were written, SPICE too, where its models are present.
     """
     if not any(caption for group in references.values() for caption in group):
         raise UserError("the references hold no words")
-    if references.keys() != candidates.keys():
+    if any(references.keys() != candidates.keys() for candidates in systems):
         raise ValueError("references and candidates have different keys")
-    scores = {
-        "CIDEr": cider(references, candidates),
-        **{f"BLEU-{n}": pair for n, pair in enumerate(bleu(references, candidates), 1)},
-        "METEOR": meteor(references, candidates),
-        "ROUGE-L": rouge_l(references, candidates),
-    }
-    if raw_references and SPICE_MODELS.exists():
-        scores["SPICE"] = spice(raw_references, raw_candidates)
-    return scores
+    found = []
+    for number, (candidates, of_meteor) in enumerate(zip(systems, meteor(references, systems))):
+        scores = {
+            "CIDEr": cider(references, candidates),
+            **{f"BLEU-{n}": pair for n, pair in enumerate(bleu(references, candidates), 1)},
+            "METEOR": of_meteor,
+            "ROUGE-L": rouge_l(references, candidates),
+        }
+        if raw_references and SPICE_MODELS.exists():
+            scores["SPICE"] = spice(raw_references, raw_systems[number])
+        found.append(scores)
+    return found
+
+
+def text_metrics():
+    """Their names, in the order of `text_scores`."""
+    return ["CIDEr", *(f"BLEU-{n}" for n in range(1, 5)), "METEOR", "ROUGE-L", *(["SPICE"] if SPICE_MODELS.exists() else [])]
 
 
 # ---- CLIP ----------------------------------------------------------------------------------------------------------
@@ -183,28 +201,37 @@ class ClipScorer:
     CLIPScore is 2.5 * max(cos(image, caption), 0), RefCLIPScore the harmonic mean of it and of the caption's greatest
     cosine, or 0, with a reference.
 
-    Args:
-        weights: a name of `clip.available_models()`, or a file with a CLIP state dict, which is read as data.
-        prefix: stands before every caption. The course uses none, Hessel et al. "A photo depicts ".
+    Images are turned as their EXIF data says and transparency is shown on white, as everywhere here; the rest of the
+    preprocessing is `clip`'s.
 
-    Attribute `truncated`: captions so far that were longer than the 77 tokens that CLIP reads, and were cut.
+    Args:
+        weights: a name of `clip.available_models()`, or a file of CLIP's weights: a state dict, or the TorchScript
+            archive that OpenAI publishes, of which the tensors alone are used.
+        prefix: stands before every caption. The course uses none, Hessel et al. "A photo depicts ".
     """
+
+    names = ["CLIPScore", "RefCLIPScore"]
 
     def __init__(self, weights, prefix="", device="cpu", batch_size=64):
         import clip  # slow to import, and only needed here
         from clip.model import build_model
 
-        self.clip, self.prefix, self.device, self.batch_size, self.truncated = clip, prefix, device, batch_size, 0
+        self.clip, self.prefix, self.device, self.batch_size = clip, prefix, device, batch_size
         if str(weights) in clip.available_models():
             try:
                 model, _ = clip.load(str(weights), "cpu")
             except (OSError, RuntimeError) as error:
                 raise UserError(f"CLIP {weights} cannot be had ({first_line(error)}); name a file of its weights") from None
         else:
-            state = read_weights(weights, "CLIP weights")
+            try:
+                state = read_weights(weights, "CLIP weights")
+            except UserError as error:
+                if "TorchScript" not in str(error):
+                    raise
+                state = torch.jit.load(weights, "cpu").state_dict()
             try:
                 model = build_model(state)
-            except (KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
+            except (LookupError, RuntimeError, ValueError, ArithmeticError, AssertionError, TypeError) as error:
                 raise UserError(f"{weights} does not hold the weights of an OpenAI CLIP: {first_line(error)}") from None
         self.model = model.float().eval().to(device)
         self.side = self.model.visual.input_resolution
@@ -214,7 +241,7 @@ class ClipScorer:
     def encode_images(self, paths):
         """Normalised embeddings (len(paths), D). Raises UserError where an image cannot be read."""
         embeddings, unread = [], []
-        for _, images, bad in load_ahead(paths, self.preprocess, self.side, self.batch_size):
+        for _, images, bad in load_ahead(paths, self.preprocess, None, self.batch_size):
             unread += bad
             if images is not None:
                 embeddings.append(F.normalize(self.model.encode_image(images.to(self.device)), dim=-1).cpu())
@@ -222,23 +249,33 @@ class ClipScorer:
             raise UserError(f"{len(unread)} images cannot be read, the first is {unread[0][0]}: {unread[0][1]}")
         return torch.cat(embeddings)
 
+    def too_long(self, captions):
+        """How many of these captions are longer than the 77 tokens that CLIP reads, and are cut."""
+        return sum(len(self.clip.clip._tokenizer.encode(self.prefix + caption)) + 2 > 77 for caption in captions)
+
     @torch.inference_mode()
     def encode_captions(self, captions):
         """Normalised embeddings (len(captions), D)."""
         embeddings = []
         for start in range(0, len(captions), 4 * self.batch_size):
             texts = [self.prefix + caption for caption in captions[start:start + 4 * self.batch_size]]
-            self.truncated += sum(len(self.clip.clip._tokenizer.encode(text)) + 2 > 77 for text in texts)
             tokens = self.clip.tokenize(texts, truncate=True)
             embeddings.append(F.normalize(self.model.encode_text(tokens.to(self.device)), dim=-1).cpu())
         return torch.cat(embeddings)
 
-    def scores(self, paths, captions, references):
-        """Image paths, a caption of each, and its reference captions -> CLIPScore and RefCLIPScore of each, 0 to 2.5."""
-        images, texts = self.encode_images(paths), self.encode_captions(captions)
-        clip_score = 2.5 * (images * texts).sum(-1).clamp(min=0)
+    def scores(self, paths, systems, references):
+        """Image paths, each system's list of captions, one for an image, and the images' references.
+
+        Returns for each system CLIPScore and RefCLIPScore of the images, 0 to 2.5.
+        """
+        images = self.encode_images(paths)
         groups = self.encode_captions([caption for group in references for caption in group]).split(list(map(len, references)))
-        closest = torch.stack([(group @ text).max().clamp(min=0) for group, text in zip(groups, texts)])
-        both = clip_score + closest
-        ref_clip_score = torch.where(both > 0, 2 * clip_score * closest / both, 0)
-        return clip_score.double().numpy(), ref_clip_score.double().numpy()
+        found = []
+        for captions in systems:
+            texts = self.encode_captions(captions)
+            clip_score = 2.5 * (images * texts).sum(-1).clamp(min=0)
+            closest = torch.stack([(group @ text).max().clamp(min=0) for group, text in zip(groups, texts)])
+            both = clip_score + closest
+            ref_clip_score = torch.where(both > 0, 2 * clip_score * closest / both, 0)
+            found.append((clip_score.double().numpy(), ref_clip_score.double().numpy()))
+        return found

@@ -13,11 +13,12 @@ import textwrap
 from pathlib import Path
 
 from cli import ArgumentParser, UserError, check_writable, read_json, run, write_json, write_whole
-from dataset import load_image, read_captions
-from metrics import ClipScorer, text_scores, tokenize_both
-from significance import bleu_statistics, compare
+from dataset import ImageError, load_image, read_captions
+from metrics import ClipScorer, text_metrics, text_scores, tokenize_all
+from significance import DRAWS, bleu_statistics, compare
 from training import pick_device
 
+PICTURES = ".png", ".jpg", ".pdf", ".svg"
 CLIP_WEIGHTS = Path(__file__).resolve().parent / "weights" / "ViT-B-32.pt"
 
 
@@ -35,14 +36,14 @@ def load_references(annotation_file, images_root=None):
     return references
 
 
-def check_predictions(predictions, references, allow_partial=False):
+def check_predictions(predictions, references, allow_partial=False, name="the predictions"):
     """The keys that can be scored, in the order of `references`.
 
     Raises UserError unless `predictions` is {key: caption} with exactly the keys of `references` and words in each;
     with `allow_partial` only where nothing is left to score.
     """
     if not isinstance(predictions, dict):
-        raise UserError('the predictions are not of the form {"file name without extension": "caption"}')
+        raise UserError(f'{name}: not of the form {{"file name without extension": "caption"}}')
     no_text = [key for key, caption in predictions.items() if not isinstance(caption, str)]
     empty = [key for key, caption in predictions.items() if key not in no_text and not caption.strip()]
     problems = {
@@ -53,7 +54,7 @@ def check_predictions(predictions, references, allow_partial=False):
     }
     usable = [key for key in references if key in predictions and key not in no_text and key not in empty]
     if not usable or any(problems.values()) and not allow_partial:
-        raise UserError("the predictions need one caption for each image of the annotation file; "
+        raise UserError(f"{name}: one caption is needed for each image of the annotation file; "
                         + "; ".join(f"{len(keys)} {problem}: {some(keys)}" for problem, keys in problems.items() if keys))
     return usable
 
@@ -63,24 +64,23 @@ def some(keys):
     return ", ".join(map(repr, keys[:5])) + (", …" if len(keys) > 5 else "")
 
 
-def evaluate(predictions, images, clip=None):
-    """Score {key: caption} against {key: CaptionedImage} with the same keys.
+def evaluate(systems, images, clip=None):
+    """Score each system's {key: caption} against {key: CaptionedImage} with the same keys.
 
     `clip`: a ClipScorer, for CLIPScore and RefCLIPScore as well; the images must then be there.
-    Returns {name: corpus score}, {name: scores of the images (n,)}, and bleu_statistics.
+    Returns for each system {name: corpus score}, {name: scores of the images (n,)}, and bleu_statistics.
     """
     raw_references = {key: image.captions for key, image in images.items()}
-    raw_candidates = {key: [predictions[key]] for key in images}
-    references, candidates = tokenize_both(raw_references, raw_candidates)
-    scores = text_scores(references, candidates, raw_references, raw_candidates)
-    corpus = {name: float(value) for name, (value, _) in scores.items()}
-    each = {name: values for name, (_, values) in scores.items()}
+    raw_systems = [{key: [predictions[key]] for key in images} for predictions in systems]
+    references, tokens = tokenize_all(raw_references, raw_systems)
+    found = text_scores(references, tokens, raw_references, raw_systems)
     if clip:
-        found = clip.scores([image.path for image in images.values()], [predictions[key] for key in images],
-                            list(raw_references.values()))
-        for name, values in zip(("CLIPScore", "RefCLIPScore"), found):
-            corpus[name], each[name] = float(values.mean()), values
-    return corpus, each, bleu_statistics(references, candidates)
+        captions = [[predictions[key] for key in images] for predictions in systems]
+        of_clip = clip.scores([image.path for image in images.values()], captions, list(raw_references.values()))
+        for scores, values in zip(found, of_clip):
+            scores.update((name, (value.mean(), value)) for name, value in zip(clip.names, values))
+    return [({name: float(value) for name, (value, _) in scores.items()}, {name: each for name, (_, each) in scores.items()},
+             bleu_statistics(references, candidates)) for scores, candidates in zip(found, tokens)]
 
 
 def write_scores(path, predictions, corpus, each, keys):
@@ -91,7 +91,7 @@ def write_scores(path, predictions, corpus, each, keys):
         write_json(path, {"corpus": corpus, "images": images})
         return
     table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
+    writer = csv.writer(table, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # a lone \r needs its quotes
     writer.writerow(["image", "caption", *each])
     writer.writerows([key, predictions[key], *(float(values[i]) for values in each.values())] for i, key in enumerate(keys))
     write_whole(path, table.getvalue().encode("utf-8", "backslashreplace"))
@@ -104,6 +104,10 @@ def draw_ranking(path, name, scores, predictions, images, number):
     matplotlib.use("Agg")  # no display needed
     import matplotlib.pyplot as plt
 
+    def lines(text, width, at_most):
+        text = text.encode("utf-8", "replace").decode()  # matplotlib stops at half a surrogate pair
+        return textwrap.fill(textwrap.shorten(text, width * at_most, placeholder=" …"), width)
+
     keys = list(images)
     order = scores.argsort(kind="stable")[::-1]
     number = min(number, len(order))
@@ -111,15 +115,20 @@ def draw_ranking(path, name, scores, predictions, images, number):
     for row, chosen, title in zip(grid, (order[:number], order[::-1][:number]), ("best", "worst")):
         for rank, (axes, i) in enumerate(zip(row, chosen), 1):
             key = keys[i]
-            axes.imshow(load_image(images[key].path))
+            try:
+                axes.imshow(load_image(images[key].path))
+            except ImageError as error:
+                raise UserError(f"cannot draw {images[key].path}: {error}") from None
             axes.set_axis_off()
-            axes.set_title(f"{title} {rank}: {name} {scores[i]:.3f}\n{textwrap.fill(predictions[key], 38)}", fontsize=10,
+            axes.set_title(f"{title} {rank}: {name} {scores[i]:.3f}\n{lines(predictions[key], 38, 6)}", fontsize=10,
                            parse_math=False)
-            text = "\n".join(textwrap.fill(f"– {caption}", 46) for caption in images[key].captions)
+            text = "\n".join(lines(f"– {caption}", 46, 4) for caption in images[key].captions[:8])
             axes.text(0.5, -0.04, text, transform=axes.transAxes, ha="center", va="top", fontsize=8, color="0.35",
                       parse_math=False)
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format=Path(path).suffix[1:])
     plt.close(figure)
+    write_whole(path, picture.getvalue())
 
 
 def clip_scorer(images_root, weights, prefix):
@@ -155,34 +164,36 @@ def main():
         raise UserError("--rank must be at least 1")
     if args.out and Path(args.out).suffix not in (".csv", ".json"):
         raise UserError(f"--out is {args.out}, but must end in .csv or .json")
+    if args.rank and Path(args.rank_file).suffix not in PICTURES:
+        raise UserError(f"--rank_file is {args.rank_file}, but must end in {', '.join(PICTURES)}")
     for path in filter(None, [args.out, args.rank_file if args.rank else None]):
         check_writable(path)
     clip, lacking = clip_scorer(args.images_root, args.clip_weights, args.clip_prefix)
+    names = text_metrics() + (clip.names if clip else [])
+    if args.rank and args.rank_by not in names:
+        raise UserError(f"--rank_by is {args.rank_by}, but the metrics are {', '.join(names)}")
     references = load_references(args.annotation_file, args.images_root if clip or args.rank else None)
     files = [args.pred_file] + ([args.compare] if args.compare else [])
     systems = [read_json(file, "predictions file") for file in files]
-    usable = [set(check_predictions(predictions, references, args.allow_partial)) for predictions in systems]
+    usable = [set(check_predictions(predictions, references, args.allow_partial, file))
+              for predictions, file in zip(systems, files)]
     images = {key: image for key, image in references.items() if all(key in keys for keys in usable)}
     if not images:
         raise UserError("no image has a caption in both predictions")
-    results = [evaluate(predictions, images, clip) for predictions in systems]
-    corpus, each, statistics = results[0]
-    if args.rank and args.rank_by not in each:
-        raise UserError(f"--rank_by is {args.rank_by}, but the metrics are {', '.join(each)}")
+    (corpus, each, statistics), *others = evaluate(systems, images, clip)
 
     print(f"CIDEr: {corpus['CIDEr']} | CLIPScore: {corpus.get('CLIPScore', 'n/a')}")
     if lacking:
         print(lacking)
-    if clip and clip.truncated:
-        print(f"{clip.truncated} captions are longer than CLIP's 77 tokens and were cut for it")
+    if clip and (cut := clip.too_long([systems[0][key] for key in images])):
+        print(f"{cut} captions are longer than CLIP's 77 tokens and were cut for it")
     if len(images) < len(references):
         print(f"scored {len(images)} of {len(references)} images")
     for name, value in corpus.items():
         if name not in ("CIDEr", "CLIPScore"):
             print(f"{name:<13}{value:.4f}")
-    if args.compare:
-        print(f"\nminus {args.compare}, {len(images)} images, 10,000 bootstrap draws of them:")
-        other_corpus, other_each, other_statistics = results[1]
+    for _, other_each, other_statistics in others:
+        print(f"\nminus {args.compare}, {len(images)} images, {DRAWS:,} bootstrap draws of them:")
         for name, difference in compare(each, other_each, statistics, other_statistics).items():
             kind = "corpus" if name.startswith("BLEU") else "mean of images"
             print(f"{name:<13}{difference.value:+.4f}  95% interval {difference.low:+.4f} to {difference.high:+.4f}  "

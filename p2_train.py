@@ -9,6 +9,7 @@ given again. After the epochs of cross-entropy, `--scst_epochs` of self-critical
 
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,18 +33,19 @@ class Settings:
     decoder: str = "weights/decoder_small.safetensors"
     output: str = "checkpoints/captioner.safetensors"
     cache: str = "cache"
-    views: int = 2
+    views: int = 4
     init: str = ""
-    epochs: int = 18
+    epochs: int = 9
     batch_size: int = 8
     learning_rate: float = 1.2e-3
-    weight_decay: float = 0.05
+    weight_decay: float = 0.1
     warmup: float = 0.02
     clip: float = 1.0
     label_smoothing: float = 0.1
-    scst_epochs: int = 0
-    scst_learning_rate: float = 3e-4
+    scst_epochs: int = 4
+    scst_learning_rate: float = 2e-4
     scst_samples: int = 5
+    scst_temperature: float = 0.5
     selection: int = 500
     selection_beam: int = 3
     seed: int = 0
@@ -53,8 +55,8 @@ class Settings:
         check_settings(self, ("batch_size", "views", "selection_beam"), ("warmup", "label_smoothing"))
         if min(self.epochs, self.scst_epochs) < 0 or self.epochs + self.scst_epochs < 1:
             raise UserError("--epochs and --scst_epochs must be at least 1 together")
-        if self.scst_samples < 2:
-            raise UserError(f"--scst_samples is {self.scst_samples}, but must be at least 2")
+        if self.scst_samples < 2 or self.scst_temperature <= 0:
+            raise UserError("--scst_samples must be at least 2, --scst_temperature above 0")
 
 
 HELP = dict(
@@ -62,6 +64,7 @@ HELP = dict(
     output="the checkpoint to write", cache="folder for the encoder's features",
     init="checkpoint whose trained weights to start from; same model options", epochs="of cross-entropy",
     scst_epochs="of self-critical training on CIDEr, after the others", scst_samples="captions drawn for each image",
+    scst_temperature="of the drawing",
     views="of each image in the cache: 1 as it is, 2 its mirror image as well, more: random crops too",
     batch_size="images, each with all its captions", warmup="part of all steps", clip="gradient norm",
     selection="images at the end of train.json, on which checkpoints are selected",
@@ -161,7 +164,7 @@ def train(config, settings, device=None):
         generator = torch.Generator().manual_seed(settings.seed * 1000 + epoch)
         batches = bucketed_batches(train_data.lengths, settings.batch_size, generator)
         views = torch.randint(settings.views, (len(parts[0]),), generator=generator).numpy()
-        model.train(not scst)  # captions are drawn, and judged, without dropout
+        model.train()
         running = torch.tensor(progress["running"], device=device)  # the sum of the losses, or of the rewards
         name = "reward" if scst else "loss"
         bar = tqdm(range(progress["step"], steps), desc=f"epoch {epoch + 1}/{settings.epochs + settings.scst_epochs}",
@@ -172,8 +175,8 @@ def train(config, settings, device=None):
                 if scst:
                     numbers = np.repeat(batches[step], settings.scst_samples)
                     loss, mean_reward = model.self_critical_loss(
-                        inputs.float(), lambda captions: scorer.score(numbers, captions), settings.scst_samples,
-                        seed=(settings.seed * 1000 + epoch) * steps + step)
+                        inputs.float(), partial(scorer.score, numbers), settings.scst_samples,
+                        settings.scst_temperature, seed=(settings.seed * 1000 + epoch) * steps + step)
                 else:
                     loss = model.loss(inputs.float(), tokens, targets, settings.label_smoothing)
             loss.backward()

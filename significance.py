@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 DRAWS = 10_000
+BLEU = "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"
 
 
 @dataclass
@@ -32,20 +33,24 @@ class Difference:
         return cls(float(value), float(low), float(high), float((extreme + 1) / (len(draws) + 1)))
 
 
-def resampled_counts(images, draws=DRAWS, seed=0):
-    """How often each draw holds each image: (draws, images) float32"""
+def resampled_sums(columns, draws=DRAWS, seed=0):
+    """Sums of each column over images drawn with replacement, as many as there are: (images, m) -> (draws, m)"""
     random = np.random.default_rng(seed)
-    counts = np.empty((draws, images), np.float32)
-    for row in counts:
-        row[:] = np.bincount(random.integers(0, images, images), minlength=images)
-    return counts
+    images = len(columns)
+    counts = np.empty((max(1, min(draws, 2**22 // images)), images))  # 32 MiB, or a single draw
+    sums = np.empty((draws, columns.shape[1]))
+    for start in range(0, draws, len(counts)):
+        part = counts[:draws - start]
+        for row in part:
+            row[:] = np.bincount(random.integers(0, images, images), minlength=images)
+        sums[start:start + len(part)] = part @ columns
+    return sums
 
 
-def paired_bootstrap(differences, counts=None):
+def paired_bootstrap(differences, draws=DRAWS, seed=0):
     """Difference of a metric that is a mean over images, from the images' differences (n,)."""
     differences = np.asarray(differences, np.float64)
-    counts = resampled_counts(len(differences)) if counts is None else counts
-    return Difference.of_draws(differences.mean(), counts @ differences / len(differences))
+    return Difference.of_draws(differences.mean(), resampled_sums(differences[:, None], draws, seed)[:, 0] / len(differences))
 
 
 def bleu_statistics(references, candidates, longest=4):
@@ -76,16 +81,21 @@ def corpus_bleu(totals):
     return bleu * np.exp(np.minimum(0, 1 - 1 / ratio))[..., None]
 
 
-def compare(ours, other, bleu_ours=None, bleu_other=None, seed=0):
+def compare(ours, other, bleu_ours=None, bleu_other=None, draws=DRAWS, seed=0):
     """Differences of all metrics: {name: scores of the images} of two systems -> {name: Difference}, in the order of `ours`.
 
     BLEU's come from the n-gram counts (bleu_statistics) where they are given, all others are means over images.
     """
-    counts = resampled_counts(len(next(iter(ours.values()))), seed=seed)
-    found = {}
+    means = [name for name in ours if name in other and not (bleu_ours is not None and name in BLEU)]
+    columns = [np.asarray(ours[name], np.float64) - other[name] for name in means]
+    if bleu_ours is not None:
+        columns += [*bleu_ours.T, *bleu_other.T]
+    if not columns:
+        return {}
+    sums, images = resampled_sums(np.stack(columns, 1), draws, seed), len(columns[0])
+    found = {name: Difference.of_draws(columns[i].mean(), sums[:, i] / images) for i, name in enumerate(means)}
     if bleu_ours is not None:
         value = corpus_bleu(bleu_ours.sum(0)) - corpus_bleu(bleu_other.sum(0))
-        draws = corpus_bleu(counts @ bleu_ours) - corpus_bleu(counts @ bleu_other)
-        found = {f"BLEU-{n}": Difference.of_draws(value[n - 1], draws[:, n - 1]) for n in range(1, 5)}
-    return {name: found[name] if name in found else paired_bootstrap(ours[name] - other[name], counts)
-            for name in ours if name in other}
+        values = corpus_bleu(sums[:, -20:-10]) - corpus_bleu(sums[:, -10:])
+        found |= {name: Difference.of_draws(value[n], values[:, n]) for n, name in enumerate(BLEU)}
+    return {name: found[name] for name in ours if name in other}

@@ -89,7 +89,7 @@ def test_one_batch_is_overfitted_until_its_captions_come_back(tmp_path):
                 "A cup of coffee stands on a wooden table.", "A rocket.", "A cat looks into the camera."]
     tokenizer = BPETokenizer()
     rows = [tokenizer.encode(caption) for caption in captions]
-    model = make_captioner(tmp_path, trained_scale=0.05, decoder_scale=0.1, dropout=0.0, projection_dropout=0.0, lora_dropout=0.0,
+    model = make_captioner(tmp_path, trained_scale=0.05, decoder_scale=0.1, dropout=0.0, projection_dropout=0.0, patch_dropout=0.0,
                            token_ids=torch.tensor(sorted({END_OF_TEXT}.union(*rows)))).train()
     features = torch.randn(len(captions), 4, 12)
     optimizer = torch.optim.Adam(model.trained_parameters().values(), lr=3e-3)
@@ -120,19 +120,54 @@ def test_linear_projection_mixes_nothing_and_layers_mix_after_a_start_as_identit
     assert not torch.allclose(projection(features)[0, 0], projection(other)[0, 0], atol=1e-3)
 
 
+def test_patch_dropout_leaves_out_other_patches_of_each_image_in_training_alone():
+    torch.manual_seed(0)
+    config = CaptionerConfig(projection_dim=64, projection_dropout=0, patch_dropout=0.3)
+    projection, features = Projection(config, 12, 10), torch.randn(8, 10, 12)
+    whole, part = projection.eval()(features), projection.train()(features)
+    assert whole.shape == (8, 10, 64) and part.shape == (8, 7, 64)
+    kept = [{next(j for j in range(10) if torch.allclose(patch, image[j])) for patch in patches}
+            for image, patches in zip(whole, part)]
+    assert {len(patches) for patches in kept} == {7} and len({frozenset(patches) for patches in kept}) > 4
+
+
+@pytest.mark.parametrize("name", ["dropout", "projection_dropout", "patch_dropout", "lora_dropout"])
+@pytest.mark.parametrize("value", [-0.1, 1])
+def test_impossible_dropout_is_refused(name, value):
+    with pytest.raises(UserError, match=f"{name} is {value}"):
+        CaptionerConfig(**{name: value})
+
+
+def test_self_critical_loss_draws_without_dropout_and_judges_with_it(tmp_path):
+    token_ids = torch.tensor([5, 9, 11, 400, END_OF_TEXT])
+    features, drawn, losses = torch.randn(2, 4, 12), [], []
+    for training in False, True:
+        model = make_captioner(tmp_path, token_ids=token_ids, decoder_scale=0.1, dropout=0.5).train(training)
+
+        def reward(captions, ended):
+            drawn.append(captions)
+            return [float(i) for i in range(len(captions))]
+
+        losses.append(model.self_critical_loss(features, reward, samples=3, seed=3, max_length=3)[0].item())
+        assert model.training == training
+    assert drawn[0] == drawn[1] and losses[0] != pytest.approx(losses[1])
+
+
 def test_self_critical_loss_is_reinforce_with_the_other_samples_as_baseline(tmp_path):
     model = make_captioner(tmp_path, token_ids=torch.tensor([5, 9, 11, 400, END_OF_TEXT]), decoder_scale=0.1)
     torch.manual_seed(1)
-    features, drawn = torch.randn(2, 4, 12), []
+    features, drawn, whole = torch.randn(2, 4, 12), [], []
 
-    def reward(captions):
+    def reward(captions, ended):
         drawn.extend(captions)
+        whole.extend(ended)
         return [float(i**2) for i in range(len(captions))]  # 0 1 4, 9 16 25
 
     loss, mean = model.self_critical_loss(features, reward, samples=3, seed=3, max_length=3)
     assert mean == pytest.approx(55 / 6)
     rows = model.sample(model.projection(features), GenerationConfig(sample=True, max_length=3, seed=3), range(6))
-    assert drawn == [model.text(row) for row in rows] and {len(row) == 3 for row in rows} == {True, False}
+    assert drawn == [model.text(row) for row in rows]
+    assert whole == [len(row) < 3 for row in rows] and {*whole} == {True, False}
     log_probs = [log_prob_without_cache(model, features[i // 3:i // 3 + 1], row + [END_OF_TEXT] * (len(row) < 3))
                  for i, row in enumerate(rows)]
     advantages = [0 - 2.5, 1 - 2, 4 - 0.5, 9 - 20.5, 16 - 17, 25 - 12.5]
@@ -141,12 +176,20 @@ def test_self_critical_loss_is_reinforce_with_the_other_samples_as_baseline(tmp_
     assert loss.item() == pytest.approx(by_hand, rel=1e-4)
 
 
+def test_self_critical_loss_under_autocast_reaches_all_that_is_trained(tmp_path):
+    model = make_captioner(tmp_path, token_ids=torch.tensor([5, 9, 11, 400, END_OF_TEXT]), decoder_scale=0.1).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = model.self_critical_loss(torch.randn(2, 4, 12), lambda captions, ended: range(6), samples=3, max_length=3)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.trained_parameters().values())
+
+
 def test_self_critical_training_raises_the_reward(tmp_path):
     model = make_captioner(tmp_path, token_ids=torch.tensor([5, 9, 11, 400, END_OF_TEXT]), trained_scale=0.05)
     features = torch.randn(4, 4, 12)
     wanted = model.text([11] * 5)
 
-    def reward(captions):
+    def reward(captions, ended):
         return [float(caption == wanted) for caption in captions]
 
     optimizer = torch.optim.Adam(model.trained_parameters().values(), lr=1e-2)

@@ -166,6 +166,13 @@ def test_lora_merged_for_a_while_leaves_no_trace(tmp_path, training):
     assert decoder.h[0].mlp.c_fc.lora_A.grad.abs().sum() > 0
 
 
+def test_lora_merged_for_a_while_keeps_its_dropout(tmp_path):
+    decoder = random_decoder(tmp_path, lora_rank=4, lora_dropout=0.1).train()
+    with decoder.merged_lora():
+        pass
+    assert all(module.training for module in decoder.modules())
+
+
 def test_attention_weights_are_those_of_the_forward_pass(tmp_path):
     decoder = random_decoder(tmp_path, image_dim=64, cross_dim=192)
     tokens, image, attentions = torch.randint(0, 300, (6, 9)), torch.randn(3, 5, 64), []

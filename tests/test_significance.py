@@ -8,7 +8,8 @@ import pytest
 from pycocoevalcap.bleu.bleu import Bleu
 from scipy.stats import kstest, norm
 
-from significance import Difference, bleu_statistics, compare, corpus_bleu, paired_bootstrap, resampled_counts
+from cider import CiderScorer
+from significance import bleu_statistics, compare, corpus_bleu, paired_bootstrap, resampled_sums
 
 
 def world(images=300, seed=0):
@@ -35,24 +36,32 @@ def test_corpus_bleu_from_its_counts_is_the_reference_implementations():
 
 
 def test_p_values_are_uniform_where_captions_are_exchanged_at_random():
-    """300 pairs of systems without a difference: the p-values of a mean and of BLEU must be uniform."""
+    """300 pairs of systems without a difference: the p-values of CIDEr and of BLEU must be uniform."""
     references, one, two = world()
-    scores = np.random.default_rng(0).gamma(1.0, size=(2, len(references)))
+    scorer = CiderScorer(list(references.values()))
+    cider = np.stack([scorer.score(range(len(references)), [caption for caption, in system.values()]) for system in (one, two)])
     statistics = np.stack([bleu_statistics(references, one), bleu_statistics(references, two)])
-    counts = resampled_counts(len(references), 2000)
     random_state = np.random.default_rng(1)
-    p_values = {"mean": [], "BLEU-4": []}
-    for _ in range(300):
+    p_values = {"CIDEr": [], "BLEU-1": [], "BLEU-4": []}
+    for seed in range(300):
         first = random_state.integers(0, 2, len(references))
         both = np.arange(len(references))
-        a, b = scores[first, both], scores[1 - first, both]
-        p_values["mean"].append(paired_bootstrap(a - b, counts).p)
-        a, b = statistics[first, both], statistics[1 - first, both]
-        value = (corpus_bleu(a.sum(0)) - corpus_bleu(b.sum(0)))[3]
-        draws = (corpus_bleu(counts @ a) - corpus_bleu(counts @ b))[:, 3]
-        p_values["BLEU-4"].append(Difference.of_draws(value, draws).p)
+        ours, other = ({"CIDEr": cider[which, both], "BLEU-1": None, "BLEU-4": None} for which in (first, 1 - first))
+        found = compare(ours, other, statistics[first, both], statistics[1 - first, both], draws=2000, seed=seed)
+        for name, values in p_values.items():
+            values.append(found[name].p)
     for name, values in p_values.items():
         assert kstest(values, "uniform").pvalue > 0.01, name
+
+
+def test_sums_of_drawn_images_do_not_depend_on_how_many_fit_into_memory(monkeypatch):
+    columns = np.random.default_rng(0).random((7, 3))
+    whole = resampled_sums(columns, 50, seed=5)
+    random_state = np.random.default_rng(5)
+    by_hand = [columns[random_state.integers(0, 7, 7)].sum(0) for _ in range(50)]
+    np.testing.assert_allclose(whole, by_hand)
+    many = np.ones((2**22 // 3 + 1, 1))  # three draws fit, or two
+    assert resampled_sums(many, 5).tolist() == [[len(many)]] * 5
 
 
 def test_interval_and_p_value_are_those_of_the_normal_approximation():

@@ -58,7 +58,7 @@ CONFIG = CaptionerConfig(encoder=VIT, image_size=32, projection_layers=1, projec
 
 def settings(**changes):
     return p2_train.Settings(**{"decoder": "decoder.safetensors", "epochs": 4, "batch_size": 5, "selection": 4,
-                                "learning_rate": 3e-3, "save_minutes": 1e9} | changes)
+                                "learning_rate": 3e-3, "save_minutes": 1e9, "views": 2, "scst_epochs": 0} | changes)
 
 
 class Interrupted(Exception):

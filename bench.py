@@ -38,10 +38,10 @@ class TokenHistory:
         self.tokens = self.tokens[rows]
 
 
-def log_probs_without_cache(self, tokens, keys_values, history, head, temperature=1.0):
+def log_probs_without_cache(self, tokens, context, history, head, temperature=1.0):
     """Captioner.next_log_probs that runs the decoder over the whole text at every step."""
     history.tokens = tokens if history.tokens is None else torch.cat([history.tokens, tokens], 1)
-    hidden = self.decoder.hidden(history.tokens, keys_values)[:, -1]
+    hidden = self.decoder.hidden(history.tokens, context)[:, -1]
     return (F.linear(hidden, head).float() / temperature).log_softmax(-1)
 
 

@@ -7,7 +7,7 @@ Shapes: B images, K captions or beams of each, N image tokens, D the encoder's w
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import nn
 
 from cli import UserError, write_whole
 from dataset import IGNORE, collate
-from decoder import Block, Cache, Decoder, DecoderConfig, init_weights
+from decoder import ADAPTER_PLACES, Block, Cache, Decoder, DecoderConfig, init_weights
 from encoder import WEIGHTS_FOLDER, ImageEncoder
 from tokenizer import END_OF_TEXT, BPETokenizer
 from weightfiles import first_line, read_weights
@@ -36,8 +36,9 @@ class CaptionerConfig:
 
     encoder: str = "tf_efficientnet_lite2"
     image_size: int = 0  # 0: the encoder's own
+    fusion: str = "cross"  # cross-attention, or "prefix": image tokens before the text
     projection_layers: int = 0  # transformer layers over the image tokens; 0: a linear projection
-    projection_dim: int = 384
+    projection_dim: int = 384  # under fusion "prefix", the decoder's width instead
     projection_dropout: float = 0.3
     patch_dropout: float = 0.3  # part of an image's patches that a training step leaves out
     dropout: float = 0.1  # in the decoder
@@ -46,19 +47,24 @@ class CaptionerConfig:
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     lora_targets: tuple = ("q", "k", "v", "attn_proj", "mlp")
+    adapter_dim: int = 0
+    adapter_places: tuple = ADAPTER_PLACES
+    prefix_length: int = 0
+    prefix_hidden: int = 0
+    prompt_length: int = 0
 
     def __post_init__(self):
-        self.lora_targets = tuple(self.lora_targets)  # a list on the command line and in a checkpoint
+        # Lists on the command line and in a checkpoint.
+        self.lora_targets, self.adapter_places = tuple(self.lora_targets), tuple(self.adapter_places)
         for name in ("projection_dropout", "patch_dropout", "dropout", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, but must be at least 0 and below 1")
 
     def load_decoder(self, path):
-        """The frozen decoder of a GPT-2 state dict, with trainable cross-attention and LoRA."""
-        return Decoder.from_pretrained(
-            path, dropout=self.dropout, image_dim=self.projection_dim, cross_dim=self.cross_dim,
-            lora_rank=self.lora_rank, lora_alpha=self.lora_alpha, lora_dropout=self.lora_dropout,
-            lora_targets=self.lora_targets)
+        """The frozen decoder of a GPT-2 state dict, with what this configuration adds to it."""
+        shared = {field.name for field in fields(DecoderConfig)} & {field.name for field in fields(self)}
+        options = {name: getattr(self, name) for name in shared}
+        return Decoder.from_pretrained(path, image_dim=self.projection_dim, **options)
 
 
 @dataclass
@@ -82,28 +88,36 @@ class GenerationConfig:
 
 
 class Projection(nn.Module):
-    """Encoder tokens (B, N, D) -> image tokens (B, N, projection_dim), normalised."""
+    """Encoder tokens (B, N, D) -> image tokens (B, N, width), normalised.
 
-    def __init__(self, config, encoder_dim, num_tokens):
+    Args:
+        width: of the image tokens; None: `config.projection_dim`.
+        scale: their root mean square to begin with; under fusion "prefix", that of the token embeddings.
+    """
+
+    def __init__(self, config, encoder_dim, num_tokens, width=None, scale=1.0):
         super().__init__()
-        width = config.projection_dim
+        width = width or config.projection_dim
         self.input = nn.Linear(encoder_dim, width)
         self.layers = nn.ModuleList()
-        if config.projection_layers:
+        self.has_positions = config.projection_layers > 0 or config.fusion == "prefix"
+        if self.has_positions:
             self.positions = nn.Embedding(num_tokens, width)
+        if config.projection_layers:
             layer = DecoderConfig(n_embd=width, dropout=config.projection_dropout)
             self.layers.extend(Block(layer, causal=False) for _ in range(config.projection_layers))
         self.norm = nn.LayerNorm(width)
         self.dropout, self.patch_dropout = config.projection_dropout, config.patch_dropout
         init_weights(self, max(1, config.projection_layers))
         nn.init.normal_(self.input.weight, std=encoder_dim**-0.5)
+        nn.init.constant_(self.norm.weight, scale)
         for layer in self.layers:  # they start as the identity, since attention learns a linear projection sooner
             nn.init.zeros_(layer.attn.c_proj.weight)
             nn.init.zeros_(layer.mlp.c_proj.weight)
 
     def forward(self, features):
         x = self.input(features)
-        if self.layers:
+        if self.has_positions:
             x = x + self.positions.weight
         if self.training and self.patch_dropout:  # the same number from every image (Liu et al. 2022, arXiv:2208.07220)
             order = torch.rand(x.shape[:2], device=x.device).argsort(1)
@@ -113,6 +127,11 @@ class Projection(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.norm(x)
+
+
+def is_fusion(name):
+    """Whether a trained parameter of this name joins encoder and decoder, rather than tuning the decoder."""
+    return name.startswith("projection.") or ".cross." in name or ".ln_cross." in name
 
 
 class Captioner(nn.Module):
@@ -129,7 +148,9 @@ class Captioner(nn.Module):
         super().__init__()
         self.config = replace(config, image_size=encoder.image_size)
         self.decoder = decoder
-        self.projection = Projection(config, encoder.dim, encoder.num_tokens)
+        rms = decoder.wte.weight[decoder.wte.weight.any(1)].square().mean().sqrt().item()
+        self.projection = Projection(config, encoder.dim, encoder.num_tokens, decoder.config.image_dim,
+                                     scale=rms if config.fusion == "prefix" else 1.0)
         self.encoder = encoder
         self.tokenizer = BPETokenizer()
         # Rows of zeros are tokens that the decoder itself never met: it cannot say them.
@@ -148,7 +169,15 @@ class Captioner(nn.Module):
                             f"{MAX_TRAINED / 1e6:.0f}M allowed: shrink the projection, cross_dim or the LoRA rank")
 
     def trained_parameters(self):
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        """All that training may change, by name."""
+        frozen = {f"decoder.{name}" for name in self.decoder.pretrained_names()}
+        return {name: parameter for name, parameter in self.named_parameters()
+                if name not in frozen and not name.startswith("encoder.")}
+
+    def train_fusion_alone(self, alone):
+        """Freeze, or thaw, what PEFT adds: all that is trained but the projection and cross-attention."""
+        for name, parameter in self.trained_parameters().items():
+            parameter.requires_grad_(not alone or is_fusion(name))
 
     def num_trained(self):
         return sum(parameter.numel() for parameter in self.trained_parameters().values())
@@ -166,7 +195,7 @@ class Captioner(nn.Module):
 
     def token_losses(self, features, tokens, targets, label_smoothing=0.0, temperature=1.0):
         """Cross-entropy at each target token, row by row; targets that are not among those scored are left out."""
-        hidden = self.decoder.hidden(tokens, self.decoder.keys_values(self.projection(features)))
+        hidden = self.decoder.hidden(tokens, self.decoder.context(self.projection(features)))
         places = torch.where(targets == IGNORE, IGNORE, self.places[targets.clamp(min=0)])
         used = places != IGNORE
         logits = F.linear(hidden[used], self.decoder.head_weight(self.token_ids))  # (tokens used, V)
@@ -228,9 +257,9 @@ class Captioner(nn.Module):
         caption = " ".join(self.tokenizer.decode(tokens).split())
         return caption[:1].upper() + caption[1:]
 
-    def next_log_probs(self, tokens, keys_values, cache, head, temperature=1.0):
+    def next_log_probs(self, tokens, context, cache, head, temperature=1.0):
         """The step of generation: tokens (R, 1) after those in the cache -> log-probabilities (R, V), fp32."""
-        hidden = self.decoder.hidden(tokens, keys_values, cache)[:, -1]
+        hidden = self.decoder.hidden(tokens, context, cache)[:, -1]
         return (F.linear(hidden, head).float() / temperature).log_softmax(-1)
 
     def beam_search(self, image, generation):
@@ -246,7 +275,7 @@ class Captioner(nn.Module):
         device, images = image.device, len(image)
         end = self.end
         head = self.decoder.head_weight(self.token_ids)
-        keys_values = self.decoder.keys_values(image)
+        context = self.decoder.context(image)
         cache = Cache(max_length)
 
         active = torch.arange(images, device=device)  # which image each slot of the batch holds
@@ -259,7 +288,7 @@ class Captioner(nn.Module):
 
         for length in range(1, max_length + 1):
             last = self.token_ids[tokens[:, :, length - 1]].view(-1, 1)
-            log_probs = self.next_log_probs(last, keys_values, cache, head).view(len(active), K, -1)
+            log_probs = self.next_log_probs(last, context, cache, head).view(len(active), K, -1)
             V = log_probs.shape[-1]
             scores, flat = (scores[:, :, None] + log_probs).flatten(1).topk(min(2 * K, K * V))
             beam, token = flat // V, flat % V  # (B, 2K) each
@@ -282,7 +311,7 @@ class Captioner(nn.Module):
             if not len(going):
                 break
             if len(going) < len(active):
-                keys_values = [[part[going] for part in layer] for layer in keys_values]
+                context = [layer.select(going) for layer in context]
                 active, finished, scores = active[going], finished[going], scores[going]
             beam, token = beam[going], token[going]
             if beam.shape[1] < K:  # fewer continuations than beams, in a tiny vocabulary: fill with dead ones
@@ -310,7 +339,7 @@ class Captioner(nn.Module):
         """
         max_length = min(generation.max_length, self.decoder.config.n_positions)
         head = self.decoder.head_weight(self.token_ids)
-        keys_values = self.decoder.keys_values(image)
+        context = self.decoder.context(image)
         cache = Cache(max_length)
         seeds = range(len(image)) if seeds is None else seeds
         random = [np.random.default_rng([generation.seed, seed]) for seed in seeds]
@@ -318,7 +347,7 @@ class Captioner(nn.Module):
         ended = torch.zeros(len(random), dtype=torch.bool, device=image.device)
         for length in range(1, max_length + 1):
             last = self.token_ids[tokens[:, length - 1:length]]
-            log_probs = self.next_log_probs(last, keys_values, cache, head, generation.temperature)
+            log_probs = self.next_log_probs(last, context, cache, head, generation.temperature)
             if generation.top_k or generation.top_p < 1:
                 likely = log_probs.sort(-1, descending=True).values
                 if generation.top_k:
@@ -339,10 +368,12 @@ class Captioner(nn.Module):
 
     def save(self, path, training=None, scores=None):
         """Write what was trained, in fp16, and in the metadata all that `load` needs to rebuild the model."""
-        tensors = {name: parameter.detach().to("cpu", torch.float16).contiguous()
-                   for name, parameter in self.trained_parameters().items()}
+        state = {f"projection.{name}": value for name, value in self.projection.state_dict().items()}
+        state |= {f"decoder.{name}": value for name, value in self.decoder.trained_state().items()}
+        tensors = {name: value.to("cpu", torch.float16).contiguous() for name, value in state.items()}
         tensors["token_ids"] = self.token_ids.to("cpu", torch.int32)
-        metadata = {"model": asdict(self.config), "fusion": "cross", "encoder_hash": self.encoder.weights_hash,
+        config = replace(self.config, prefix_hidden=0)  # that MLP has done its work
+        metadata = {"model": asdict(config), "encoder_hash": self.encoder.weights_hash,
                     "decoder_hash": self.decoder.weights_hash, "trained_parameters": self.num_trained(),
                     "training": training or {}, "scores": scores or {}}
         write_whole(path, save(tensors, {"captioner": json.dumps(metadata)}))

@@ -1,8 +1,11 @@
-"""GPT-2 in plain PyTorch, with cross-attention to image tokens and LoRA.
+"""GPT-2 in plain PyTorch, with two ways to see image tokens and four ways to tune it with few parameters.
 
-Radford et al. 2019, in the layout of its published weights. Shapes in the comments:
-B images, K captions of each (rows R = B * K, an image's captions adjacent), T text tokens, N image tokens,
-C width, H heads of 64, V vocabulary.
+Radford et al. 2019, in the layout of its published weights. Image tokens are seen through a cross-attention sublayer in
+every block (fusion "cross") or stand before the text ("prefix"). LoRA, adapters, prefix-tuning and prompt tuning can be
+had alone or together.
+
+Shapes in the comments: B images, K captions of each (rows R = B * K, an image's captions adjacent), T text tokens,
+N image tokens, M positions before the text, C width, H heads of 64, V vocabulary.
 """
 
 from contextlib import contextmanager
@@ -17,6 +20,9 @@ from cli import UserError
 from weightfiles import content_hash, first_line, read_weights
 
 HEAD_WIDTH = 64
+FUSIONS = "cross", "prefix"
+LORA_TARGETS = "q", "k", "v", "attn_proj", "mlp", "wte", "wpe", "head"
+ADAPTER_PLACES = "attn", "cross", "mlp"
 
 
 @dataclass
@@ -28,23 +34,40 @@ class DecoderConfig:
     n_embd: int = 768
     n_layer: int = 12
     dropout: float = 0.1
-    image_dim: int = 0  # width of the image tokens; 0: a language model without cross-attention
+    image_dim: int = 0  # width of the image tokens (under fusion "prefix" n_embd); 0: a language model that sees none
+    fusion: str = "cross"
     cross_dim: int = 0  # inner width of cross-attention; 0: n_embd
     lora_rank: int = 0  # 0: no LoRA
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
-    lora_targets: tuple = ("q", "v")  # of q, k, v, attn_proj, mlp
+    lora_targets: tuple = ("q", "v")  # of LORA_TARGETS
+    adapter_dim: int = 0  # bottleneck of the adapters; 0: none
+    adapter_places: tuple = ADAPTER_PLACES  # after which sublayers
+    prefix_length: int = 0  # learned keys and values in every layer; 0: no prefix-tuning
+    prefix_hidden: int = 0  # width of the MLP that reparametrises them; 0: none
+    prompt_length: int = 0  # learned embeddings before the text; 0: no prompt tuning
 
     def __post_init__(self):
         self.cross_dim = self.cross_dim or self.n_embd
-        self.lora_targets = tuple(self.lora_targets)
+        self.lora_targets, self.adapter_places = tuple(self.lora_targets), tuple(self.adapter_places)
+        for name in ("lora_rank", "adapter_dim", "prefix_length", "prefix_hidden", "prompt_length"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}, but must be at least 0")
+        if self.fusion == "prefix" and self.image_dim:
+            self.image_dim = self.n_embd
         for name in ("n_embd", "cross_dim"):
             if getattr(self, name) % HEAD_WIDTH:
                 raise UserError(f"{name} is {getattr(self, name)}, but heads are {HEAD_WIDTH} wide: "
                                 "it must be a multiple")
-        unknown = set(self.lora_targets) - {"q", "k", "v", "attn_proj", "mlp"}
-        if unknown:
-            raise UserError(f"unknown LoRA target {sorted(unknown)[0]}: choose from q, k, v, attn_proj, mlp")
+        for what, names, known in (("fusion", [self.fusion], FUSIONS), ("LoRA target", self.lora_targets, LORA_TARGETS),
+                                   ("place of adapters", self.adapter_places, ADAPTER_PLACES)):
+            unknown = set(names) - set(known)
+            if unknown:
+                raise UserError(f"unknown {what} {sorted(unknown)[0]}: choose from {', '.join(known)}")
+
+    def lora(self, target):
+        """Whether LoRA updates this target."""
+        return bool(self.lora_rank) and target in self.lora_targets
 
 
 def linear(config, n_in, n_out, target=None):
@@ -53,7 +76,7 @@ def linear(config, n_in, n_out, target=None):
     Hu et al. 2021, https://arxiv.org/abs/2106.09685. Merging is left to `Decoder.merge_lora`: loralib's own
     merges at every eval() and subtracts at train(), which drifts and would make a resumed run differ.
     """
-    if not config.lora_rank or target not in config.lora_targets:
+    if not config.lora(target):
         return nn.Linear(n_in, n_out)
     return loralib.Linear(n_in, n_out, r=config.lora_rank, lora_alpha=config.lora_alpha,
                           lora_dropout=config.lora_dropout, merge_weights=False)
@@ -61,11 +84,18 @@ def linear(config, n_in, n_out, target=None):
 
 def qkv_linear(config):
     """GPT-2's fused projection to queries, keys and values, LoRA on those among the targets."""
-    enabled = [name in config.lora_targets for name in "qkv"]
-    if not config.lora_rank or not any(enabled):
+    enabled = [config.lora(name) for name in "qkv"]
+    if not any(enabled):
         return nn.Linear(config.n_embd, 3 * config.n_embd)
     return loralib.MergedLinear(config.n_embd, 3 * config.n_embd, r=config.lora_rank, enable_lora=enabled,
                                 lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, merge_weights=False)
+
+
+def embedding(config, rows, target):
+    """An embedding of width n_embd, with LoRA where `target` is one of its targets."""
+    if not config.lora(target):
+        return nn.Embedding(rows, config.n_embd)
+    return loralib.Embedding(rows, config.n_embd, r=config.lora_rank, lora_alpha=config.lora_alpha, merge_weights=False)
 
 
 def split_heads(x):
@@ -84,6 +114,48 @@ def attention_weights(q, k, mask=None):
     return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
 
 
+class Adapter(nn.Module):
+    """A bottleneck after a sublayer, starting as the identity (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.down = nn.Linear(config.n_embd, config.adapter_dim)
+        self.up = nn.Linear(config.adapter_dim, config.n_embd)
+
+    def forward(self, x):
+        return x + self.up(F.gelu(self.down(x)))
+
+
+def adapter(config, place):
+    return Adapter(config) if config.adapter_dim and place in config.adapter_places else nn.Identity()
+
+
+class Prefix(nn.Module):
+    """Keys and values of P learned positions in every layer (prefix-tuning: Li and Liang 2021, https://arxiv.org/abs/2101.00190).
+
+    With `prefix_hidden` they are the output of an MLP, as in the paper, which trains more steadily; the MLP is needed
+    for training alone (`Decoder.trained_state`).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        shape = config.n_layer, 2, config.prefix_length, config.n_embd
+        self.shape, self.hidden = shape, config.prefix_hidden
+        if self.hidden:
+            self.tokens = nn.Embedding(config.prefix_length, config.n_embd)
+            self.mlp = nn.Sequential(nn.Linear(config.n_embd, self.hidden), nn.Tanh(),
+                                     nn.Linear(self.hidden, 2 * config.n_layer * config.n_embd))
+        else:
+            self.values = nn.Parameter(0.1 * torch.randn(shape))
+
+    def forward(self):
+        """(layers, 2, P, C): keys and values"""
+        if not self.hidden:
+            return self.values
+        layers, _, length, width = self.shape
+        return self.mlp(self.tokens.weight).view(length, layers, 2, width).permute(1, 2, 0, 3)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention: causal over text, with a cache of keys and values; or over a set of tokens."""
 
@@ -94,12 +166,30 @@ class SelfAttention(nn.Module):
         self.c_proj = linear(config, config.n_embd, config.n_embd, "attn_proj")
         self.dropout = config.dropout
 
-    def forward(self, x, cache=None):
+    def forward(self, x, before=None, cache=None, mask=None, attentions=None):
+        """(R, T, C) -> (R, T, C)
+
+        Args:
+            before: keys and values (B, H, M, 64) of positions before the text, an image's rows adjacent.
+            mask: (T, M + T) boolean, what each position sees; default: all of M, and the text causally.
+            attentions: a list that receives the weights over all that is seen (R, H, T, M + past + T).
+        """
         q, k, v = (split_heads(part) for part in self.c_attn(x).chunk(3, dim=-1))  # (R, H, T, 64) each
         if cache is not None:
             k, v = cache.append(self, k, v)  # (R, H, past + T, 64)
-        causal = self.causal and q.shape[2] > 1  # one new token sees all of the cache
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=self.dropout if self.training else 0)
+        if before is not None:
+            k, v = (torch.cat([early.repeat_interleave(len(text) // len(early), 0), text], 2)
+                    for early, text in zip(before, (k, v)))
+        length, seen = q.shape[2], k.shape[2]
+        causal = self.causal and mask is None and length > 1  # one new token sees all of the cache
+        if causal and (seen > length or attentions is not None):
+            mask = torch.ones(length, seen, dtype=torch.bool, device=q.device).tril(seen - length)
+        if attentions is not None:
+            attentions.append(attention_weights(q, k, mask))
+            y = attentions[-1] @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None,
+                                               dropout_p=self.dropout if self.training else 0)
         return F.dropout(self.c_proj(join_heads(y)), self.dropout, self.training)
 
 
@@ -144,23 +234,46 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer layer; with cross-attention between the two sublayers where there are image tokens."""
+    """Pre-norm transformer layer; with cross-attention between the two sublayers under fusion "cross"."""
 
     def __init__(self, config, causal=True):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = SelfAttention(config, causal)
+        self.adapter_attn = adapter(config, "attn")
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
-        if config.image_dim:
+        self.adapter_mlp = adapter(config, "mlp")
+        if config.image_dim and config.fusion == "cross":
             self.ln_cross = nn.LayerNorm(config.n_embd)
             self.cross = CrossAttention(config)
+            self.adapter_cross = adapter(config, "cross")
 
-    def forward(self, x, keys_values=None, cache=None, attentions=None):
-        x = x + self.attn(self.ln_1(x), cache)
-        if keys_values is not None:
-            x = x + self.cross(self.ln_cross(x), keys_values, attentions)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x, seen=None, cache=None, mask=None, attentions=None):
+        """(R, T, C) -> (R, T, C); `seen`: a LayerContext."""
+        seen = seen or LayerContext()
+        weights = [] if attentions is not None and seen.image else None
+        x = x + self.adapter_attn(self.attn(self.ln_1(x), seen.before, cache, mask, weights))
+        if weights:
+            attentions.append(weights[0][..., seen.image])
+        if seen.cross is not None:
+            x = x + self.adapter_cross(self.cross(self.ln_cross(x), seen.cross, attentions))
+        return x + self.adapter_mlp(self.mlp(self.ln_2(x)))
+
+
+@dataclass
+class LayerContext:
+    """What the text sees in one layer besides itself: pairs of keys and values, B rows or one for all."""
+
+    cross: tuple = None  # of cross-attention, (B, H', N, 64) each
+    before: tuple = None  # of the positions before the text, (B, H, M, 64) each
+    image: slice = None  # where among M the image tokens stand
+
+    def select(self, images):
+        """Of these images alone."""
+        pairs = ([part[images] if len(part) > 1 else part for part in pair] if pair else None
+                 for pair in (self.cross, self.before))
+        return LayerContext(*pairs, self.image)
 
 
 def init_weights(model, n_layer):
@@ -178,6 +291,12 @@ def init_weights(model, n_layer):
             for layer in module.c_q, module.c_kv:
                 nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             nn.init.zeros_(module.c_proj.weight)
+        if isinstance(module, Adapter):
+            nn.init.normal_(module.down.weight, std=module.down.in_features**-0.5)
+            nn.init.zeros_(module.up.weight)
+        if isinstance(module, Prefix) and module.hidden:
+            nn.init.normal_(module.tokens.weight)
+            nn.init.normal_(module.mlp[0].weight, std=module.mlp[0].in_features**-0.5)
 
 
 class Cache:
@@ -203,6 +322,17 @@ class Cache:
             kept = stored.new_empty(2, len(rows), *stored.shape[2:])
             kept[:, :, :, :self.length] = stored[:, rows, :, :self.length]
             self.stored[layer] = kept
+
+
+class Recorder:
+    """Stands for a Cache where the keys and values of every layer are wanted, and gradients through them."""
+
+    def __init__(self):
+        self.stored = {}
+
+    def append(self, layer, k, v):
+        self.stored[layer] = k, v
+        return k, v
 
 
 def read_gpt2(path):
@@ -231,11 +361,21 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wte = embedding(config, config.vocab_size, "wte")
+        self.wpe = embedding(config, config.n_positions, "wpe")
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        if config.lora("head"):
+            self.head = loralib.Linear(config.n_embd, config.vocab_size, bias=False, r=config.lora_rank,
+                                       lora_alpha=config.lora_alpha, merge_weights=False)
+        if config.prefix_length:
+            self.prefix = Prefix(config)
+        if config.prompt_length:
+            self.prompt = nn.Embedding(config.prompt_length, config.n_embd)
         init_weights(self, config.n_layer)
+        if config.lora("head"):
+            self.head.weight = self.wte.weight  # tied, until one of them is merged
+        self.untied = None  # the head, where the token embedding was merged with its LoRA
         self.weights_hash = None  # content hash of the pretrained weights, which checkpoints record
 
     @classmethod
@@ -277,8 +417,8 @@ class Decoder(nn.Module):
 
     def pretrained_names(self):
         """Names of GPT-2's own parameters, without what was added for captioning."""
-        return {name for name, _ in self.named_parameters() if ".cross." not in name
-                and ".ln_cross." not in name and ".lora_" not in name}
+        added = ".cross.", ".ln_cross.", ".lora_", ".adapter_", ".prefix.", ".prompt."
+        return {name for name, _ in self.named_parameters() if not any(part in f".{name}" for part in added)}
 
     def pretrained_state(self):
         """GPT-2's own tensors in the Hugging Face layout, for saving and for the content hash."""
@@ -286,47 +426,99 @@ class Decoder(nn.Module):
         return {name: state[name].t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
                 else state[name] for name in sorted(self.pretrained_names())}
 
-    def keys_values(self, image):
-        """Image tokens (B, N, image_dim) -> cross-attention keys and values of every layer, computed once."""
-        return [block.cross.keys_values(image) for block in self.h]
+    def context(self, image=None):
+        """What the text will see besides itself: image tokens (B, N, image_dim) -> a LayerContext for every layer.
 
-    def hidden(self, tokens, keys_values=None, cache=None, attentions=None):
+        Computed once for an image, whatever the number of its captions. Under fusion "prefix" the image tokens, and
+        after them the prompt, pass through the layers here: no text that follows changes them. None: text alone.
+        """
+        config, rows = self.config, 1 if image is None else len(image)
+        learned = [None] * len(self.h)
+        if config.prefix_length:  # one row for all images
+            learned = [tuple(split_heads(part[None]) for part in pair) for pair in self.prefix()]
+        cross = [None] * len(self.h)
+        early, first, tokens = [], config.prefix_length, 0  # embeddings before the text; where they begin; N
+        if image is not None and config.fusion == "cross":
+            cross = [block.cross.keys_values(image) for block in self.h]
+        elif image is not None:
+            early, tokens = [image], image.shape[1]
+        if config.prompt_length:
+            early.append(self.prompt.weight.expand(rows, -1, -1))
+        where = slice(first, first + tokens) if tokens else None
+        seen = [LayerContext(*pairs, where) for pairs in zip(cross, learned)]
+        if early:
+            x = F.dropout(torch.cat(early, 1), config.dropout, self.training)
+            mask = torch.ones(x.shape[1], first + x.shape[1], dtype=torch.bool, device=x.device).tril(first)
+            mask[:tokens, :first + tokens] = True  # image tokens see each other, the prompt is causal
+            recorder = Recorder()
+            for block, layer in zip(self.h, seen):
+                x = block(x, LayerContext(layer.cross, layer.before), recorder, mask)
+                pair = recorder.stored[block.attn]
+                if layer.before is not None:
+                    pair = tuple(torch.cat([part.expand(rows, -1, -1, -1), later], 2)
+                                 for part, later in zip(layer.before, pair))
+                layer.before = pair
+        return seen
+
+    def hidden(self, tokens, context=None, cache=None, attentions=None):
         """Tokens (R, T) -> final hidden states (R, T, C).
 
         Args:
-            keys_values: of B images; R = B * K, an image's K captions adjacent. None: text alone.
+            context: `context` of B images; R = B * K, an image's K captions adjacent. None: text alone.
             cache: a Cache: `tokens` are then those after it (one, unless it is empty), and it grows by them.
-            attentions: a list that receives each layer's cross-attention weights (R, H, T, N).
+            attentions: a list that receives each layer's attention to the image tokens (R, H, T, N).
         """
         start = cache.length if cache is not None else 0
         if start + tokens.shape[1] > self.config.n_positions:
             raise ValueError(f"{start + tokens.shape[1]} tokens, but the decoder has {self.config.n_positions} positions")
         if start and tokens.shape[1] > 1:
             raise ValueError("a cache that is not empty takes one token at a time")
+        context = self.context() if context is None else context
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = F.dropout(self.wte(tokens) + self.wpe(positions), self.config.dropout, self.training)
-        for i, block in enumerate(self.h):
-            x = block(x, keys_values[i] if keys_values else None, cache, attentions)
+        for block, seen in zip(self.h, context):
+            x = block(x, seen, cache, attentions=attentions)
         if cache is not None:
             cache.length += tokens.shape[1]
         return self.ln_f(x)
 
     def head_weight(self, token_ids=None):
-        """(V, C), or the rows of `token_ids`"""
-        return self.wte.weight if token_ids is None else self.wte.weight[token_ids]
+        """(V, C), or the rows of `token_ids`; what LoRA adds is folded in."""
+        rows = slice(None) if token_ids is None else token_ids
+        if not self.config.lora("head"):
+            return (self.untied if self.untied is not None else self.wte.weight)[rows]
+        weight = self.head.weight[rows]
+        return weight if self.head.merged else weight + self.head.lora_B[rows] @ self.head.lora_A * self.head.scaling
 
     def forward(self, tokens, image=None, token_ids=None):
         """Tokens (R, T) and image tokens (B, N, image_dim) -> logits (R, T, V)."""
-        keys_values = self.keys_values(image) if image is not None else None
-        return F.linear(self.hidden(tokens, keys_values), self.head_weight(token_ids))
+        context = self.context(image) if image is not None else None
+        return F.linear(self.hidden(tokens, context), self.head_weight(token_ids))
+
+    def trained_state(self):
+        """What was trained, by name, for a checkpoint: the MLP behind a prefix stays behind, its output goes along."""
+        pretrained = self.pretrained_names()
+        state = {name: parameter.detach() for name, parameter in self.named_parameters() if name not in pretrained}
+        if self.config.prefix_length and self.config.prefix_hidden:
+            state = {name: value for name, value in state.items() if not name.startswith("prefix.")}
+            with torch.no_grad():
+                state["prefix.values"] = self.prefix().contiguous()
+        return state
 
     def lora_layers(self):
         """The layers with a low-rank update that is not folded in."""
-        return [module for module in self.modules()
-                if isinstance(module, (loralib.Linear, loralib.MergedLinear)) and module.r and not module.merged]
+        kinds = loralib.Linear, loralib.MergedLinear, loralib.Embedding
+        return [module for module in self.modules() if isinstance(module, kinds) and module.r and not module.merged]
 
     def merge_lora(self):
         """Fold the low-rank updates into the weights: the same outputs, faster. For inference only."""
+        if self.config.lora("wte") or self.config.lora("head"):
+            # The input embedding and the head are one tensor, but their updates differ.
+            untied = self.wte.weight.detach().clone()
+            if self.config.lora("head"):
+                self.head.weight = nn.Parameter(untied, requires_grad=False)
+            else:
+                self.untied = untied
         for module in self.lora_layers():
             module.merge_weights = True
             module.train(False)
@@ -335,13 +527,15 @@ class Decoder(nn.Module):
     @contextmanager
     def merged_lora(self):
         """`merge_lora` for a while, as within training: afterwards every weight is what it was, to the bit."""
-        before = [(module, module.weight.data, module.training) for module in self.lora_layers()]
-        for module, weight, _ in before:
+        before = [(module, module.weight, module.weight.data, module.training) for module in self.lora_layers()]
+        for module, _, weight, _ in before:
             module.weight.data = weight.clone()
         self.merge_lora()
         try:
             yield
         finally:
-            for module, weight, training in before:
-                module.weight.data, module.merged, module.merge_weights = weight, False, False
+            for module, parameter, weight, training in before:
+                parameter.data = weight
+                module.weight, module.merged, module.merge_weights = parameter, False, False
                 module.train(training)  # its dropout too
+            self.untied = None

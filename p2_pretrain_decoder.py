@@ -155,7 +155,7 @@ def train(settings, text_files, caption_files, device=None):
                                     n_positions=settings.n_positions, dropout=settings.dropout))
     decoder.to(device).train()
     parameters = dict(decoder.named_parameters())
-    optimizer = adamw(parameters.values(), settings.learning_rate, settings.weight_decay)
+    optimizer = adamw([(parameters.values(), 1.0)], settings.learning_rate, settings.weight_decay)
     lengths = [len(row) for row in rows]
     steps = -(-len(rows) // settings.batch_size)
     total = steps * settings.epochs

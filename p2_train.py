@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from captioner import Captioner, CaptionerConfig, GenerationConfig, check_hashes, read_metadata
+from captioner import Captioner, CaptionerConfig, GenerationConfig, check_hashes, is_fusion, read_metadata
 from cider import CiderScorer
 from cli import ArgumentParser, UserError, add_options, run, take_options
 from dataset import FeatureCache, bucketed_batches, clean_caption, collate, read_captions
+from decoder import ADAPTER_PLACES, LORA_TARGETS
 from encoder import ImageEncoder
 from metrics import cider, tokenize
 from tokenizer import END_OF_TEXT, BPETokenizer
@@ -35,9 +36,11 @@ class Settings:
     cache: str = "cache"
     views: int = 4
     init: str = ""
+    fusion_epochs: int = 0
     epochs: int = 9
     batch_size: int = 8
     learning_rate: float = 1.2e-3
+    fusion_learning_rate: float = 0.0
     weight_decay: float = 0.1
     warmup: float = 0.02
     clip: float = 1.0
@@ -53,8 +56,9 @@ class Settings:
 
     def __post_init__(self):
         check_settings(self, ("batch_size", "views", "selection_beam"), ("warmup", "label_smoothing"))
-        if min(self.epochs, self.scst_epochs) < 0 or self.epochs + self.scst_epochs < 1:
-            raise UserError("--epochs and --scst_epochs must be at least 1 together")
+        epochs = self.fusion_epochs, self.epochs, self.scst_epochs
+        if min(epochs) < 0 or sum(epochs) < 1:
+            raise UserError("--fusion_epochs, --epochs and --scst_epochs must be at least 1 together")
         if self.scst_samples < 2 or self.scst_temperature <= 0:
             raise UserError("--scst_samples must be at least 2, --scst_temperature above 0")
 
@@ -62,7 +66,9 @@ class Settings:
 HELP = dict(
     data="folder with train.json and images/train", decoder="GPT-2 weights, .bin or .safetensors",
     output="the checkpoint to write", cache="folder for the encoder's features",
-    init="checkpoint whose trained weights to start from; same model options", epochs="of cross-entropy",
+    init="checkpoint whose trained weights to start from; same model options",
+    fusion_epochs="of cross-entropy on the projection and cross-attention alone, before PEFT", epochs="of cross-entropy",
+    fusion_learning_rate="of the projection and cross-attention in both; 0: as learning_rate",
     scst_epochs="of self-critical training on CIDEr, after the others", scst_samples="captions drawn for each image",
     scst_temperature="of the drawing",
     views="of each image in the cache: 1 as it is, 2 its mirror image as well, more: random crops too",
@@ -70,8 +76,13 @@ HELP = dict(
     selection="images at the end of train.json, on which checkpoints are selected",
     selection_beam="beam size on them", save_minutes="minutes between states to resume from",
     image_size="0: the encoder's own", projection_layers="transformer layers; 0: a linear projection",
+    fusion="cross: cross-attention; prefix: image tokens before the text",
+    projection_dim="width of the image tokens; under fusion prefix always the decoder's",
     cross_dim="inner width of cross-attention; 0: the decoder's", lora_rank="0: no LoRA",
-    lora_targets="of q k v attn_proj mlp")
+    lora_targets=f"of {' '.join(LORA_TARGETS)}", adapter_dim="bottleneck of the adapters; 0: none",
+    adapter_places=f"of {' '.join(ADAPTER_PLACES)}", prefix_length="of prefix-tuning; 0: none",
+    prefix_hidden="width of the MLP behind the prefix, for training alone; 0: none",
+    prompt_length="of prompt tuning; 0: none", patch_dropout="part of an image's patches left out of a step")
 
 
 class CaptionData:
@@ -138,7 +149,11 @@ def train(config, settings, device=None):
         for part, views in zip(parts, (settings.views, 1)))
     references = tokenize({str(i): image.captions for i, image in enumerate(parts[1])})
     trained = model.trained_parameters()
-    optimizer = adamw(trained.values(), settings.learning_rate, settings.weight_decay)
+    groups = {True: [], False: []}
+    for name, parameter in trained.items():
+        groups[is_fusion(name)].append(parameter)
+    factor = (settings.fusion_learning_rate or settings.learning_rate) / settings.learning_rate
+    optimizer = adamw([(groups[True], factor), (groups[False], 1.0)], settings.learning_rate, settings.weight_decay)
     steps = -(-len(parts[0]) // settings.batch_size)
     print(f"{len(parts[0])} images to train on, {len(parts[1])} to select on, {len(model.token_ids)} tokens occur; "
           f"{model.num_trained() / 1e6:.2f}M trained parameters of {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M; "
@@ -155,10 +170,11 @@ def train(config, settings, device=None):
     if not state_file.exists():
         save_state(state_file, same, optimizer, trained, progress)
     scorer = None
-    for epoch in range(progress["epoch"], settings.epochs + settings.scst_epochs):
-        scst = epoch >= settings.epochs
-        stage_start, stage_epochs = (settings.epochs, settings.scst_epochs) if scst else (0, settings.epochs)
-        total = steps * stage_epochs
+    stages = {"fusion": settings.fusion_epochs, "cross-entropy": settings.epochs, "scst": settings.scst_epochs}
+    schedule = [(name, number, epochs) for name, epochs in stages.items() for number in range(epochs)]
+    for epoch, (stage, number, stage_epochs) in list(enumerate(schedule))[progress["epoch"]:]:
+        scst, total = stage == "scst", steps * stage_epochs
+        model.train_fusion_alone(stage == "fusion")
         if scst and scorer is None:
             scorer = CiderScorer([image.captions for image in parts[0]], end="<end>")
         generator = torch.Generator().manual_seed(settings.seed * 1000 + epoch)
@@ -167,7 +183,7 @@ def train(config, settings, device=None):
         model.train()
         running = torch.tensor(progress["running"], device=device)  # the sum of the losses, or of the rewards
         name = "reward" if scst else "loss"
-        bar = tqdm(range(progress["step"], steps), desc=f"epoch {epoch + 1}/{settings.epochs + settings.scst_epochs}",
+        bar = tqdm(range(progress["step"], steps), desc=f"epoch {epoch + 1}/{len(schedule)}",
                    unit="batch")
         for step in bar:
             inputs, tokens, targets = (x.to(device) for x in train_data.batch(batches[step], views[batches[step]]))
@@ -180,7 +196,7 @@ def train(config, settings, device=None):
                 else:
                     loss = model.loss(inputs.float(), tokens, targets, settings.label_smoothing)
             loss.backward()
-            factor = cosine((epoch - stage_start) * steps + step, total, max(1, int(settings.warmup * total)))
+            factor = cosine(number * steps + step, total, max(1, int(settings.warmup * total)))
             peak = settings.scst_learning_rate if scst else settings.learning_rate
             step_optimizer(optimizer, peak * factor, settings.clip)
             running += mean_reward if scst else loss.detach()

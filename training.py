@@ -20,14 +20,18 @@ def autocast(device):
     return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
 
 
-def adamw(parameters, learning_rate, weight_decay):
-    """AdamW that decays matrices only: not biases and norms."""
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    others = [parameter for parameter in parameters if parameter.ndim < 2]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay},
-                              {"params": others, "weight_decay": 0.0}],
-                             lr=learning_rate, betas=(0.9, 0.98), fused=True)
+def adamw(groups, learning_rate, weight_decay):
+    """AdamW that decays matrices only: not biases and norms.
+
+    `groups`: pairs of parameters and what their learning rate is to be multiplied by.
+    """
+    split = []
+    for parameters, factor in groups:
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        for decay, chosen in (weight_decay, lambda p: p.ndim >= 2), (0.0, lambda p: p.ndim < 2):
+            if some := list(filter(chosen, parameters)):
+                split.append({"params": some, "weight_decay": decay, "factor": factor})
+    return torch.optim.AdamW(split, lr=learning_rate, betas=(0.9, 0.98), fused=True)
 
 
 def cosine(step, total, warmup):
@@ -38,11 +42,14 @@ def cosine(step, total, warmup):
 
 
 def step_optimizer(optimizer, learning_rate, clip):
-    """One update at this learning rate with gradients clipped to norm `clip`. Returns the norm before clipping."""
+    """One update at this learning rate, times each group's factor, with gradients clipped to norm `clip`.
+
+    Parameters without gradients stay as they are. Returns the norm before clipping.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["factor"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

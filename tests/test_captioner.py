@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,19 @@ from dataset import collate
 from decoder import Decoder, DecoderConfig
 from tokenizer import END_OF_TEXT, BPETokenizer
 from weightfiles import content_hash
+
+
+KINDS = {
+    "cross": {},
+    "prefix": dict(fusion="prefix"),
+    "all of PEFT": dict(fusion="prefix", lora_targets=("q", "mlp"), adapter_dim=4, prefix_length=2, prefix_hidden=8,
+                        prompt_length=3),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return KINDS[request.param]
 
 
 class FakeEncoder(torch.nn.Module):
@@ -38,15 +52,16 @@ def save_decoder(path, vocab_size=50257, seed=0, scale=0.3):
 
 
 def make_captioner(tmp_path, vocab_size=50257, token_ids=None, trained_scale=0.3, decoder_scale=0.3, **config):
-    """A captioner whose trained part is random, so that images matter."""
+    """A captioner whose trained part is random, so that images matter; with `trained_scale` 0, as training finds it."""
     path = tmp_path / "decoder.bin"
     if not path.exists():
         save_decoder(path, vocab_size, scale=decoder_scale)
     config = CaptionerConfig(**{"projection_layers": 1, "projection_dim": 64, "lora_rank": 2, "lora_targets": ("q", "v")} | config)
     model = Captioner(config, FakeEncoder(), config.load_decoder(path), token_ids).eval()
     torch.manual_seed(1)
-    for parameter in model.trained_parameters().values():
-        torch.nn.init.normal_(parameter, std=trained_scale)
+    for name, parameter in model.trained_parameters().items():
+        if trained_scale and not (config.fusion == "prefix" and "norm" in name):  # image tokens keep the scale of tokens
+            torch.nn.init.normal_(parameter, std=trained_scale)
     return model
 
 
@@ -84,13 +99,13 @@ def test_tokens_that_the_decoder_never_met_are_neither_said_nor_counted(tmp_path
     torch.testing.assert_close(model.loss(torch.ones(1, 4, 12), tokens, targets), expected)
 
 
-def test_one_batch_is_overfitted_until_its_captions_come_back(tmp_path):
+def test_one_batch_is_overfitted_until_its_captions_come_back(tmp_path, kind):
     captions = ["A dog runs through the snow.", "Two children play on a beach.", "A man rides a horse.",
                 "A cup of coffee stands on a wooden table.", "A rocket.", "A cat looks into the camera."]
     tokenizer = BPETokenizer()
     rows = [tokenizer.encode(caption) for caption in captions]
     model = make_captioner(tmp_path, trained_scale=0.05, decoder_scale=0.1, dropout=0.0, projection_dropout=0.0, patch_dropout=0.0,
-                           token_ids=torch.tensor(sorted({END_OF_TEXT}.union(*rows)))).train()
+                           token_ids=torch.tensor(sorted({END_OF_TEXT}.union(*rows))), **kind).train()
     features = torch.randn(len(captions), 4, 12)
     optimizer = torch.optim.Adam(model.trained_parameters().values(), lr=3e-3)
     for _ in range(200):
@@ -254,8 +269,8 @@ def plain_beam_search(model, features, K, alpha, max_length):
 
 
 @pytest.mark.parametrize("K, alpha", [(1, 0.0), (3, 0.0), (4, 1.0)])
-def test_beam_search_with_cache_and_batch_equals_plain_beam_search(tmp_path, K, alpha):
-    model = make_captioner(tmp_path, vocab_size=6, decoder_scale=0.2)
+def test_beam_search_with_cache_and_batch_equals_plain_beam_search(tmp_path, K, alpha, kind):
+    model = make_captioner(tmp_path, vocab_size=6, decoder_scale=0.2, trained_scale=0.1 if kind else 0.3, **kind)
     features = 3 * torch.randn(12, 4, 12)
     with torch.inference_mode():
         found = model.beam_search(model.projection(features), GenerationConfig(K, alpha, max_length=12))
@@ -264,8 +279,8 @@ def test_beam_search_with_cache_and_batch_equals_plain_beam_search(tmp_path, K, 
 
 
 @pytest.mark.parametrize("generation", [GenerationConfig(1), GenerationConfig(3), GenerationConfig(sample=True, seed=3)])
-def test_captions_do_not_depend_on_the_batch(tmp_path, generation):
-    model = make_captioner(tmp_path, token_ids=torch.arange(0, END_OF_TEXT + 1, 48), trained_scale=1.0)
+def test_captions_do_not_depend_on_the_batch(tmp_path, generation, kind):
+    model = make_captioner(tmp_path, token_ids=torch.arange(0, END_OF_TEXT + 1, 48), trained_scale=0.1 if kind else 1.0, **kind)
     features = torch.randn(32, 4, 12)
 
     def in_batches(size):
@@ -342,13 +357,13 @@ def test_impossible_generation_options_are_refused(options):
 # ---- checkpoints ----
 
 
-def test_a_checkpoint_brings_back_the_model_and_holds_only_what_was_trained(tmp_path):
-    model = make_captioner(tmp_path, token_ids=torch.tensor([5, 9, 11, 400, END_OF_TEXT]))
+def test_a_checkpoint_brings_back_the_model_and_holds_only_what_was_trained(tmp_path, kind):
+    model = make_captioner(tmp_path, token_ids=torch.tensor([5, 9, 11, 400, END_OF_TEXT]), **kind)
     model.save(tmp_path / "c.safetensors", {"epochs": 2}, {"cider": 0.5})
     again = Captioner.load(tmp_path / "c.safetensors", tmp_path / "decoder.bin", model.encoder)
     features = torch.randn(6, 4, 12)
     assert again.generate(features) == model.generate(features)
-    assert again.token_ids.tolist() == model.token_ids.tolist() and again.config == model.config
+    assert again.token_ids.tolist() == model.token_ids.tolist() and again.config == replace(model.config, prefix_hidden=0)
     assert again.metadata["training"] == {"epochs": 2} and again.metadata["scores"] == {"cider": 0.5}
     size = (tmp_path / "c.safetensors").stat().st_size
     assert size < 2 * model.num_trained() + 20_000  # fp16, and nothing of the frozen weights

@@ -17,7 +17,7 @@ import encoder
 import p2_infer
 import p2_pretrain_decoder
 import p2_train
-from captioner import CaptionerConfig, read_metadata
+from captioner import Captioner, CaptionerConfig, read_metadata
 from cli import UserError, add_options, ArgumentParser, take_options
 from decoder import Decoder, DecoderConfig
 from dataset import collate
@@ -78,11 +78,14 @@ def interrupt_after(module, monkeypatch, steps):
     return original
 
 
-@pytest.mark.parametrize("steps, save_minutes, scst_epochs", [
-    (11, 1e9, 0), (10, 0.0, 0),  # on from an epoch's end, and from its middle
-    (13, 0.0, 2)])  # and from the middle of self-critical training
-def test_resumed_training_equals_training_without_interruption(workplace, monkeypatch, steps, save_minutes, scst_epochs):
-    stages = dict(epochs=4 - scst_epochs, scst_epochs=scst_epochs)
+@pytest.mark.parametrize("steps, save_minutes, fusion_epochs, scst_epochs", [
+    (11, 1e9, 0, 0), (10, 0.0, 0, 0),  # on from an epoch's end, and from its middle
+    (2, 0.0, 1, 0), (7, 0.0, 1, 0),  # from the middle of the fusion's own training, and from after it
+    (13, 0.0, 0, 2)])  # and from the middle of self-critical training
+def test_resumed_training_equals_training_without_interruption(workplace, monkeypatch, steps, save_minutes, fusion_epochs,
+                                                               scst_epochs):
+    stages = dict(fusion_epochs=fusion_epochs, epochs=4 - fusion_epochs - scst_epochs, scst_epochs=scst_epochs,
+                  fusion_learning_rate=1e-3)
     history = p2_train.train(CONFIG, settings(output="checkpoints/whole.safetensors", **stages), "cpu")
     stopped = settings(output="checkpoints/stopped.safetensors", save_minutes=save_minutes, **stages)
     original = interrupt_after(p2_train, monkeypatch, steps)
@@ -97,6 +100,18 @@ def test_resumed_training_equals_training_without_interruption(workplace, monkey
     whole, stopped = load_file("checkpoints/whole.safetensors"), load_file("checkpoints/stopped.safetensors")
     assert whole.keys() == stopped.keys() and all(torch.equal(whole[name], stopped[name]) for name in whole)
     assert history[1]["loss"] < history[0]["loss"]
+
+
+def test_the_fusion_trains_alone_before_peft(workplace):
+    """What PEFT adds stands still for its first epoch, and is saved all the same."""
+    config = replace(CONFIG, adapter_dim=4, prefix_length=2)
+    p2_train.train(config, settings(fusion_epochs=1, epochs=0, output="checkpoints/fusion.safetensors"), "cpu")
+    state = load_file("checkpoints/fusion.safetensors")
+    model = Captioner.load("checkpoints/fusion.safetensors", "decoder.safetensors")
+    assert state.keys() - {"token_ids"} == model.trained_parameters().keys()
+    assert {name for name in state if "lora" in name} and {name for name in state if "adapter" in name}
+    assert all(not value.any() for name, value in state.items() if "lora_B" in name or ".up." in name)
+    assert any(value.any() for name, value in state.items() if "cross.c_proj" in name)
 
 
 def test_training_starts_from_a_checkpoint_of_the_same_model(workplace, monkeypatch):
@@ -171,10 +186,12 @@ def test_learning_rate_warms_up_and_decays_to_zero():
 
 def test_optimizer_clips_and_decays_matrices_only():
     matrix, vector = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,)))
-    optimizer = adamw([matrix, vector, torch.nn.Parameter(torch.ones(1), requires_grad=False)], 1.0, 0.1)
-    matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
+    frozen, slow = torch.nn.Parameter(torch.ones(1), requires_grad=False), torch.nn.Parameter(torch.ones(1, 1))
+    optimizer = adamw([([matrix, vector, frozen], 1.0), ([slow], 0.1)], 1.0, 0.1)
+    matrix.grad, vector.grad, slow.grad = torch.zeros(2, 2), torch.zeros(2), torch.zeros(1, 1)
     step_optimizer(optimizer, 0.5, 1.0)
     assert matrix.tolist() == [[pytest.approx(0.95)] * 2] * 2 and vector.tolist() == [1, 1]
+    assert slow.item() == pytest.approx(0.995)
     vector.grad = torch.tensor([30.0, 40.0])
     assert step_optimizer(optimizer, 0.0, 1.0).item() == pytest.approx(50)
 

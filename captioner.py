@@ -22,6 +22,7 @@ from dataset import IGNORE, collate
 from decoder import ADAPTER_PLACES, Block, Cache, Decoder, DecoderConfig, init_weights
 from encoder import WEIGHTS_FOLDER, ImageEncoder
 from tokenizer import END_OF_TEXT, BPETokenizer
+from training import check_settings
 from weightfiles import first_line, read_weights
 
 EMBEDDED_DECODER = WEIGHTS_FOLDER / "decoder_small.safetensors"
@@ -56,9 +57,7 @@ class CaptionerConfig:
     def __post_init__(self):
         # Lists on the command line and in a checkpoint.
         self.lora_targets, self.adapter_places = tuple(self.lora_targets), tuple(self.adapter_places)
-        for name in ("projection_dropout", "patch_dropout", "dropout", "lora_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, but must be at least 0 and below 1")
+        check_settings(self, (), ("projection_dropout", "patch_dropout", "dropout", "lora_dropout"))
 
     def load_decoder(self, path):
         """The frozen decoder of a GPT-2 state dict, with what this configuration adds to it."""
@@ -148,13 +147,12 @@ class Captioner(nn.Module):
         super().__init__()
         self.config = replace(config, image_size=encoder.image_size)
         self.decoder = decoder
-        rms = decoder.wte.weight[decoder.wte.weight.any(1)].square().mean().sqrt().item()
-        self.projection = Projection(config, encoder.dim, encoder.num_tokens, decoder.config.image_dim,
-                                     scale=rms if config.fusion == "prefix" else 1.0)
+        # Rows of zeros are tokens that the decoder itself never met: it cannot say them.
+        known = decoder.wte.weight.any(1).nonzero().squeeze(1)
+        scale = decoder.wte.weight[known].square().mean().sqrt().item() if config.fusion == "prefix" else 1.0
+        self.projection = Projection(config, encoder.dim, encoder.num_tokens, decoder.config.image_dim, scale)
         self.encoder = encoder
         self.tokenizer = BPETokenizer()
-        # Rows of zeros are tokens that the decoder itself never met: it cannot say them.
-        known = self.decoder.wte.weight.any(1).nonzero().squeeze(1)
         token_ids = known if token_ids is None else token_ids[torch.isin(token_ids, known)]
         # Where each token stands among those scored; others, as targets, do not count.
         places = torch.full((self.decoder.config.vocab_size,), IGNORE)

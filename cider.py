@@ -75,22 +75,22 @@ class CiderScorer:
         place = np.arange(len(image)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # its place among the image's
         owner, gram, count = self._count(captions, {}, self.numbers)
 
-        # In how many images each n-gram occurs, however many of their captions hold it.
-        occurs = np.unique(image[owner // 4] * len(self.numbers) + gram) % len(self.numbers)
-        log_images = math.log(len(sizes))
-        weights = log_images - np.log(np.bincount(occurs, minlength=len(self.numbers)))
-        self.weights = np.append(weights, log_images)  # the last for an n-gram in no reference
-
         # What each image's captions hold of an n-gram, by image and n-gram: keys, and (place, weight) from starts on.
         key = image[owner // 4] * len(self.numbers) + gram
         order = np.argsort(key, kind="stable")
         self.keys, first = np.unique(key[order], return_index=True)
         self.starts = np.append(first, len(key))
-        self.places, self.values = place[owner // 4][order], (count * weights[gram])[order]
+
+        # In how many images each n-gram occurs, however many of their captions hold it.
+        occurs = np.bincount(self.keys % len(self.numbers), minlength=len(self.numbers))
+        log_images = math.log(len(sizes))
+        self.weights = np.append(log_images - np.log(occurs), log_images)  # the last for an n-gram in no reference
+        values = count * self.weights[gram]
+        self.places, self.values = place[owner // 4][order], values[order]
 
         self.most = sizes.max(initial=0)
         self.norms, self.lengths = np.zeros((len(sizes), 4, self.most)), np.full((len(sizes), self.most), np.inf)
-        squares = np.bincount(owner, (count * weights[gram])**2, minlength=4 * len(captions))
+        squares = np.bincount(owner, values**2, minlength=4 * len(captions))
         self.norms[image, :, place] = np.sqrt(squares).reshape(-1, 4)
         self.lengths[image, place] = [max(len(tokens) - 1, 0) for tokens in captions]
         self.sizes = sizes
@@ -131,7 +131,8 @@ class CiderScorer:
         key = np.where(gram < known, images[owner // 4] * known + gram, -1)
         at = np.searchsorted(self.keys, key)
         hit = np.flatnonzero(self.keys[np.minimum(at, len(self.keys) - 1)] == key)
-        at, number = at[hit], np.diff(self.starts)[at[hit]]
+        at = at[hit]
+        number = self.starts[at + 1] - self.starts[at]
         entry = np.repeat(self.starts[at] - np.cumsum(number) + number, number) + np.arange(number.sum())
         hit = np.repeat(hit, number)
         products = np.bincount(owner[hit] * self.most + self.places[entry],

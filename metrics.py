@@ -24,6 +24,7 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_
 
 from cli import UserError, write_whole
 from dataset import load_ahead
+from significance import BLEU
 from weightfiles import first_line, read_weights
 
 PACKAGE = Path(pycocoevalcap.__path__[0])
@@ -177,7 +178,7 @@ def text_scores(references, systems, raw_references=None, raw_systems=None):
     for number, (candidates, of_meteor) in enumerate(zip(systems, meteor(references, systems))):
         scores = {
             "CIDEr": cider(references, candidates),
-            **{f"BLEU-{n}": pair for n, pair in enumerate(bleu(references, candidates), 1)},
+            **dict(zip(BLEU, bleu(references, candidates))),
             "METEOR": of_meteor,
             "ROUGE-L": rouge_l(references, candidates),
         }
@@ -189,7 +190,7 @@ def text_scores(references, systems, raw_references=None, raw_systems=None):
 
 def text_metrics():
     """Their names, in the order of `text_scores`."""
-    return ["CIDEr", *(f"BLEU-{n}" for n in range(1, 5)), "METEOR", "ROUGE-L", *(["SPICE"] if SPICE_MODELS.exists() else [])]
+    return ["CIDEr", *BLEU, "METEOR", "ROUGE-L", *(["SPICE"] if SPICE_MODELS.exists() else [])]
 
 
 # ---- CLIP ----------------------------------------------------------------------------------------------------------

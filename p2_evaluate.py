@@ -15,7 +15,7 @@ from pathlib import Path
 from cli import ArgumentParser, UserError, check_writable, read_json, run, write_json, write_whole
 from dataset import ImageError, load_image, read_captions
 from metrics import ClipScorer, text_metrics, text_scores, tokenize_all
-from significance import DRAWS, bleu_statistics, compare
+from significance import BLEU, DRAWS, bleu_statistics, compare
 from training import pick_device
 
 PICTURES = ".png", ".jpg", ".pdf", ".svg"
@@ -195,7 +195,7 @@ def main():
     for _, other_each, other_statistics in others:
         print(f"\nminus {args.compare}, {len(images)} images, {DRAWS:,} bootstrap draws of them:")
         for name, difference in compare(each, other_each, statistics, other_statistics).items():
-            kind = "corpus" if name.startswith("BLEU") else "mean of images"
+            kind = "corpus" if name in BLEU else "mean of images"
             print(f"{name:<13}{difference.value:+.4f}  95% interval {difference.low:+.4f} to {difference.high:+.4f}  "
                   f"p = {difference.p:.4f}  ({kind})")
     if args.out:

@@ -112,9 +112,9 @@ class CaptionData:
 def caption_features(model, features, generation, device, batch_size=100):
     """Captions of the first view of every cached image."""
     captions = []
-    for start in range(0, len(features.data), batch_size):
-        numbers = np.arange(start, min(start + batch_size, len(features.data)))
-        with autocast(device), model.decoder.merged_lora():
+    with autocast(device), model.decoder.merged_lora():
+        for start in range(0, len(features.data), batch_size):
+            numbers = np.arange(start, min(start + batch_size, len(features.data)))
             captions += model.generate(features[numbers, np.zeros_like(numbers)].to(device).float(), generation)
     return captions
 

@@ -182,28 +182,29 @@ class Captioner(nn.Module):
 
     # ---- training ----
 
-    def loss(self, features, tokens, targets, label_smoothing=0.0):
-        """Cross-entropy, averaged over the target tokens.
+    def loss(self, features, tokens, targets, label_smoothing=0.0, temperature=1.0, weights=None, reduction="mean"):
+        """Cross-entropy at the target tokens that are among those scored: their mean, or "sum".
 
         Args:
             features: (B, N, D) from the encoder.
             tokens, targets: (B * K, T), an image's K captions adjacent; IGNORE where there is no target.
+            weights: (B * K), what each caption's tokens count.
         """
-        return self.token_losses(features, tokens, targets, label_smoothing).mean()
-
-    def token_losses(self, features, tokens, targets, label_smoothing=0.0, temperature=1.0):
-        """Cross-entropy at each target token, row by row; targets that are not among those scored are left out."""
         hidden = self.decoder.hidden(tokens, self.decoder.context(self.projection(features)))
         places = torch.where(targets == IGNORE, IGNORE, self.places[targets.clamp(min=0)])
         used = places != IGNORE
-        logits = F.linear(hidden[used], self.decoder.head_weight(self.token_ids))  # (tokens used, V)
-        return F.cross_entropy(logits.float() / temperature, places[used], label_smoothing=label_smoothing, reduction="none")
+        logits = F.linear(hidden[used], self.decoder.head_weight(self.token_ids)).float()  # (tokens used, V)
+        losses = F.cross_entropy(logits / temperature, places[used], label_smoothing=label_smoothing, reduction="none")
+        if weights is not None:
+            losses = losses * weights[:, None].expand_as(targets)[used]
+        return losses.sum() if reduction == "sum" else losses.mean()
 
-    def self_critical_loss(self, features, reward, samples, temperature=1.0, seed=0, max_length=24):
-        """Self-critical sequence training (Rennie et al. 2017): REINFORCE on captions that the model itself draws.
+    def draw(self, features, reward, samples, temperature=1.0, seed=0, numbers=None, max_length=24):
+        """What self-critical sequence training (Rennie et al. 2017, arXiv:1612.00563) learns from: captions that the model
+        draws itself, and how much better each is than the others.
 
-        The baseline of a caption's reward is the mean over the image's other samples (Luo 2020, arXiv:2003.09971),
-        which needs no greedy caption beside them.
+        `loss` of them, with the advantages as weights, is REINFORCE. The baseline of a caption's reward is the mean
+        over the image's other samples (Luo 2020, arXiv:2003.09971), which needs no greedy caption beside them.
 
         Args:
             features: (B, N, D) from the encoder.
@@ -211,25 +212,24 @@ class Captioner(nn.Module):
                 max_length, to as many numbers.
             samples: captions drawn for each image, at least 2.
             temperature: of the policy that draws and is improved. At 1, label smoothing makes its captions poor.
-        Returns the loss, averaged over the tokens drawn, and the mean reward.
+            seed, numbers: of the drawing, and of each caption; default: 0, 1, ….
+        Returns tokens and targets (B * samples, T), advantages and rewards (B * samples).
         """
         generation = GenerationConfig(sample=True, temperature=temperature, max_length=max_length, seed=seed)
         training = self.training
         self.eval()  # captions are drawn without dropout, and judged with it
-        with torch.inference_mode(), self.decoder.merged_lora():
-            rows = self.sample(self.projection(features), generation, range(samples * len(features)))
+        with torch.inference_mode():
+            rows = self.sample(self.projection(features), generation,
+                               range(samples * len(features)) if numbers is None else numbers)
         self.train(training)
         torch.clear_autocast_cache()  # of casts that were made without gradients
         ended = [len(row) < max_length for row in rows]
         rewards = torch.as_tensor(reward([self.text(row) for row in rows], ended), dtype=torch.float32).view(-1, samples)
         others = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
-        advantages = (rewards - others).flatten()[:, None].to(features.device)  # (B * samples, 1)
-        tokens, targets = (x.to(features.device) for x in collate(rows))
+        tokens, targets = collate(rows)
         targets[[not row for row in rows], 0] = END_OF_TEXT  # drawn at once; to collate, an empty row is no caption
         targets[:, max_length:] = IGNORE  # a caption that was cut there did not draw its end
-        weights = advantages.expand_as(targets)[targets != IGNORE]
-        losses = self.token_losses(features, tokens, targets, temperature=temperature)
-        return (weights * losses).mean(), rewards.mean().item()
+        return *(x.to(features.device) for x in (tokens, targets, (rewards - others).flatten())), rewards.flatten()
 
     # ---- generation ----
 

@@ -44,6 +44,34 @@ def take_options(arguments, config):
     return config(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(config)})
 
 
+def with_config(arguments):
+    """Command-line arguments with `--config FILE` replaced by the options that the YAML file names, which come first."""
+    finder = ArgumentParser(add_help=False)
+    finder.add_argument("--config")
+    found, rest = finder.parse_known_args(arguments)
+    if found.config is None:
+        return rest
+    import yaml
+
+    try:
+        options = yaml.safe_load(Path(found.config).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"cannot read the config {found.config}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the config {found.config} is not YAML: {error}") from None
+    if not isinstance(options, dict) or "config" in options:
+        raise UserError(f"the config {found.config} is not a list of `option: value`")
+    read = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            read.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            read += [f"--{name}", *map(str, value)]
+        else:
+            read.append(f"--{name}={'' if value is None else value}")
+    return read + rest
+
+
 def run(main):
     """Call `main()` and exit: with its status, or with 2 and one line on stderr after a UserError.
 

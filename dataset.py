@@ -146,7 +146,8 @@ def read_captions(annotation_file, images_root):
     """Read COCO-format captions: a list of CaptionedImage in the file's order, captions as they are.
 
     `images_root` None: the captions alone matter, and no image is looked for.
-    Raises UserError for a file of another form, a caption of an unlisted image, or a missing image file.
+    Raises UserError for a file of another form, ids that are there twice, a caption of an unlisted image, or a
+    missing image file.
     """
     data = read_json(annotation_file, "captions file")
     root = Path(images_root or ".")
@@ -158,7 +159,11 @@ def read_captions(annotation_file, images_root):
             if image["id"] in items:
                 raise UserError(f"{annotation_file} has two images with the id {image['id']!r}: captions could mean either")
             items[image["id"]] = CaptionedImage(root / image["file_name"], [])
+        ids = set()
         for annotation in data["annotations"]:
+            if "id" in annotation and annotation["id"] in ids:
+                raise UserError(f"{annotation_file} has two captions with the id {annotation['id']!r}: were files joined?")
+            ids.add(annotation.get("id"))
             if not isinstance(annotation["caption"], str):
                 raise TypeError(f"caption {annotation['caption']!r} is not a string")
             items[annotation["image_id"]].captions.append(annotation["caption"])
@@ -169,6 +174,21 @@ def read_captions(annotation_file, images_root):
     if missing:
         raise UserError(f"{len(missing)} images of {annotation_file} are not in {root}, the first is {missing[0].name}")
     return list(items.values())
+
+
+def write_subset(data, folder, count):
+    """Write a folder in the course's layout with the first images of another's train.json alone."""
+    data, folder = Path(data), Path(folder)
+    images = folder / "images" / "train"
+    images.parent.mkdir(parents=True, exist_ok=True)
+    if images.resolve() != (data / "images" / "train").resolve():
+        images.unlink(missing_ok=True)
+        images.symlink_to((data / "images" / "train").resolve(), target_is_directory=True)
+    coco = read_json(data / "train.json", "captions file")
+    kept = coco["images"][:count]
+    ids = {image["id"] for image in kept}
+    write_json(folder / "train.json", {
+        "images": kept, "annotations": [item for item in coco["annotations"] if item["image_id"] in ids]})
 
 
 def collate(captions):
@@ -217,6 +237,52 @@ def make_view(image, view, seed):
     return ImageOps.mirror(image) if view % 2 else image
 
 
+def read_views(path, encoder, views, seed):
+    """These views of a picture, preprocessed: uint8 (views, 3, S, S). Raises ImageError."""
+    image = load_image(path, encoder.image_size)
+    return torch.stack([encoder.preprocess(make_view(image, view, seed)) for view in views])
+
+
+def ahead(function, items, count=2):
+    """`function` of each item, in order, worked out by a thread while the caller is busy with earlier ones."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+class LiveFeatures:
+    """The same features as FeatureCache's, encoded anew each time they are asked for: no disk, but far slower."""
+
+    def __init__(self, encoder, paths, views=1, device="cpu"):
+        self.encoder, self.paths, self.views, self.device = encoder.to(device), paths, views, device
+        self.pool = ThreadPoolExecutor(4)
+
+    def __len__(self):
+        return len(self.paths)
+
+    @torch.inference_mode()
+    def __getitem__(self, index_and_view):
+        """(image numbers, view numbers) -> features (B, N, D), fp16 tensor. Raises UserError for a broken image."""
+        try:
+            images = torch.cat(list(self.pool.map(self.read, *index_and_view)))
+        except ImageError as error:
+            raise UserError(f"{error}: mend the picture or drop it") from None
+        images = images.to(self.encoder.mean.device)  # not "cuda", which in another thread than the first is GPU 0
+        with torch.autocast("cuda", torch.float16, enabled=self.device == "cuda"):
+            return self.encoder(images).half()
+
+    def read(self, number, view):
+        try:
+            return read_views(self.paths[number], self.encoder, [view], int(number))
+        except ImageError as error:
+            raise ImageError(f"{self.paths[number]} cannot be read: {error}") from None
+
+
 class FeatureCache:
     """Frozen features of images, encoded once and read by memory map: fp16, (images, views, N, D).
 
@@ -245,19 +311,18 @@ class FeatureCache:
                 del data
         self.data = np.load(self.file, mmap_mode="r")
 
+    def __len__(self):
+        return len(self.data)
+
     @staticmethod
     @torch.inference_mode()
     def _build(data, encoder, paths, done, batch_size, device, progress_file):
         _, views, tokens, dim = data.shape
         numbers = {path: number for number, path in enumerate(paths)}
 
-        def preprocess(image_and_seed):
-            image, seed = image_and_seed
-            return torch.stack([encoder.preprocess(make_view(image, view, seed)) for view in range(views)])
-
         def read(path):
             try:
-                return preprocess((load_image(path, encoder.image_size), numbers[path]))
+                return read_views(path, encoder, range(views), numbers[path])
             except ImageError as error:
                 return f"{path.name}: {error}"
 

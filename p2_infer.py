@@ -1,6 +1,7 @@
 """Caption a folder of images.
 
     python3 p2_infer.py images/ captions.json [decoder_weights [checkpoint]]
+    accelerate launch --num_processes 8 p2_infer.py …       each process captions a part of the folder
 
 Without decoder weights: the embedded model of weights/. With them and no checkpoint: the newest of checkpoints/
 that was trained with them. Exit status 0: all well; 2: nothing was done, one line says why; 3: done, but some
@@ -17,7 +18,7 @@ from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner, Generati
 from cli import ArgumentParser, UserError, add_options, check_writable, run, take_options, write_json
 from dataset import list_images, load_ahead
 from decoder import read_gpt2
-from training import pick_device
+from training import Processes
 from weightfiles import content_hash
 
 
@@ -33,17 +34,19 @@ def find_weights(decoder_weights=None, checkpoint=None):
     return decoder_weights, checkpoint
 
 
-def caption_folder(model, images, generation, batch_size=32, device="cpu"):
-    """Caption {stem: path}.
+def caption_folder(model, images, generation, batch_size=32, device="cpu", processes=None):
+    """Caption {stem: path}, each process a part of them.
 
     Returns ({stem: caption}, {path: reason} of the images that could not be read). Pictures are decoded in threads
     while the model works, with a progress bar on stderr.
     """
     model.to(device)
     numbers = {path: number for number, path in enumerate(images.values())}
+    number, count, main = (processes.number, processes.count, processes.main) if processes else (0, 1, True)
+    mine = list(numbers)[number::count]
     captions, unread = {}, {}
-    with tqdm(total=len(images), unit="image", desc="captioning") as bar:
-        for paths, batch, bad in load_ahead(images.values(), model.encoder.preprocess, model.encoder.image_size, batch_size):
+    with tqdm(total=len(mine), unit="image", desc="captioning", disable=not main) as bar:
+        for paths, batch, bad in load_ahead(mine, model.encoder.preprocess, model.encoder.image_size, batch_size):
             if batch is not None:
                 with torch.autocast("cuda", torch.float16, enabled=device == "cuda"):
                     texts = model.caption(batch.to(device), generation, [numbers[path] for path in paths])
@@ -52,6 +55,8 @@ def caption_folder(model, images, generation, batch_size=32, device="cpu"):
                 unread[path] = reason
                 tqdm.write(f"skipped {path}: {reason}", file=sys.stderr)
             bar.update(len(paths) + len(bad))
+    if processes:
+        captions, unread = (dict(processes.gather(list(found.items()))) for found in (captions, unread))
     return {stem: captions[stem] for stem in images if stem in captions}, unread
 
 
@@ -76,8 +81,13 @@ def main():
     model = Captioner.load(checkpoint, decoder_weights, all_tokens=arguments.all_tokens)
     if arguments.decoder_weights and not arguments.checkpoint:
         print(f"with the checkpoint {checkpoint}", file=sys.stderr)
-    captions, unread = caption_folder(model, images, generation, arguments.batch_size, pick_device())
-    write_json(arguments.output, captions)
+    processes = Processes()
+    captions, unread = caption_folder(model, images, generation, arguments.batch_size, processes.device, processes)
+    if processes.main:
+        write_json(arguments.output, captions)
+    processes.wait()  # a launcher ends all as soon as one ends with a status other than 0
+    if not processes.main:
+        return
     print(f"{len(captions)} captions in {Path(arguments.output)}"
           + (f"; {len(unread)} of {len(images)} images could not be read" if unread else ""), file=sys.stderr)
     return 3 if unread else 0

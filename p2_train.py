@@ -1,31 +1,40 @@
-"""Train the captioner: projection, cross-attention and LoRA on cached features of the frozen encoder.
+"""Train the captioner: projection, cross-attention and PEFT on the features of the frozen encoder.
 
     python3 p2_train.py --data data --decoder weights/decoder_model.bin
+    python3 p2_train.py --config configs/clip_large_lora8.yaml
+    accelerate launch --num_processes 8 p2_train.py …
 
 `data` is in the course's layout: train.json in COCO's caption form and images/train. The last 500 images are split
-off; the epoch with the best CIDEr on them is the checkpoint. An interrupted run goes on when the same command is
-given again. After the epochs of cross-entropy, `--scst_epochs` of self-critical training raise CIDEr itself.
+off; the epoch with the best CIDEr on them is the checkpoint. After the epochs of cross-entropy, `--scst_epochs` of
+self-critical training raise CIDEr itself.
+
+A run that was killed, or stopped by SIGTERM or --max_hours, goes on when the same command is given again, on any number
+of processes: exactly, if the number is the same.
 """
 
 import time
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from captioner import Captioner, CaptionerConfig, GenerationConfig, check_hashes, is_fusion, read_metadata
+from captioner import MAX_TRAINED, Captioner, CaptionerConfig, GenerationConfig, Projection, check_hashes, is_fusion, read_metadata
 from cider import CiderScorer
-from cli import ArgumentParser, UserError, add_options, run, take_options
-from dataset import FeatureCache, bucketed_batches, clean_caption, collate, read_captions
-from decoder import ADAPTER_PLACES, LORA_TARGETS
+from cli import ArgumentParser, UserError, add_options, run, take_options, with_config
+from dataset import IGNORE, FeatureCache, LiveFeatures, ahead, bucketed_batches, clean_caption, collate, read_captions
+from decoder import ADAPTER_PLACES, LORA_TARGETS, Decoder, DecoderConfig
 from encoder import ImageEncoder
 from metrics import cider, tokenize
 from tokenizer import END_OF_TEXT, BPETokenizer
-from training import adamw, autocast, check_settings, cosine, load_state, pick_device, prepare_output, save_state, step_optimizer
+from training import (Interruption, MovingAverage, Processes, TrainingLog, adamw, autocast, check_settings, cosine, load_state,
+                      memory_in_use, pick_precision, prepare_output, save_state, step_optimizer)
 from weightfiles import read_weights
+
+LOG_STEPS = 20  # updates between lines of the log
 
 
 @dataclass
@@ -39,11 +48,16 @@ class Settings:
     fusion_epochs: int = 0
     epochs: int = 9
     batch_size: int = 8
+    accumulation: int = 1
+    precision: str = "auto"
+    fsdp: bool = False
+    max_tokens: int = 64
     learning_rate: float = 1.2e-3
     fusion_learning_rate: float = 0.0
     weight_decay: float = 0.1
     warmup: float = 0.02
     clip: float = 1.0
+    average: float = 0.999
     label_smoothing: float = 0.1
     scst_epochs: int = 4
     scst_learning_rate: float = 2e-4
@@ -52,10 +66,16 @@ class Settings:
     selection: int = 500
     selection_beam: int = 3
     seed: int = 0
+    samples: int = 3
     save_minutes: float = 5.0
+    max_hours: float = 0.0
+    tensorboard: str = ""
 
     def __post_init__(self):
-        check_settings(self, ("batch_size", "views", "selection_beam"), ("warmup", "label_smoothing"))
+        check_settings(self, ("batch_size", "accumulation", "views", "selection_beam", "max_tokens"),
+                       ("warmup", "label_smoothing", "average"))
+        if self.learning_rate <= 0 or self.seed < 0:
+            raise UserError("--learning_rate must be above 0, --seed at least 0")
         epochs = self.fusion_epochs, self.epochs, self.scst_epochs
         if min(epochs) < 0 or sum(epochs) < 1:
             raise UserError("--fusion_epochs, --epochs and --scst_epochs must be at least 1 together")
@@ -65,15 +85,23 @@ class Settings:
 
 HELP = dict(
     data="folder with train.json and images/train", decoder="GPT-2 weights, .bin or .safetensors",
-    output="the checkpoint to write", cache="folder for the encoder's features",
+    output="the checkpoint to write; beside it the log (.jsonl) and its curves (.png)",
+    cache="folder for the encoder's features; empty: encode in every step, which is far slower",
     init="checkpoint whose trained weights to start from; same model options",
     fusion_epochs="of cross-entropy on the projection and cross-attention alone, before PEFT", epochs="of cross-entropy",
     fusion_learning_rate="of the projection and cross-attention in both; 0: as learning_rate",
     scst_epochs="of self-critical training on CIDEr, after the others", scst_samples="captions drawn for each image",
     scst_temperature="of the drawing",
     views="of each image in the cache: 1 as it is, 2 its mirror image as well, more: random crops too",
-    batch_size="images, each with all its captions", warmup="part of all steps", clip="gradient norm",
-    selection="images at the end of train.json, on which checkpoints are selected",
+    batch_size="images of an update, over all processes, each with all its captions",
+    accumulation="parts of a batch that go through the model one after the other, to save memory",
+    precision="auto (bf16 on CUDA, else fp32), fp32, bf16 or fp16",
+    fsdp="shard the frozen decoder over the processes", max_tokens="longer captions are cut",
+    max_hours="stop then, ready to go on; 0: no limit", tensorboard="folder for its files; empty: none",
+    samples="of the selection images, whose captions are shown after each epoch",
+    warmup="part of all steps", clip="gradient norm",
+    average="decay of the moving average of the weights, which is what is saved; 0: the last step's",
+    selection="images at the end of train.json, on which checkpoints are selected; 0: train on all, keep the last epoch",
     selection_beam="beam size on them", save_minutes="minutes between states to resume from",
     image_size="0: the encoder's own", projection_layers="transformer layers; 0: a linear projection",
     fusion="cross: cross-attention; prefix: image tokens before the text",
@@ -89,18 +117,26 @@ class CaptionData:
     """Tokens of every image's captions, and the cached features beside them."""
 
     def __init__(self, images, tokenizer, max_tokens, features=None):
-        self.features = features
+        self.features, self.max_tokens = features, max_tokens
         self.rows = []  # for each image, its captions' tokens
+        self.cut = self.empty = 0  # captions that are too long, or say nothing
         for image in images:
             captions = [clean_caption(caption) for caption in image.captions]
             rows = tokenizer.encode_batch([caption for caption in captions if caption])
+            self.empty += len(captions) - len(rows)
+            self.cut += sum(len(row) > max_tokens for row in rows)
             self.rows.append([row[:max_tokens] for row in rows])
-        self.captions = max(len(rows) for rows in self.rows)  # K; images with fewer get empty rows
+        self.captions = max(map(len, self.rows), default=0)  # K; images with fewer get empty rows
         self.lengths = [max(map(len, rows), default=0) for rows in self.rows]
 
     def token_ids(self):
         """Sorted ids of all tokens that occur, <|endoftext|> among them: (V,)"""
         return torch.tensor(sorted({token for rows in self.rows for row in rows for token in row} | {END_OF_TEXT}))
+
+    def count_targets(self, token_ids):
+        """How many target tokens each image has, of those scored: what a batch's loss is divided by."""
+        scored = set(token_ids.tolist())
+        return [sum(1 + sum(token in scored for token in row) for row in rows) for rows in self.rows]
 
     def batch(self, indices, views):
         """Image numbers and a view of each -> features (B, N, D), tokens and targets (B * K, T)"""
@@ -108,131 +144,382 @@ class CaptionData:
         return self.features[np.array(indices), np.array(views)], *collate(rows)
 
 
-@torch.inference_mode()
-def caption_features(model, features, generation, device, batch_size=100):
-    """Captions of the first view of every cached image."""
+class Trainer:
+    """One run: data, model, optimizer and the place that it has come to.
+
+    Every process holds all that is trained and takes its part of each batch; gradients are added up. What is random in
+    a step follows from the seed, the epoch, the step and the process alone, so that a run goes on exactly.
+    """
+
+    def __init__(self, config, settings, device=None):
+        self.config, self.settings = config, settings
+        self.processes = Processes(device)
+        self.device = self.processes.device
+        self.dtype = pick_precision(self.device, settings.precision)
+        self.interruption = Interruption(settings.max_hours)
+        if settings.fsdp and self.processes.count == 1:
+            raise UserError("--fsdp shards over several processes: start them with accelerate launch")
+        if settings.tensorboard:
+            TrainingLog.find_tensorboard()
+        self.state_file = prepare_output(settings.output)
+        parts = self.read_images()
+
+        torch.manual_seed(settings.seed)
+        encoder = ImageEncoder(config.encoder, config.image_size)
+        decoder = config.load_decoder(settings.decoder)
+        self.data = CaptionData(parts[0], BPETokenizer(), min(settings.max_tokens, decoder.config.n_positions - 1))
+        self.model = Captioner(config, encoder, decoder, self.data.token_ids()).to(self.device)
+        self.targets = self.data.count_targets(self.model.token_ids)
+        if settings.init:
+            self.start_from(settings.init, encoder, decoder)
+        self.images, self.selection = parts
+        self.trained = self.model.trained_parameters()
+        groups = {True: [], False: []}
+        for name, parameter in self.trained.items():
+            groups[is_fusion(name)].append(parameter)
+        factor = (settings.fusion_learning_rate or settings.learning_rate) / settings.learning_rate
+        self.optimizer = adamw([(groups[True], factor), (groups[False], 1.0)], settings.learning_rate,
+                               settings.weight_decay)
+        self.scaler = torch.amp.GradScaler(self.device) if self.dtype == torch.float16 else None
+        self.average = MovingAverage(self.trained, settings.average)
+        self.steps = -(-len(self.images) // settings.batch_size)
+        if settings.fsdp:
+            self.shard()
+        self.restore()
+        # Last, since it can take long: whatever is wrong above shows first.
+        self.data.features, self.selection_features = (
+            self.encode(encoder, [image.path for image in part], views)
+            for part, views in zip(parts, (settings.views, 1)))
+        self.references = tokenize({str(i): image.captions for i, image in enumerate(parts[1])}) if parts[1] else {}
+
+    # ---- what it needs ----
+
+    def read_images(self):
+        """The images to train on, and those to select on."""
+        settings, data = self.settings, Path(self.settings.data)
+        images = read_captions(data / "train.json", data / "images" / "train")
+        found = len(images)
+        images = [image for image in images if any(map(clean_caption, image.captions))]
+        self.without_captions = found - len(images)
+        if not 0 <= settings.selection < len(images):
+            raise UserError(f"{len(images)} images cannot be split into training and {settings.selection} for selection")
+        split = len(images) - settings.selection
+        return images[:split], images[split:]
+
+    def start_from(self, checkpoint, encoder, decoder):
+        """Take a checkpoint's trained weights. Raises UserError unless it is of the same model."""
+        metadata = read_metadata(checkpoint)
+        check_hashes(checkpoint, metadata, decoder, self.settings.decoder, encoder)
+        try:
+            state = read_weights(checkpoint, "checkpoint")
+            self.model.load_trained({name: value for name, value in state.items() if name != "token_ids"})
+        except (KeyError, RuntimeError):
+            raise UserError(f"the checkpoint {checkpoint} has other model options: {metadata['model']}") from None
+
+    def encode(self, encoder, paths, views):
+        """The features of these images: cached, by one process for all, or worked out in every step."""
+        if not self.settings.cache or not paths:
+            return LiveFeatures(encoder, paths, views, self.device)
+        return FeatureCache(encoder, paths, self.settings.cache, views, device=self.device)
+
+    def shard(self):
+        """Spread the decoder's frozen layers over the processes (FSDP: Zhao et al. 2023, https://arxiv.org/abs/2304.11277).
+
+        What is trained is small, and stays whole on each.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        trained = set(self.trained.values())
+        for block in self.model.decoder.h:
+            fully_shard(block, reshard_after_forward=True, ignored_params=trained & set(block.parameters()))
+
+    def restore(self):
+        """Go on from the state of an interrupted run, if there is one."""
+        settings = self.settings
+        self.same = asdict(settings) | asdict(self.config) | {
+            "lora_targets": list(self.config.lora_targets), "adapter_places": list(self.config.adapter_places),
+            "captions": sum(map(len, self.data.rows)), "encoder's weights": self.model.encoder.weights_hash,
+            "decoder's weights": self.model.decoder.weights_hash}
+        for name in "save_minutes", "cache", "max_hours", "tensorboard", "samples", "accumulation", "fsdp":
+            del self.same[name]  # these change no result
+        self.kept = self.trained | {f"average.{name}": value for name, value in self.average.values.items()}
+        progress = load_state(self.state_file, self.same, self.optimizer, self.kept, self.device, self.scaler)
+        self.progress = progress or {"epoch": 0, "step": 0, "updates": 0, "sum": 0.0, "seconds": 0.0, "memory": 0,
+                                     "history": []}
+        self.average.steps = self.progress["updates"]
+        if len(set(self.processes.gather([self.progress["updates"]]))) > 1:
+            raise UserError(f"some processes found no {self.state_file}: --output must be on a disk that all share")
+
+    # ---- running ----
+
+    def fit(self):
+        """Train to the end, or until it is time to stop. Returns whether the end was reached."""
+        settings, progress = self.settings, self.progress
+        stages = {"fusion": settings.fusion_epochs, "cross-entropy": settings.epochs, "scst": settings.scst_epochs}
+        schedule = [(name, number, epochs) for name, epochs in stages.items() for number in range(epochs)]
+        self.started = self.saved = time.monotonic()
+        self.before = progress["seconds"]
+        self.log = None
+        if self.processes.main:
+            self.announce()
+            self.log = TrainingLog(Path(settings.output).with_suffix(".jsonl"), progress["updates"], settings.tensorboard)
+            if not self.state_file.exists():
+                self.save()
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with self.interruption:
+            for epoch in range(progress["epoch"], len(schedule)):
+                if not self.train_epoch(epoch, schedule):
+                    return False
+                self.finish_epoch(epoch)
+        if self.processes.main:
+            history = progress["history"]
+            if settings.selection:
+                best = max(history, key=lambda entry: entry["cider"])
+                print(f"best: CIDEr {best['cider']:.4f} after epoch {best['epoch']}, in {settings.output}")
+            self.log.close(["loss", "reward", "CIDEr", "learning rate"])
+            self.state_file.unlink(missing_ok=True)
+        self.processes.wait()
+        return True
+
+    def announce(self):
+        model, data = self.model, self.data
+        print(f"{len(self.images)} images to train on, {len(self.selection)} to select on, {len(model.token_ids)} tokens "
+              f"occur; {model.num_trained() / 1e6:.2f}M trained parameters of "
+              f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M; {self.processes.count} x {self.device}, "
+              f"{str(self.dtype).removeprefix('torch.')}", flush=True)
+        if self.without_captions:
+            print(f"{self.without_captions} images have no caption and are left out", flush=True)
+        if data.empty:
+            print(f"{data.empty} captions are empty and left out", flush=True)
+        if data.cut:
+            print(f"{data.cut} captions are longer than {data.max_tokens} tokens and cut there", flush=True)
+
+    def train_epoch(self, epoch, schedule):
+        """One epoch, from the step that it has come to. Returns False if it was time to stop."""
+        settings, progress, processes = self.settings, self.progress, self.processes
+        stage, number, stage_epochs = schedule[epoch]
+        self.model.train_fusion_alone(stage == "fusion")
+        self.model.train()
+        objective = self.self_critical if stage == "scst" else self.cross_entropy
+        name = "reward" if stage == "scst" else "loss"
+        peak = settings.scst_learning_rate if stage == "scst" else settings.learning_rate
+        total = self.steps * stage_epochs
+        warmup = max(1, int(settings.warmup * total))
+
+        generator = torch.Generator().manual_seed(settings.seed * 1000 + epoch)
+        batches = bucketed_batches(self.data.lengths, settings.batch_size, generator)
+        views = torch.randint(settings.views, (len(self.images),), generator=generator).numpy()
+        todo = range(progress["step"], self.steps)
+        bar = tqdm(total=self.steps, initial=progress["step"], desc=f"epoch {epoch + 1}/{len(schedule)}", unit="batch",
+                   disable=not processes.main)
+        since, images = time.monotonic(), 0
+        for step, batch in zip(todo, ahead(lambda step: self.local_batch(batches[step], views), todo)):
+            seed = np.random.SeedSequence([settings.seed, epoch, step, processes.number])
+            torch.manual_seed(int(seed.generate_state(1)[0]))
+            value = objective(batches[step], batch, (settings.seed * 1000 + epoch) * self.steps + step)
+            processes.add_gradients(self.trained.values())
+            rate = peak * cosine(number * self.steps + step, total, warmup)
+            norm = step_optimizer(self.optimizer, rate, settings.clip, self.scaler)
+            self.average.update()
+            progress.update(epoch=epoch, step=step + 1, updates=self.average.steps, sum=progress["sum"] + value)
+            images += len(batches[step])
+            bar.update()
+            if processes.main and step % LOG_STEPS == 0:
+                bar.set_postfix({name: f"{progress['sum'] / (step + 1):.3f}"})
+                now = time.monotonic()
+                self.log.write(progress["updates"], epoch=epoch + 1, stage=stage, **{name: value, "learning rate": rate,
+                               "gradient norm": norm.item(), "images per second": images / (now - since)})
+                since, images = now, 0
+            if processes.add(bool(self.interruption)):
+                self.save()
+                if processes.main:
+                    print(f"stopped in epoch {epoch + 1} after {step + 1} of {self.steps} batches: "
+                          "the same command goes on from there", flush=True)
+                return False
+            if time.monotonic() - self.saved > 60 * settings.save_minutes:
+                self.save()
+        return True
+
+    def local_batch(self, indices, views):
+        """This process's part of a batch, cut for accumulation: [(indices, features, tokens, targets), …].
+
+        Every process gets as many pieces, since they compute in step. One for which no image is left repeats the first,
+        with nothing to learn.
+        """
+        count, accumulation = self.processes.count, self.settings.accumulation
+        mine = indices[self.processes.number::count]
+        size = -(-len(indices) // (count * accumulation))
+        pieces = []
+        for start in range(0, -(-len(indices) // count), size):
+            piece = mine[start:start + size]
+            features, tokens, targets = self.data.batch(piece or indices[:1], views[piece or indices[:1]])
+            pieces.append((piece, features, tokens, targets if piece else torch.full_like(targets, IGNORE)))
+        return pieces
+
+    def cross_entropy(self, indices, pieces, seed):
+        """Leave the gradients of a batch's cross-entropy, averaged over all its target tokens. Returns that average."""
+        total = sum(self.targets[i] for i in indices)
+        value = 0.0
+        for _, features, tokens, targets in pieces:
+            with autocast(self.device, self.dtype):
+                loss = self.model.loss(features.to(self.device).float(), tokens.to(self.device), targets.to(self.device),
+                                       self.settings.label_smoothing, reduction="sum") / total
+            value += self.backward(loss)
+        return self.processes.add(value)
+
+    def self_critical(self, indices, pieces, seed):
+        """Leave the gradients of REINFORCE on captions drawn for a batch. Returns their mean reward."""
+        settings, drawn = self.settings, []
+        self.model.eval()  # before LoRA is merged, which a change to training would undo
+        with autocast(self.device, self.dtype), self.generating():
+            for piece, features, *_ in pieces:
+                # What is drawn for an image follows from its place in the batch, whichever process draws.
+                numbers = [settings.scst_samples * indices.index(i) + k for i in piece or indices[:1]
+                           for k in range(settings.scst_samples)]
+                reward = partial(self.scorer.score, np.repeat(piece or indices[:1], settings.scst_samples))
+                drawn.append(self.model.draw(features.to(self.device).float(), reward, settings.scst_samples,
+                                             settings.scst_temperature, seed, numbers))
+        self.model.train()
+        drawn = [(tokens, targets, advantages * bool(piece[0]), rewards * bool(piece[0]))
+                 for piece, (tokens, targets, advantages, rewards) in zip(pieces, drawn)]
+        count = sum((targets != IGNORE).sum().item() * bool(piece[0]) for piece, (_, targets, *_) in zip(pieces, drawn))
+        total, reward = self.processes.add(count, sum(rewards.sum().item() for *_, rewards in drawn))
+        for (_, features, *_), (tokens, targets, advantages, _) in zip(pieces, drawn):
+            with autocast(self.device, self.dtype):
+                loss = self.model.loss(features.to(self.device).float(), tokens, targets, weights=advantages,
+                                       temperature=settings.scst_temperature, reduction="sum") / total
+            self.backward(loss)
+        return reward / (len(indices) * settings.scst_samples)
+
+    @cached_property
+    def scorer(self):
+        """CIDEr as a reward, prepared when it is first asked for."""
+        return CiderScorer([image.captions for image in self.images], end="<end>")
+
+    def backward(self, loss):
+        self.progress["memory"] = max(self.progress["memory"], memory_in_use(self.device))
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+        return loss.item()
+
+    @contextmanager
+    def generating(self):
+        """Within, the decoder is as generation wants it: LoRA merged; or, if it is sharded, whole on each process."""
+        blocks = self.model.decoder.h if self.settings.fsdp else []
+        with ExitStack() as stack:
+            for block in blocks:
+                block.set_reshard_after_forward(False)
+                block.unshard()
+            if not blocks:
+                stack.enter_context(self.model.decoder.merged_lora())
+            try:
+                yield
+            finally:
+                for block in blocks:
+                    block.set_reshard_after_forward(True)
+                    block.reshard()
+
+    def finish_epoch(self, epoch):
+        """Score the average on the selection split, keep it if it is the best, show samples, save the state."""
+        settings, progress, history = self.settings, self.progress, self.progress["history"]
+        self.save()  # since this can take long
+        self.model.eval()
+        name = "reward" if epoch >= settings.fusion_epochs + settings.epochs else "loss"
+        entry = {"epoch": epoch + 1, name: progress["sum"] / self.steps}
+        with self.average.in_place():
+            captions = self.caption_selection()
+            if captions:
+                tokens = tokenize({str(i): [caption] for i, caption in enumerate(captions)})
+                entry["cider"] = cider(self.references, tokens)[0]
+            entry |= {"seconds": self.before + time.monotonic() - self.started, "memory": progress["memory"]}
+            history.append(entry)
+            best = max((past["cider"] for past in history[:-1] if captions), default=-1)
+            if self.processes.main and (not captions or entry["cider"] > best):
+                self.model.save(settings.output, asdict(settings), {"selection": entry})
+        if self.processes.main:
+            score = f"CIDEr {entry['cider']:.4f} on the selection split, " if captions else ""
+            print(f"epoch {epoch + 1}: {name} {entry[name]:.3f}, {score}{entry['seconds'] / 60:.1f} min", flush=True)
+            shown = {image.path.name: caption for image, caption in zip(self.selection[:settings.samples], captions)}
+            for file, caption in shown.items():
+                print(f"    {file}: {caption}", flush=True)
+            self.log.write(progress["updates"], epoch=epoch + 1, minutes=entry["seconds"] / 60, memory=entry["memory"],
+                           **({"CIDEr": entry["cider"], "captions": shown} if captions else {}))
+        progress.update(epoch=epoch + 1, step=0, sum=0.0)
+        self.save()
+
+    def caption_selection(self):
+        """Captions of the selection images, each process a part of them."""
+        part = np.array_split(np.arange(len(self.selection_features)), self.processes.count)[self.processes.number]
+        with autocast(self.device, self.dtype), self.generating():
+            generation = GenerationConfig(self.settings.selection_beam)
+            return self.processes.gather(caption_features(self.model, self.selection_features, part, generation))
+
+    def save(self):
+        """Write the state to go on from."""
+        self.progress["seconds"] = self.before + time.monotonic() - self.started
+        if self.processes.main:
+            save_state(self.state_file, self.same, self.optimizer, self.kept, self.progress, self.scaler)
+        self.saved = time.monotonic()
+
+
+def caption_features(model, features, numbers, generation, batch_size=100):
+    """Captions of the first view of the images with these numbers."""
     captions = []
-    with autocast(device), model.decoder.merged_lora():
-        for start in range(0, len(features.data), batch_size):
-            numbers = np.arange(start, min(start + batch_size, len(features.data)))
-            captions += model.generate(features[numbers, np.zeros_like(numbers)].to(device).float(), generation)
+    for start in range(0, len(numbers), batch_size):
+        some = numbers[start:start + batch_size]
+        captions += model.generate(features[some, np.zeros_like(some)].to(model.token_ids.device).float(), generation)
     return captions
 
 
 def train(config, settings, device=None):
-    """Train, keep the best checkpoint, and return [{epoch, loss or reward, cider, seconds}, …]."""
-    device = device or pick_device()
-    state_file = prepare_output(settings.output)
-    data = Path(settings.data)
-    images = read_captions(data / "train.json", data / "images" / "train")
-    images = [image for image in images if image.captions]
-    if not 0 < settings.selection < len(images):
-        raise UserError(f"{len(images)} images cannot be split into training and {settings.selection} for selection")
-    parts = images[:-settings.selection], images[-settings.selection:]
+    """Train, keep the best checkpoint, and return [{epoch, loss or reward, cider, seconds, memory}, …]."""
+    trainer = Trainer(config, settings, device)
+    trainer.fit()
+    return trainer.progress["history"]
 
-    torch.manual_seed(settings.seed)
-    encoder = ImageEncoder(config.encoder, config.image_size)
-    decoder = config.load_decoder(settings.decoder)
-    train_data = CaptionData(parts[0], BPETokenizer(), max_tokens=decoder.config.n_positions - 1)
-    model = Captioner(config, encoder, decoder, train_data.token_ids()).to(device)
-    if settings.init:
-        metadata = read_metadata(settings.init)
-        check_hashes(settings.init, metadata, decoder, settings.decoder, encoder)
-        try:
-            state = read_weights(settings.init, "checkpoint")
-            model.load_trained({name: value for name, value in state.items() if name != "token_ids"})
-        except (KeyError, RuntimeError):
-            raise UserError(f"the checkpoint {settings.init} has other model options: {metadata['model']}") from None
-    # Last, since it can take long: whatever is wrong above shows first.
-    train_data.features, selection_features = (
-        FeatureCache(encoder, [image.path for image in part], settings.cache, views, device=device)
-        for part, views in zip(parts, (settings.views, 1)))
-    references = tokenize({str(i): image.captions for i, image in enumerate(parts[1])})
-    trained = model.trained_parameters()
-    groups = {True: [], False: []}
-    for name, parameter in trained.items():
-        groups[is_fusion(name)].append(parameter)
-    factor = (settings.fusion_learning_rate or settings.learning_rate) / settings.learning_rate
-    optimizer = adamw([(groups[True], factor), (groups[False], 1.0)], settings.learning_rate, settings.weight_decay)
-    steps = -(-len(parts[0]) // settings.batch_size)
-    print(f"{len(parts[0])} images to train on, {len(parts[1])} to select on, {len(model.token_ids)} tokens occur; "
-          f"{model.num_trained() / 1e6:.2f}M trained parameters of {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M; "
-          f"{device}", flush=True)
 
-    same = asdict(settings) | asdict(config) | {"lora_targets": list(config.lora_targets)} | {
-        "captions": sum(map(len, train_data.rows)), "encoder's weights": encoder.weights_hash,
-        "decoder's weights": decoder.weights_hash}
-    del same["save_minutes"], same["cache"]  # these change no result
-    progress = load_state(state_file, same, optimizer, trained, device)
-    progress = progress or {"epoch": 0, "step": 0, "running": 0.0, "seconds": 0.0, "history": []}
-    started = saved = time.monotonic()
-    before = progress["seconds"]
-    if not state_file.exists():
-        save_state(state_file, same, optimizer, trained, progress)
-    scorer = None
-    stages = {"fusion": settings.fusion_epochs, "cross-entropy": settings.epochs, "scst": settings.scst_epochs}
-    schedule = [(name, number, epochs) for name, epochs in stages.items() for number in range(epochs)]
-    for epoch, (stage, number, stage_epochs) in list(enumerate(schedule))[progress["epoch"]:]:
-        scst, total = stage == "scst", steps * stage_epochs
-        model.train_fusion_alone(stage == "fusion")
-        if scst and scorer is None:
-            scorer = CiderScorer([image.captions for image in parts[0]], end="<end>")
-        generator = torch.Generator().manual_seed(settings.seed * 1000 + epoch)
-        batches = bucketed_batches(train_data.lengths, settings.batch_size, generator)
-        views = torch.randint(settings.views, (len(parts[0]),), generator=generator).numpy()
-        model.train()
-        running = torch.tensor(progress["running"], device=device)  # the sum of the losses, or of the rewards
-        name = "reward" if scst else "loss"
-        bar = tqdm(range(progress["step"], steps), desc=f"epoch {epoch + 1}/{len(schedule)}",
-                   unit="batch")
-        for step in bar:
-            inputs, tokens, targets = (x.to(device) for x in train_data.batch(batches[step], views[batches[step]]))
-            with autocast(device):
-                if scst:
-                    numbers = np.repeat(batches[step], settings.scst_samples)
-                    loss, mean_reward = model.self_critical_loss(
-                        inputs.float(), partial(scorer.score, numbers), settings.scst_samples,
-                        settings.scst_temperature, seed=(settings.seed * 1000 + epoch) * steps + step)
-                else:
-                    loss = model.loss(inputs.float(), tokens, targets, settings.label_smoothing)
-            loss.backward()
-            factor = cosine(number * steps + step, total, max(1, int(settings.warmup * total)))
-            peak = settings.scst_learning_rate if scst else settings.learning_rate
-            step_optimizer(optimizer, peak * factor, settings.clip)
-            running += mean_reward if scst else loss.detach()
-            if step % 20 == 0:
-                bar.set_postfix({name: f"{running.item() / (step + 1):.3f}"})
-            if time.monotonic() - saved > 60 * settings.save_minutes:
-                progress.update(epoch=epoch, step=step + 1, running=running.item(),
-                                seconds=before + time.monotonic() - started)
-                save_state(state_file, same, optimizer, trained, progress)
-                saved = time.monotonic()
-        model.eval()
-        captions = caption_features(model, selection_features, GenerationConfig(settings.selection_beam), device)
-        score, _ = cider(references, tokenize({str(i): [caption] for i, caption in enumerate(captions)}))
-        seconds = before + time.monotonic() - started
-        history = progress["history"]
-        history.append({"epoch": epoch + 1, name: running.item() / steps, "cider": score, "seconds": seconds})
-        print(f"epoch {epoch + 1}: {name} {history[-1][name]:.3f}, CIDEr {score:.4f} on the selection split, "
-              f"{seconds / 60:.1f} min", flush=True)
-        if score > max((entry["cider"] for entry in history[:-1]), default=-1):
-            model.save(settings.output, asdict(settings), {"selection": history[-1]})
-        progress.update(epoch=epoch + 1, step=0, running=0.0, seconds=seconds)
-        save_state(state_file, same, optimizer, trained, progress)
-        saved = time.monotonic()
-    best = max(progress["history"], key=lambda entry: entry["cider"])
-    print(f"best: CIDEr {best['cider']:.4f} after epoch {best['epoch']}, in {settings.output}")
-    state_file.unlink(missing_ok=True)
-    return progress["history"]
+def dry_run(config, settings):
+    """Count what would be trained, by part, without weights or data: {part: parameters}."""
+    sizes = {}
+    if Path(settings.decoder).exists():
+        loaded = config.load_decoder(settings.decoder).config
+        sizes = {name: getattr(loaded, name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer")}
+    else:
+        print(f"{settings.decoder} is not here: the sizes of the published GPT-2, 124M parameters, are taken")
+    shared = {field.name for field in fields(DecoderConfig)} & {field.name for field in fields(config)}
+    with torch.device("meta"):
+        encoder = ImageEncoder(config.encoder, config.image_size, "random")
+        decoder = Decoder(DecoderConfig(**sizes, image_dim=config.projection_dim,
+                                        **{name: getattr(config, name) for name in shared}))
+        projection = Projection(config, encoder.dim, encoder.num_tokens, decoder.config.image_dim)
+    pretrained = decoder.pretrained_names()
+    parts = {"projection": sum(parameter.numel() for parameter in projection.parameters())}
+    kinds = {".cross.": "cross-attention", ".ln_cross.": "cross-attention", ".lora_": "LoRA", ".adapter_": "adapters",
+             ".prefix.": "prefix", ".prompt.": "prompt"}
+    for name, parameter in decoder.named_parameters():
+        if name not in pretrained:
+            part = next(part for key, part in kinds.items() if key in f".{name}")
+            parts[part] = parts.get(part, 0) + parameter.numel()
+    return parts
 
 
 def main():
     parser = ArgumentParser(description="Train the captioner on COCO-format captions.")
+    parser.add_argument("--config", help="YAML file of the options below, which the command line overrides")
+    parser.add_argument("--dry_run", action="store_true", help="print the number of trained parameters, and stop")
     for config in Settings, CaptionerConfig:
         add_options(parser, config, **{key: text for key, text in HELP.items()
                                        if key in {field.name for field in fields(config)}})
-    arguments = parser.parse_args()
-    train(take_options(arguments, CaptionerConfig), take_options(arguments, Settings))
+    arguments = parser.parse_args(with_config(None))
+    config, settings = take_options(arguments, CaptionerConfig), take_options(arguments, Settings)
+    if arguments.dry_run:
+        parts = dry_run(config, settings)
+        total = sum(parts.values())
+        print(f"{total / 1e6:.2f}M trained parameters: " + ", ".join(f"{part} {n / 1e6:.2f}M" for part, n in parts.items()))
+        if total > MAX_TRAINED:
+            raise UserError(f"more than the {MAX_TRAINED / 1e6:.0f}M allowed")
+        return
+    Trainer(config, settings).fit()
 
 
 if __name__ == "__main__":

@@ -1,23 +1,191 @@
 """What the two training scripts share: optimizer, schedule, precision, and state that survives interruption."""
 
 import contextlib
+import json
 import math
 import os
 import pickle
+import signal
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from cli import UserError, check_writable
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def pick_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def autocast(device):
-    """bf16 on CUDA. On a CPU fp32: without AMX, bf16 there is many times slower."""
-    return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+def pick_precision(device, name="auto"):
+    """The dtype of autocast: with "auto" bf16 on CUDA, and on a CPU fp32, since without AMX bf16 is slower there.
+
+    Raises UserError for an unknown name.
+    """
+    if name == "auto":
+        name = "bf16" if device == "cuda" else "fp32"
+    if name not in PRECISIONS:
+        raise UserError(f"--precision is {name}: choose from auto, {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]
+
+
+def autocast(device, dtype=None):
+    """Mixed precision in `dtype`, by default pick_precision's; nothing for fp32."""
+    dtype = dtype or pick_precision(device)
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
+
+
+class Processes:
+    """The processes of one run: one, or those that `accelerate launch` started, which Accelerate brings together.
+
+    Attributes: `number` of this one, `count`, `device` ("cpu" or "cuda", for autocast as well), `main`.
+    """
+
+    def __init__(self, device=None):
+        self.number, self.count, self.device = 0, 1, device or pick_device()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from accelerate import PartialState  # not before it is needed: a second or two
+
+            # One may encode, or tokenize, for hours while the others wait.
+            state = PartialState(cpu=self.device == "cpu", timeout=timedelta(hours=6))
+            self.number, self.count, self.device = state.process_index, state.num_processes, state.device.type
+        self.main = self.number == 0
+
+    def wait(self):
+        """Until all have come here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def gather(self, rows):
+        """The lists of all processes, as one list, on each."""
+        if self.count == 1:
+            return rows
+        parts = [None] * self.count
+        torch.distributed.all_gather_object(parts, rows)
+        return [row for part in parts for row in part]
+
+    def add(self, *numbers):
+        """Each number's sum over the processes; one number comes back alone."""
+        if self.count > 1:
+            total = torch.tensor(numbers, dtype=torch.float64 if self.device == "cpu" else torch.float32,
+                                 device=self.device)
+            torch.distributed.all_reduce(total)
+            numbers = total.tolist()
+        return numbers[0] if len(numbers) == 1 else numbers
+
+    def add_gradients(self, parameters):
+        """Replace each gradient by its sum over the processes, all in one message."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if self.count > 1 and gradients:
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            torch.distributed.all_reduce(flat)
+            for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+                gradient.copy_(part.view_as(gradient))
+
+
+class Interruption:
+    """Whether it is time to stop: after SIGTERM, as a cluster sends it before it kills, or `hours`. A context manager."""
+
+    def __init__(self, hours=0.0):
+        self.end = time.monotonic() + 3600 * hours if hours else math.inf
+        self.signalled = False
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGTERM, self.stop)
+        return self
+
+    def __exit__(self, *error):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.before)
+
+    def stop(self, *signal_and_frame):
+        self.signalled = True
+
+    def __bool__(self):
+        return self.signalled or time.monotonic() > self.end
+
+
+class TrainingLog:
+    """What happened in a run: lines of JSON beside its output, TensorBoard, and in the end a picture of the curves.
+
+    Args:
+        path: of the lines; the picture has its name and .png.
+        updates: steps already taken; what the file holds of later ones, of a run that was killed, is dropped.
+        tensorboard: a folder, or "" for none. Raises UserError where the package is missing.
+    """
+
+    def __init__(self, path, updates=0, tensorboard=""):
+        self.path, self.board = Path(path), None
+        lines = self.path.read_text(encoding="utf-8").splitlines() if updates and self.path.exists() else []
+        self.entries = [entry for entry in map(self._entry, lines) if entry and entry["update"] <= updates]
+        self.path.write_text("".join(map(self._line, self.entries)), encoding="utf-8")
+        if tensorboard:
+            self.board = self.find_tensorboard()(tensorboard, purge_step=updates + 1 if updates else None)
+
+    @staticmethod
+    def find_tensorboard():
+        """Its writer's class. Raises UserError where the package is missing."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+        return SummaryWriter
+
+    @staticmethod
+    def _entry(line):
+        with contextlib.suppress(ValueError):  # the last line of a killed run can be half a line
+            return json.loads(line)
+
+    @staticmethod
+    def _line(entry):
+        return f"{json.dumps(entry, ensure_ascii=False, allow_nan=False)}\n"
+
+    def write(self, update, **values):
+        """Add one line; numbers among the values are TensorBoard's scalars, a dict is its text. What is not finite,
+        which JSON cannot say, is null."""
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for name, value in values.items()}
+        self.entries.append({"update": update} | finite)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(self._line(self.entries[-1]))
+        for name, value in values.items() if self.board else ():
+            if isinstance(value, dict):
+                self.board.add_text(name, "\n\n".join(f"{key}: {text}" for key, text in value.items()), update)
+            elif isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, update)
+
+    def close(self, curves):
+        """Draw these values of the lines over the updates, one panel each that has any, into the picture."""
+        from matplotlib.figure import Figure  # only here, and without a window
+
+        if self.board:
+            self.board.close()
+        series = {name: [(entry["update"], entry[name]) for entry in self.entries if entry.get(name) is not None]
+                  for name in curves}
+        series = {name: points for name, points in series.items() if points}
+        figure = Figure(figsize=(5 * len(series), 3.5), layout="constrained")
+        for axes, (name, points) in zip(figure.subplots(1, max(1, len(series)), squeeze=False)[0], series.items()):
+            axes.plot(*zip(*points), marker="o" if len(points) < 50 else None, markersize=3, linewidth=1)
+            axes.set(title=name, xlabel="updates")
+            axes.grid(alpha=0.3)
+        figure.savefig(self.path.with_suffix(".png"), dpi=150)
+
+
+def memory_in_use(device):
+    """Bytes: on CUDA the most that were in use so far, on a CPU what this process holds now, without mapped files."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        resident, shared = (int(pages) for pages in Path("/proc/self/statm").read_text().split()[1:3])
+    except OSError:  # not Linux
+        return 0
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 def adamw(groups, learning_rate, weight_decay):
@@ -41,26 +209,71 @@ def cosine(step, total, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def step_optimizer(optimizer, learning_rate, clip):
+def step_optimizer(optimizer, learning_rate, clip, scaler=None):
     """One update at this learning rate, times each group's factor, with gradients clipped to norm `clip`.
 
-    Parameters without gradients stay as they are. Returns the norm before clipping.
+    Parameters without gradients stay as they are. `scaler`: of fp16, which leaves out an update whose gradients
+    overflowed. Returns the norm before clipping.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if scaler:
+        scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["factor"]
-    optimizer.step()
+    if scaler:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-def save_state(path, settings, optimizer, parameters, progress):
+class MovingAverage:
+    """Exponential moving average of parameters over the steps, which generalises better than the last step alone
+    (Izmailov et al. 2018, https://arxiv.org/abs/1803.05407; here with the decay of Tarvainen & Valpola 2017).
+
+    Args:
+        parameters: {name: parameter}.
+        decay: of the average at each step, less over the first ones; 0: the parameters themselves.
+    """
+
+    def __init__(self, parameters, decay):
+        self.parameters, self.decay, self.steps = parameters, decay, 0
+        self.values = {name: parameter.detach().clone() for name, parameter in parameters.items()} if decay else {}
+
+    def update(self):
+        self.steps += 1
+        if self.decay:
+            decay = min(self.decay, self.steps / (self.steps + 9))
+            torch._foreach_lerp_(list(self.values.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    @contextlib.contextmanager
+    def in_place(self):
+        """Within, the parameters hold the average."""
+        pairs = [(self.parameters[name].data, value) for name, value in self.values.items()]
+        self._swap(pairs)
+        try:
+            yield
+        finally:
+            self._swap(pairs)
+
+    @staticmethod
+    def _swap(pairs):
+        for parameter, value in pairs:
+            kept = parameter.clone()
+            parameter.copy_(value)
+            value.copy_(kept)
+
+
+def save_state(path, settings, optimizer, parameters, progress, scaler=None):
     """Everything that a run needs to go on as if it had never stopped, written whole.
 
     `settings` are compared by load_state; `progress` is a dict of plain values, the position among them.
     """
     state = {"settings": settings, "optimizer": optimizer.state_dict(), "progress": progress,
+             "scaler": scaler.state_dict() if scaler else {},
              "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
              "random": torch.get_rng_state(),
              "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
@@ -72,7 +285,7 @@ def save_state(path, settings, optimizer, parameters, progress):
     os.replace(temporary, path)
 
 
-def load_state(path, settings, optimizer, parameters, device):
+def load_state(path, settings, optimizer, parameters, device, scaler=None):
     """Restore what save_state wrote and return its `progress`, or None if there is nothing to go on from."""
     if not Path(path).exists():
         return None
@@ -89,6 +302,8 @@ def load_state(path, settings, optimizer, parameters, device):
         for name, parameter in parameters.items():
             parameter.copy_(state["parameters"][name])
     optimizer.load_state_dict(state["optimizer"])
+    if scaler:
+        scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["random"])
     if device == "cuda" and state["cuda_random"] is not None:
         torch.cuda.set_rng_state(state["cuda_random"])

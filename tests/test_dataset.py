@@ -14,8 +14,8 @@ from PIL import Image
 import dataset
 from cli import UserError
 from dataset import (CaptionedImage, FeatureCache, ImageError, bucketed_batches, clean_caption, collate, list_images,
-                     load_ahead, load_image, make_view, read_captions)
-from encoder import ImageEncoder
+                     load_ahead, load_image, make_view, read_captions, write_subset)
+from encoder import ImageEncoder, without_batch_norm
 
 RED, GREEN, BLUE, BLACK, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)
 SAMPLES = sorted((Path(__file__).resolve().parent.parent / "samples").glob("*.jpg"))
@@ -276,6 +276,17 @@ def test_captions_of_another_form_are_refused(tmp_path, data, message):
         read_captions(captions_file(tmp_path, data), tmp_path)
 
 
+def test_a_subset_is_the_first_images_with_their_captions(tmp_path):
+    (tmp_path / "images").mkdir()
+    touch(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "images" / "train").symlink_to(tmp_path)
+    captions_file(tmp_path, COCO).rename(tmp_path / "train.json")
+    for _ in range(2):
+        write_subset(tmp_path, tmp_path / "new", 1)
+        (image,) = read_captions(tmp_path / "new" / "train.json", tmp_path / "new" / "images" / "train")
+        assert image.path.name == "b.jpg" and image.captions == ["two", "zwei"]
+
+
 def test_missing_captions_and_images_are_refused(tmp_path):
     with pytest.raises(UserError, match="captions file .* does not exist"):
         read_captions(tmp_path / "gone.json", tmp_path)
@@ -446,7 +457,7 @@ def random_images(encoder, count=2):
 @pytest.mark.parametrize("name, image_size, grid, prefix", [
     ("test_vit", 32, (2, 2), 1), ("test_vit", 96, (6, 6), 1), ("test_vit", None, (10, 10), 1),
     ("deit_tiny_distilled_patch16_224", 48, (3, 3), 2),
-    ("test_efficientnet", 96, (3, 3), 0), ("test_efficientnet", 100, (4, 4), 0), ("test_efficientnet", None, (7, 7), 0)])
+    ("test_efficientnet", 96, (3, 3), 0), ("test_efficientnet", 100, (4, 4), 0), ("test_efficientnet", None, (9, 9), 0)])
 def test_encoder_gives_prefix_tokens_and_a_grid_of_patches(name, image_size, grid, prefix):
     encoder = make_encoder(name, image_size)
     tokens = encoder(random_images(encoder))
@@ -465,6 +476,37 @@ def test_encoder_is_timms_model_on_normalised_pixels(name):
     if expected.ndim == 4:  # patch tokens go row by row
         tokens = tokens.unflatten(1, encoder.grid).permute(0, 3, 1, 2)
     torch.testing.assert_close(tokens, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name, folds", [("test_efficientnet", True), ("resnet18", True), ("repvit_m0_9", False)])
+def test_batch_norm_is_folded_where_that_changes_nothing(name, folds, image_size=64):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=0).eval()
+    for module in model.modules():  # statistics as after training
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.1)
+    images = torch.randn(2, 3, image_size, image_size)
+    with torch.inference_mode():
+        expected = model.forward_features(images)
+        folded = without_batch_norm(model, image_size)
+        found = folded.forward_features(images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules()) != folds
+
+
+@pytest.mark.parametrize("size, batch", [(32, 3), (224, 9)])
+def test_a_cnn_takes_a_few_images_at_a_time(size, batch):
+    encoder = ImageEncoder("test_efficientnet", size, "random")
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+    sizes = []
+    original = encoder.model.forward_features
+    encoder.model.forward_features = lambda x: sizes.append(len(x)) or original(x)
+    whole = encoder(images)
+    assert sizes == ([3] if batch == 3 else [8, 1])
+    torch.testing.assert_close(whole, torch.cat([encoder(image[None]) for image in images]), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_efficientnet"])

@@ -305,7 +305,7 @@ def test_annotation_files_that_do_not_fit(tmp_path):
     image, other = {"file_name": "x.jpg", "id": 1}, {"file_name": "x.png", "id": 2}
     caption = {"caption": "a dog", "id": 1, "image_id": 1}
     for content, complaint in [
-        ({"images": [image, other], "annotations": [caption, caption | {"image_id": 2}]}, "two images called 'x'"),
+        ({"images": [image, other], "annotations": [caption, caption | {"id": 2, "image_id": 2}]}, "two images called 'x'"),
         ({"images": [image, other | {"id": 1}], "annotations": [caption]}, "two images with the id 1"),
         ({"images": [image, other | {"file_name": "y.png"}], "annotations": [caption]}, "no caption for y.png"),
         ({"images": [image], "annotations": [caption | {"image_id": 7}]}, "COCO"),

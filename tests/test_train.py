@@ -7,50 +7,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import encoder
 import p2_infer
 import p2_pretrain_decoder
 import p2_train
+from conftest import COLOURS, VIT
 from captioner import Captioner, CaptionerConfig, read_metadata
 from cli import UserError, add_options, ArgumentParser, take_options
 from decoder import Decoder, DecoderConfig
 from dataset import collate
 from p2_pretrain_decoder import SeenTokens
 from tokenizer import END_OF_TEXT
-from training import adamw, cosine, step_optimizer
-
-COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (30, 40, 200), "yellow": (220, 210, 40)}
-VIT = "vit_tiny_patch16_224"
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """A folder with 24 coloured pictures and their captions, a random ViT and a random small GPT-2."""
-    monkeypatch.setattr(encoder, "WEIGHTS_FOLDER", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    save_file(timm.create_model(VIT, img_size=32, num_classes=0).state_dict(), tmp_path / f"{VIT}.safetensors")
-    decoder = Decoder(DecoderConfig(n_positions=48, n_embd=64, n_layer=2))
-    torch.nn.init.normal_(decoder.wte.weight, std=0.1)
-    save_file({name: tensor.contiguous() for name, tensor in decoder.pretrained_state().items()},
-              tmp_path / "decoder.safetensors")
-    folder = tmp_path / "data" / "images" / "train"
-    folder.mkdir(parents=True)
-    images, annotations = [], []
-    for i in range(24):
-        name, colour = list(COLOURS.items())[i % 4]
-        Image.fromarray(np.full((40, 50, 3), colour, np.uint8)).save(folder / f"{i}.png")
-        images.append({"id": i, "file_name": f"{i}.png"})
-        annotations += [{"id": 2 * i + j, "image_id": i, "caption": caption} for j, caption in
-                        enumerate([f"a {name} picture", f"The colour {name} ."])]
-    (tmp_path / "data" / "train.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-    return tmp_path
+from training import MovingAverage, adamw, cosine, step_optimizer
 
 
 CONFIG = CaptionerConfig(encoder=VIT, image_size=32, projection_layers=1, projection_dim=64, lora_rank=2, dropout=0.1)
@@ -95,7 +67,7 @@ def test_resumed_training_equals_training_without_interruption(workplace, monkey
     torch.manual_seed(999)  # the state brings its own
     resumed = p2_train.train(CONFIG, stopped, "cpu")
     for entry in resumed + history:
-        assert entry.pop("seconds") > 0
+        assert entry.pop("seconds") > 0 and entry.pop("memory") > 0
     assert resumed == history and ["reward" in entry for entry in history] == [False] * (4 - scst_epochs) + [True] * scst_epochs
     whole, stopped = load_file("checkpoints/whole.safetensors"), load_file("checkpoints/stopped.safetensors")
     assert whole.keys() == stopped.keys() and all(torch.equal(whole[name], stopped[name]) for name in whole)
@@ -121,7 +93,8 @@ def test_training_starts_from_a_checkpoint_of_the_same_model(workplace, monkeypa
         p2_train.train(CONFIG, settings(init="checkpoints/first.safetensors", output="checkpoints/second.safetensors"), "cpu")
     start = torch.load("checkpoints/second.state.pt")["parameters"]
     first = load_file("checkpoints/first.safetensors")
-    assert all(torch.equal(value.half(), first[name]) for name, value in start.items())
+    assert all(torch.equal(value.half(), first[name]) for name, value in start.items()
+               if not name.startswith("average."))
     for config, words in ((replace(CONFIG, lora_rank=4), "other model options"), (replace(CONFIG, image_size=48), "encoder")):
         with pytest.raises(UserError, match=words):
             p2_train.train(config, settings(init="checkpoints/first.safetensors", output="checkpoints/third.safetensors"), "cpu")
@@ -158,7 +131,7 @@ def test_finished_checkpoint_is_not_overwritten(workplace):
         p2_train.train(CONFIG, settings(), "cpu")
 
 
-@pytest.mark.parametrize("selection", [0, 24])
+@pytest.mark.parametrize("selection", [-1, 24])
 def test_a_split_that_leaves_nothing_is_refused(workplace, selection):
     with pytest.raises(UserError, match="cannot be split"):
         p2_train.train(CONFIG, settings(selection=selection), "cpu")
@@ -194,6 +167,29 @@ def test_optimizer_clips_and_decays_matrices_only():
     assert slow.item() == pytest.approx(0.995)
     vector.grad = torch.tensor([30.0, 40.0])
     assert step_optimizer(optimizer, 0.0, 1.0).item() == pytest.approx(50)
+
+
+def test_moving_average_weighs_steps_by_age_and_steps_aside():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    average = MovingAverage({"p": parameter}, decay=0.5)
+    values = [torch.tensor([float(i), -float(i)]) for i in (1, 2, 3, 4)]
+    expected, decays = torch.zeros(2), [0.1, 2 / 11, 0.25, 4 / 13]  # below 0.5, since it has only begun
+    for value, decay in zip(values, decays):
+        parameter.data.copy_(value)
+        average.update()
+        expected = decay * expected + (1 - decay) * value
+    with average.in_place():
+        assert torch.allclose(parameter, expected)
+    assert torch.equal(parameter, values[-1]) and torch.allclose(average.values["p"], expected)
+    for _ in range(1000):
+        average.update()
+    parameter.data.zero_()
+    average.update()
+    assert torch.allclose(average.values["p"], values[-1] / 2)  # the decay's limit
+    off = MovingAverage({"p": parameter}, decay=0)
+    off.update()
+    with off.in_place():
+        assert torch.equal(parameter, torch.zeros(2)) and not off.values
 
 
 def test_options_and_dataclasses_are_the_same():

@@ -1,0 +1,133 @@
+"""Compare the PEFT families under equal conditions, and write report/results/peft.json.
+
+    python3 report/compare_peft.py --data data [--kinds none lora8 --seeds 0 1 2]
+
+Trains each kind with `p2_train.py` on the first images of data/train.json, for the same number of steps and with the same
+options otherwise, keeps the last epoch, and scores beam search on data/val.json. Runs that are there are not repeated, so
+it goes on where it was interrupted, and can be called again with more kinds or seeds.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from captioner import Captioner, GenerationConfig, read_metadata
+from cli import ArgumentParser, UserError, read_json, run, write_json
+from dataset import FeatureCache, read_captions, write_subset
+from metrics import bleu, cider, tokenize
+from p2_train import caption_features
+from significance import paired_bootstrap
+from training import pick_device
+
+KINDS = {  # what each adds to the options that all have
+    "none": {},
+    "lora4": {"lora_rank": 4, "lora_alpha": 8},
+    "lora8": {"lora_rank": 8, "lora_alpha": 16},
+    "adapter64": {"adapter_dim": 64},
+    "prefix100": {"prefix_length": 100},
+    "image_prefix_lora8": {"fusion": "prefix", "lora_rank": 8, "lora_alpha": 16},
+}
+RESULTS = ROOT / "report" / "results" / "peft.json"
+
+
+def main():
+    parser = ArgumentParser(description="Compare the PEFT families under equal conditions.")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="train.json, val.json and images/")
+    parser.add_argument("--work", type=Path, default=Path("output/peft"), help="folder for checkpoints and captions")
+    parser.add_argument("--decoder", default=str(ROOT / "weights" / "decoder_small.safetensors"), help="GPT-2 weights")
+    parser.add_argument("--images", type=int, default=2000, help="to train on, the first of train.json")
+    parser.add_argument("--epochs", type=int, default=4, help="of each run")
+    parser.add_argument("--image_size", type=int, default=224, help="in pixels")
+    parser.add_argument("--views", type=int, default=2, help="of each image")
+    parser.add_argument("--kinds", nargs="+", default=[*KINDS], choices=[*KINDS], help="to train now")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of each kind, now")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the file to write")
+    arguments = parser.parse_args()
+    conditions = {name: getattr(arguments, name) for name in ("images", "epochs", "image_size", "views")}
+    known = arguments.work / "conditions.json"
+    if known.exists() and read_json(known, "file") != conditions:
+        raise UserError(f"{arguments.work} holds runs under other conditions: delete it, or name another --work")
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    write_json(known, conditions)
+    subset = arguments.work / "data"
+    write_subset(arguments.data, subset, arguments.images)
+    features = None
+    for kind in arguments.kinds:
+        for seed in arguments.seeds:
+            checkpoint = arguments.work / f"{kind}-{seed}.safetensors"
+            captions = checkpoint.with_suffix(".json")
+            if captions.exists():
+                continue
+            train(arguments, subset, kind, seed, checkpoint)
+            model = Captioner.load(checkpoint, arguments.decoder).to(pick_device())
+            if features is None:
+                images = read_captions(arguments.data / "val.json", arguments.data / "images" / "val")
+                features = FeatureCache(model.encoder, [image.path for image in images], "cache", device=pick_device())
+            write_json(captions, caption_features(model, features, np.arange(len(features)), GenerationConfig(3)))
+    write_results(arguments, conditions)
+
+
+def train(arguments, subset, kind, seed, checkpoint):
+    options = {"data": subset, "decoder": arguments.decoder, "output": checkpoint, "epochs": arguments.epochs,
+               "image_size": arguments.image_size, "views": arguments.views, "seed": seed, "scst_epochs": 0,
+               "selection": 0, "lora_rank": 0} | KINDS[kind]
+    command = [sys.executable, str(ROOT / "p2_train.py"), *(f"--{name}={value}" for name, value in options.items())]
+    if checkpoint.exists() and not checkpoint.with_suffix(".state.pt").exists():
+        return  # trained, but not scored yet
+    if subprocess.run(command).returncode or checkpoint.with_suffix(".state.pt").exists():
+        raise UserError(f"training {kind} with seed {seed} did not end: run the same command again")
+
+
+def write_results(arguments, conditions):
+    """Score every run that is there, and print a table."""
+    images = read_captions(arguments.data / "val.json", None)
+    references = tokenize({str(i): image.captions for i, image in enumerate(images)})
+    runs, scores = [], {}
+    for kind in KINDS:
+        for file in sorted(arguments.work.glob(f"{kind}-*.json"), key=lambda file: int(file.stem.split("-")[1])):
+            captions = read_json(file, "captions file")
+            seed = int(file.stem.split("-")[1])
+            tokens = tokenize({str(i): [text] for i, text in enumerate(captions)})
+            score, scores[kind, seed] = cider(references, tokens)
+            metadata = read_metadata(file.with_suffix(".safetensors"))
+            last = metadata["scores"]["selection"]
+            runs.append({"kind": kind, "seed": seed, "trained_parameters": metadata["trained_parameters"], "CIDEr": score,
+                         "BLEU-4": bleu(references, tokens)[3][0], "seconds_per_epoch": last["seconds"] / last["epoch"],
+                         "memory_MB": last["memory"] / 1e6, "loss": last["loss"],
+                         "different_captions": len(set(captions))})
+    if not runs:
+        raise UserError(f"there is no run in {arguments.work}")
+    kinds = [kind for kind in KINDS if (kind, 0) in scores]
+    differences = {}
+    for kind in kinds:
+        if kind != "none" and ("none", 0) in scores:
+            found = paired_bootstrap(scores[kind, 0] - scores["none", 0])
+            differences[kind] = {"value": found.value, "low": found.low, "high": found.high}
+    spread = {}
+    for kind in kinds:
+        values = [entry["CIDEr"] for entry in runs if entry["kind"] == kind]
+        if len(values) > 1:
+            spread[kind] = {"seeds": len(values), "mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1)),
+                            "lowest": min(values), "highest": max(values)}
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.results, {
+        "conditions": conditions | {"validation_images": len(images), "beam_size": 3},
+        "runs": runs, "CIDEr_against_none_95": differences, "CIDEr_over_seeds": spread})
+    print(f"| kind | seed | trained | CIDEr | against none, 95% | BLEU-4 | s/epoch | memory, MB |\n|{'---|' * 8}")
+    for entry in runs:
+        kind = entry["kind"]
+        against = "" if entry["seed"] or kind not in differences else (
+            f"{differences[kind]['value']:+.3f} ({differences[kind]['low']:+.3f} to {differences[kind]['high']:+.3f})")
+        print(f"| {kind} | {entry['seed']} | {entry['trained_parameters'] / 1e6:.2f}M | {entry['CIDEr']:.3f} | {against} | "
+              f"{entry['BLEU-4']:.3f} | {entry['seconds_per_epoch']:.0f} | {entry['memory_MB']:.0f} |")
+    for kind, found in spread.items():
+        print(f"{kind}, {found['seeds']} seeds: CIDEr {found['mean']:.3f}, deviation {found['deviation']:.3f}")
+
+
+if __name__ == "__main__":
+    run(main)

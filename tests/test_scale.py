@@ -75,9 +75,9 @@ def start(*arguments, processes=1, module="p2_train", before=""):
 
 
 def finish(processes, status=0):
-    """What they wrote to stdout and to stderr, after an end with this status."""
+    """What they wrote to stdout and to stderr, after an end with this status; the others' is 0."""
     ends = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [status] * len(processes), [err[-3000:] for _, err in ends]
+    assert [process.returncode for process in processes] == [status] + [0] * (len(processes) - 1), [err[-3000:] for _, err in ends]
     return tuple("".join(texts) for texts in zip(*ends))
 
 
@@ -163,7 +163,7 @@ def test_two_processes_caption_a_folder_as_one(workplace):
 # ---- one process -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("accumulation", [2, 3, 5])
+@pytest.mark.parametrize("accumulation", [3])
 def test_accumulated_parts_train_as_the_whole_batch(workplace, every_step, accumulation):
     p2_train.train(CONFIG, settings(output="checkpoints/whole.safetensors"), "cpu")
     p2_train.train(CONFIG, settings(output="checkpoints/parts.safetensors", accumulation=accumulation), "cpu")
@@ -278,7 +278,8 @@ SLOW = "\n".join([EVERY_STEP, "import time", "original = p2_train.step_optimizer
 def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(workplace):
     """By SIGKILL in the first epoch, by SIGTERM in the second."""
     dropout = ["--dropout=0.1", "--projection_dropout=0.3", "--patch_dropout=0.3"]
-    whole, killed = (settings(output=f"checkpoints/{name}.safetensors", save_minutes=0.005) for name in ("whole", "killed"))
+    whole, killed = (settings(output=f"checkpoints/{name}.safetensors", save_minutes=0.005, scst_epochs=0)
+                     for name in ("whole", "killed"))
     finish(start(*options(whole), *dropout, before=EVERY_STEP))
     log, state = (workplace / "checkpoints" / f"killed.{suffix}" for suffix in ("jsonl", "state.pt"))
     for how, updates in ((signal.SIGKILL, 3), (signal.SIGTERM, 6)):
@@ -299,7 +300,7 @@ def test_a_run_stops_after_max_hours_and_goes_on(workplace):
     whole, parts = (settings(output=f"checkpoints/{name}.safetensors") for name in ("whole", "parts"))
     p2_train.train(CONFIG, whole, "cpu")
     parts.max_hours = 1e-9
-    for stop in range(4):
+    for stop in range(2):
         assert p2_train.Trainer(CONFIG, parts, "cpu").fit() is False
     parts.max_hours = 1.0
     assert p2_train.Trainer(CONFIG, parts, "cpu").fit() is True

@@ -313,7 +313,7 @@ class Trainer:
         todo = range(progress["step"], self.steps)
         bar = tqdm(total=self.steps, initial=progress["step"], desc=f"epoch {epoch + 1}/{len(schedule)}", unit="batch",
                    disable=not processes.main)
-        since, images = time.monotonic(), 0
+        since, images, values = time.monotonic(), 0, []  # since the last line of the log
         for step, batch in zip(todo, ahead(lambda step: self.local_batch(batches[step], views), todo)):
             seed = np.random.SeedSequence([settings.seed, epoch, step, processes.number])
             torch.manual_seed(int(seed.generate_state(1)[0]))
@@ -324,13 +324,15 @@ class Trainer:
             self.average.update()
             progress.update(epoch=epoch, step=step + 1, updates=self.average.steps, sum=progress["sum"] + value)
             images += len(batches[step])
+            values.append(value)
             bar.update()
             if processes.main and step % LOG_STEPS == 0:
                 bar.set_postfix({name: f"{progress['sum'] / (step + 1):.3f}"})
                 now = time.monotonic()
-                self.log.write(progress["updates"], epoch=epoch + 1, stage=stage, **{name: value, "learning rate": rate,
-                               "gradient norm": norm.item(), "images per second": images / (now - since)})
-                since, images = now, 0
+                self.log.write(progress["updates"], epoch=epoch + 1, stage=stage, **{
+                    name: sum(values) / len(values), "learning rate": rate, "gradient norm": norm.item(),
+                    "images per second": images / (now - since)})
+                since, images, values = now, 0, []
             if processes.add(bool(self.interruption)):
                 self.save()
                 if processes.main:

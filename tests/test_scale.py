@@ -278,7 +278,7 @@ SLOW = "\n".join([EVERY_STEP, "import time", "original = p2_train.step_optimizer
 def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(workplace):
     """By SIGKILL in the first epoch, by SIGTERM in the second."""
     dropout = ["--dropout=0.1", "--projection_dropout=0.3", "--patch_dropout=0.3"]
-    whole, killed = (settings(output=f"checkpoints/{name}.safetensors", save_minutes=0.005, scst_epochs=0)
+    whole, killed = (settings(output=f"checkpoints/{name}.safetensors", save_minutes=0.005, scst_epochs=0, selection=0)
                      for name in ("whole", "killed"))
     finish(start(*options(whole), *dropout, before=EVERY_STEP))
     log, state = (workplace / "checkpoints" / f"killed.{suffix}" for suffix in ("jsonl", "state.pt"))
@@ -297,7 +297,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(workplace):
 
 
 def test_a_run_stops_after_max_hours_and_goes_on(workplace):
-    whole, parts = (settings(output=f"checkpoints/{name}.safetensors") for name in ("whole", "parts"))
+    whole, parts = (settings(output=f"checkpoints/{name}.safetensors", selection=0) for name in ("whole", "parts"))
     p2_train.train(CONFIG, whole, "cpu")
     parts.max_hours = 1e-9
     for stop in range(2):

@@ -61,9 +61,12 @@ class CaptionerConfig:
 
     def load_decoder(self, path):
         """The frozen decoder of a GPT-2 state dict, with what this configuration adds to it."""
+        return Decoder.from_pretrained(path, **self.decoder_options())
+
+    def decoder_options(self):
+        """The fields of DecoderConfig that add to GPT-2."""
         shared = {field.name for field in fields(DecoderConfig)} & {field.name for field in fields(self)}
-        options = {name: getattr(self, name) for name in shared}
-        return Decoder.from_pretrained(path, image_dim=self.projection_dim, **options)
+        return {"image_dim": self.projection_dim} | {name: getattr(self, name) for name in shared}
 
 
 @dataclass

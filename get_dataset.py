@@ -7,7 +7,6 @@ where it was interrupted; with one (annotations/captions_train2017.json, train20
 COCO: Lin et al. 2014, https://arxiv.org/abs/1405.0312; https://cocodataset.org/#termsofuse.
 """
 
-import hashlib
 import http.client
 import shutil
 import urllib.error
@@ -18,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cli import ArgumentParser, UserError, read_json, run, write_json
+from hw3_download import digest_of
 
 SERVER = "http://images.cocodataset.org"  # whose certificate is another name's, so the digests below vouch for the files
 # Bytes and MD5.
@@ -100,21 +100,12 @@ def fetch(name, folder):
                     bar.update(len(block))
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             raise UserError(f"downloading {SERVER}/{name} failed ({error}): the same command goes on from there") from None
-    found = md5_of(file)
-    if found != digest:
+    if digest_of(file, "md5") != digest:
         short = file.stat().st_size < size
         if not short:
             file.unlink()
         raise UserError(f"{file} is {'not complete' if short else 'damaged and was deleted'}: run the same command again")
     return file
-
-
-def md5_of(path):
-    digest = hashlib.md5()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def unpack(archive, folder, names=None):

@@ -58,8 +58,13 @@ def reason(error):
 
 
 def sha256_of(path):
+    return digest_of(path, "sha256")
+
+
+def digest_of(path, algorithm):
+    """Hex digest of a file, read in blocks."""
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
+        digest = hashlib.new(algorithm)
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

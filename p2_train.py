@@ -488,11 +488,9 @@ def dry_run(config, settings):
         sizes = {name: getattr(loaded, name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer")}
     else:
         print(f"{settings.decoder} is not here: the sizes of the published GPT-2, 124M parameters, are taken")
-    shared = {field.name for field in fields(DecoderConfig)} & {field.name for field in fields(config)}
     with torch.device("meta"):
         encoder = ImageEncoder(config.encoder, config.image_size, "random")
-        decoder = Decoder(DecoderConfig(**sizes, image_dim=config.projection_dim,
-                                        **{name: getattr(config, name) for name in shared}))
+        decoder = Decoder(DecoderConfig(**sizes, **config.decoder_options()))
         projection = Projection(config, encoder.dim, encoder.num_tokens, decoder.config.image_dim)
     pretrained = decoder.pretrained_names()
     parts = {"projection": sum(parameter.numel() for parameter in projection.parameters())}

@@ -19,7 +19,7 @@ from torch import nn
 
 from cli import UserError, write_whole
 from dataset import IGNORE, collate
-from decoder import ADAPTER_PLACES, Block, Cache, Decoder, DecoderConfig, init_weights
+from decoder import ADAPTER_PLACES, Block, Cache, Decoder, DecoderConfig, LayerContext, init_weights
 from encoder import WEIGHTS_FOLDER, ImageEncoder
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import check_settings
@@ -117,7 +117,8 @@ class Projection(nn.Module):
             nn.init.zeros_(layer.attn.c_proj.weight)
             nn.init.zeros_(layer.mlp.c_proj.weight)
 
-    def forward(self, features):
+    def forward(self, features, attentions=None):
+        """(B, N, D) -> (B, N, width); `attentions`: a list that receives each layer's weights (B, H, N, N)."""
         x = self.input(features)
         if self.has_positions:
             x = x + self.positions.weight
@@ -126,8 +127,9 @@ class Projection(nn.Module):
             kept = order[:, :max(1, round(x.shape[1] * (1 - self.patch_dropout)))]
             x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
         x = F.dropout(x, self.dropout, self.training)
+        all_of_them = LayerContext(image=slice(None))  # image tokens are all that a layer here attends to
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, all_of_them, attentions=attentions)
         return self.norm(x)
 
 
@@ -248,10 +250,14 @@ class Captioner(nn.Module):
         `seeds`: one number for each image, which with `generation.seed` decides its sample whatever the batch
         (default: 0 … B - 1); with K numbers for each image, K samples of each.
         """
+        return [self.text(row) for row in self.search(features, generation, seeds)]
+
+    @torch.inference_mode()
+    def search(self, features, generation=None, seeds=None):
+        """As `generate`, but the captions as lists of token ids, without <|endoftext|>."""
         generation = generation or GenerationConfig()
         image = self.projection(features)
-        rows = self.sample(image, generation, seeds) if generation.sample else self.beam_search(image, generation)
-        return [self.text(row) for row in rows]
+        return self.sample(image, generation, seeds) if generation.sample else self.beam_search(image, generation)
 
     def text(self, tokens):
         """Token ids, without <|endoftext|> -> the caption, on one line, a capital first: CIDEr as a reward is blind to it."""

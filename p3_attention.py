@@ -1,0 +1,598 @@
+"""Where each word of a caption looked: its attention over the image patches, as figures, as numbers and as a page.
+
+    python3 p3_attention.py <image or folder> <out_dir>                           the embedded model's captions (p2)
+    python3 p3_attention.py <image or folder> <out_dir> --model <LLaVA folder>    LLaVA's (p1)
+
+Of each picture it writes
+    <name>.words.png, .pdf     the picture, then a panel a word with its map over the picture
+    <name>.layers.png, .pdf    the content words in several layers side by side, to pick a layer by
+    <name>.npz                 the raw maps of every word, layer and head
+and index.html, where hovering a word shows its map. Layers and heads are counted from 1.
+
+The weights are those of the decoder's own forward pass. A word's map is that of the position that *predicts* it, the
+one before it; the maps of its tokens are averaged. Nothing predicts <start>: its panel is the picture itself.
+"""
+
+import base64
+import html
+import io
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from PIL import Image
+
+from captioner import Captioner, GenerationConfig
+from cli import ArgumentParser, UserError, check_writable, run, write_whole
+from dataset import IGNORE, ImageError, collate, list_images, load_image
+from p2_infer import find_weights
+from tokenizer import END_OF_TEXT
+from training import pick_device
+from weightfiles import first_line
+
+START, END = "<start>", "<end>"
+WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]+")  # punctuation is a word of its own
+STOP_WORDS = set("""a about above across after all along also an and another are around as at away be been before behind
+being below beneath beside between both by can do does down during each few for from front has have he her him his
+how i in inside into is it its itself just like many more most near next no not of off on one or other out outside over
+own several she side so some such than that the their them then there these they this those three through to together
+top two under up upon very was we were what when where which while who with within without you your""".split())
+CORRECTIONS = "none", "divide", "subtract"
+SCALES = "panel", "shared"
+COLOURS = matplotlib.colormaps["inferno"]
+PROMPT = "Describe the picture in one sentence."
+SEEN_SIDE = 336  # pixels that LLaVA-1.5's vision tower takes, as load_image is told
+
+
+# ---- extraction ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Attention:
+    """Where each word of one caption looked."""
+
+    caption: str
+    words: list  # W of them; the last is <end>, unless the caption was cut at its greatest length
+    tokens: list  # T token ids, without <|endoftext|>
+    places: list  # where each word's tokens stand among them; <end> at T
+    maps: np.ndarray  # (W, layers, heads, rows, columns): what the word's position gives each patch
+    log_probs: np.ndarray  # (W,): of the word, given those before it; a sum over its tokens
+    region: tuple = (0.0, 0.0, 1.0, 1.0)  # what of the picture the maps cover: left, top, right, bottom
+
+    @classmethod
+    def of_tokens(cls, caption, tokens, words, weights, log_probs, grid, region=(0.0, 0.0, 1.0, 1.0)):
+        """Merge tokens to words.
+
+        Args:
+            words: [(word, places of its tokens), …].
+            weights: (T + 1, layers, heads, N), of the positions that predict the tokens and the end; class and register
+                tokens, if any, stand before the patches among the N and are left out.
+            log_probs: (T + 1,), or (T,) where there is no <end>.
+            grid: rows and columns of patches.
+        """
+        patches = weights[..., weights.shape[-1] - grid[0] * grid[1]:].unflatten(-1, grid).float().cpu().numpy()
+        words, places = map(list, zip(*words))
+        maps = np.stack([patches[of_word].mean(0) for of_word in places])
+        return cls(caption, words, tokens, places, maps, of_words(log_probs, places).cpu().numpy(), region)
+
+    def content_words(self):
+        """Places of the words that carry meaning: no stop words, no punctuation, no <end>."""
+        return [i for i, word in enumerate(self.words) if word[0].isalnum() and word.lower() not in STOP_WORDS]
+
+
+def align_words(tokens, decode, ended):
+    """The words of a caption, each with the places of its tokens: [(word, [place, …]), …]
+
+    A token belongs to the word that holds its last character. `ended`: the token after them is the end, a word too.
+    """
+    text = decode(tokens)
+    last = [min(len(decode(tokens[:count])), len(text)) - 1 for count in range(1, len(tokens) + 1)]
+    words = [(match[0], [place for place, at in enumerate(last) if match.start() <= at < match.end()])
+             for match in WORD.finditer(text)]
+    return [(word, places) for word, places in words if places] + [(END, [len(tokens)])] * ended
+
+
+def of_words(log_probs, places):
+    """Log-probabilities of tokens (…, T) -> of words (…, W)"""
+    return torch.stack([log_probs[..., of_word].sum(-1) for of_word in places], -1)
+
+
+def rollout(attentions):
+    """Attention rollout through layers that mix the image tokens: [(B, H, N, N), …] -> (B, N, N)
+
+    How much of each token before the layers is in each token after them. Half of every layer's output is counted as the
+    residual's, half as attention's, the heads averaged (Abnar and Zuidema 2020, https://arxiv.org/abs/2005.00928).
+    """
+    mixed = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
+    for weights in attentions:
+        mixed = (weights.mean(1) + torch.eye(weights.shape[-1], device=weights.device)) / 2 @ mixed
+    return mixed
+
+
+def teacher_forced(model, features, rows, attentions=None, mixing=None):
+    """The log-probability of every token of B captions, given those before it: (B, T), T the longest with its end.
+
+    Args:
+        features: (B, N, D) from the encoder.
+        rows: B lists of token ids; what lies behind a caption's end means nothing.
+        attentions, mixing: lists that receive the decoder's weights (B, H, T, N) and the projection's (B, H, N, N).
+    """
+    inputs, targets = (part[:, :model.decoder.config.n_positions].to(features.device) for part in collate(rows))
+    context = model.decoder.context(model.projection(features, mixing))
+    hidden = model.decoder.hidden(inputs, context, attentions=attentions)
+    log_probs = F.linear(hidden, model.decoder.head_weight(model.token_ids)).float().log_softmax(-1)
+    places = model.places[targets.masked_fill(targets == IGNORE, END_OF_TEXT)]
+    return log_probs.gather(-1, places[..., None]).squeeze(-1)
+
+
+@torch.inference_mode()
+def p2_attention(model, pictures, generation=None, through_projection=False):
+    """Caption pictures with p2's model and say where each word looked.
+
+    The winning caption is run through the decoder once more, which gives the weights of its generation.
+
+    Args:
+        model: a Captioner.
+        pictures: RGB PIL images.
+        generation: GenerationConfig.
+        through_projection: carry the maps back through the projection's transformer layers, by rollout.
+    Returns an Attention for each. Under fusion "prefix" the maps are the image's part of self-attention, so that they
+    sum to less than one; with cross-attention to one, less the share of class and register tokens.
+    """
+    if through_projection and not len(model.projection.layers):
+        raise UserError("this model's projection has no transformer layers to carry the maps back through: without "
+                        "--rollout they lie where the encoder saw them")
+    generation = generation or GenerationConfig()
+    device = model.token_ids.device
+    features = model.encoder(torch.stack([model.encoder.preprocess(picture) for picture in pictures]).to(device))
+    rows = model.search(features, generation)
+    attentions, mixing = [], [] if through_projection else None
+    log_probs = teacher_forced(model, features, rows, attentions, mixing)
+    weights = torch.stack(attentions, 1)  # (B, layers, H, T, N)
+    if through_projection:
+        weights = weights @ rollout(mixing)[:, None, None]
+    weights = weights.permute(0, 3, 1, 2, 4)
+    longest = min(generation.max_length, model.decoder.config.n_positions)
+    found = []
+    for i, row in enumerate(rows):
+        words = align_words(row, model.tokenizer.decode, ended=len(row) < longest)
+        found.append(Attention.of_tokens(model.text(row), row, words, weights[i], log_probs[i], model.encoder.grid))
+    return found
+
+
+class Llava:
+    """LLaVA through `transformers`, for its captions and where their words looked.
+
+    Args:
+        name: a folder with a LlavaForConditionalGeneration and its processor, or its name on the model hub.
+        prompt: what it is told beside the picture.
+    Raises UserError.
+    """
+
+    def __init__(self, name, prompt=PROMPT):
+        try:
+            from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+        except ImportError:
+            raise UserError("LLaVA needs transformers: pip install -c constraints.txt transformers") from None
+        try:
+            kind = AutoConfig.from_pretrained(name).model_type
+            if kind != "llava":
+                raise UserError(f"{name} is a model of the kind {kind}, not LLaVA")
+            # eager: the only implementation that gives its weights
+            self.model = LlavaForConditionalGeneration.from_pretrained(name, dtype="auto", attn_implementation="eager")
+            self.processor = AutoProcessor.from_pretrained(name)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"{name} is no LLaVA that can be loaded ({first_line(error)}): `bash hw3_download.sh llava` "
+                            "fetches one to weights/llava-1.5-7b-hf") from None
+        self.model.to(pick_device()).eval()
+        image = self.processor.image_token
+        self.text = f"USER: {image}\n{prompt} ASSISTANT:"
+        if self.processor.chat_template:
+            said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+            self.text = self.processor.apply_chat_template(said, add_generation_prompt=True)
+
+    @torch.inference_mode()
+    def attention(self, picture, beam_size=1, max_length=64):
+        """Caption an RGB PIL image and say where each word looked: an Attention.
+
+        Its maps are the image's part of the language model's self-attention; the rest, most of it, goes to text.
+        """
+        model, tokenizer = self.model, self.processor.tokenizer
+        inputs = self.processor(images=picture, text=self.text, return_tensors="pt").to(model.device, model.dtype)
+        asked = inputs["input_ids"].shape[1]
+        tokens = model.generate(**inputs, num_beams=beam_size, do_sample=False, max_new_tokens=max_length)[:, asked:]
+        ends = torch.atleast_1d(torch.as_tensor(model.generation_config.eos_token_id, device=tokens.device))
+        at = torch.isin(tokens[0], ends).nonzero()
+        length, ended = (int(at[0]), True) if len(at) else (tokens.shape[1], False)
+
+        # Once more with the words given; the position before each token predicts it.
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens[:, :length]], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs.pop("mm_token_type_ids", None)
+        output = model(**inputs, output_attentions=True)
+        predicting = slice(asked - 1, asked + length)
+        on_image = inputs["input_ids"][0] == model.config.image_token_id
+        weights = torch.stack([layer[0][:, predicting][..., on_image] for layer in output.attentions])  # (layers, H, T, N)
+        log_probs = output.logits[0, predicting].float().log_softmax(-1)
+        log_probs = log_probs[:length + ended].gather(1, tokens[0, :length + ended, None])[:, 0]
+
+        side = int(weights.shape[-1] ** 0.5)  # of the square of patches; with a class token there is one more
+        row = tokens[0, :length].tolist()
+        caption = tokenizer.decode(row).strip()
+        words = align_words(row, tokenizer.decode, ended)
+        return Attention.of_tokens(caption, row, words, weights.permute(2, 0, 1, 3), log_probs, (side, side),
+                                   kept_region(self.processor.image_processor, *picture.size))
+
+
+def kept_region(image_processor, width, height):
+    """What an image processor of `transformers` leaves of a picture: left, top, right, bottom as parts of its sides.
+
+    CLIP's resizes the shorter side and crops the middle, so of a wide picture the model never sees the ends.
+    """
+    edge = image_processor.size.get("shortest_edge")
+    if not (image_processor.do_center_crop and edge):
+        return 0.0, 0.0, 1.0, 1.0
+    crop, shorter = image_processor.crop_size, min(width, height)
+    kept_x = min(1.0, crop["width"] / (edge * width / shorter))
+    kept_y = min(1.0, crop["height"] / (edge * height / shorter))
+    return (1 - kept_x) / 2, (1 - kept_y) / 2, (1 + kept_x) / 2, (1 + kept_y) / 2
+
+
+# ---- maps ------------------------------------------------------------------------------------------------------
+
+
+def word_maps(attention, layer="mean", head="mean", correction="none"):
+    """One map a word, (W, rows, columns), from those of all layers and heads.
+
+    Args:
+        layer, head: counted from 1, or "mean" over them.
+        correction: for patches that every word attends to: "divide" by the mean over words, or "subtract" it.
+    Raises UserError for a layer or head that is not there.
+    """
+    maps = attention.maps
+    for name, choice in (("layer", layer), ("head", head)):
+        count = maps.shape[1]
+        if choice != "mean" and not 1 <= choice <= count:
+            raise UserError(f"there is no {name} {choice}: the model has {count}, counted from 1")
+        maps = maps.mean(1) if choice == "mean" else maps[:, choice - 1]
+    usual = maps.mean(0)
+    if correction == "divide":
+        return maps / usual.clip(1e-9)
+    return maps - usual if correction == "subtract" else maps
+
+
+def upsample(values, size, region=(0.0, 0.0, 1.0, 1.0)):
+    """A map over patches (rows, columns) -> over the pixels of a picture of `size` (width, height): (height, width)
+
+    Each patch is a rectangle of the region; its value stands at its centre, with a bicubic curve through them, which
+    can swing a little above and below. Outside the region, which the model has not seen, NaN.
+    """
+    left, top, right, bottom = (round(edge * length) for edge, length in zip(region, [*size, *size]))
+    patch = Image.fromarray(np.asarray(values, np.float32))
+    pixels = np.full(size[::-1], np.nan, np.float32)
+    pixels[top:bottom, left:right] = patch.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+    return pixels
+
+
+def peak(pixels):
+    """Where a map over pixels is largest: x, y"""
+    y, x = np.unravel_index(np.nanargmax(pixels), pixels.shape)
+    return int(x), int(y)
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------
+
+
+def heat(picture, values, region, low, high):
+    """The picture under its map, in colours from `low` to `high`: uint8 (height, width, 3); grey where nothing was seen"""
+    pixels = upsample(values, picture.size, region)
+    below = np.asarray(picture.convert("L").convert("RGB"), np.float32) / 255
+    colours = COLOURS(((pixels - low) / max(high - low, 1e-12)).clip(0, 1))[..., :3]
+    mixed = 0.45 * below + 0.55 * colours
+    return (255 * np.where(np.isnan(pixels)[..., None], 0.3 + 0.4 * below, mixed)).round().astype(np.uint8)
+
+
+def limits(maps, correction):
+    """The values that the ends of the colour scale stand for. A difference from the mean counts above zero alone."""
+    return 0.0 if correction == "subtract" else float(maps.min()), float(maps.max())
+
+
+def draw_grid(rows, aspect, width, labels=(), bar=None):
+    """Pictures in rows -> a matplotlib Figure.
+
+    Args:
+        rows: lists of (title, array of pixels, or None for a gap).
+        aspect: of every picture, height over width.
+        width: of a panel, inches.
+        labels: of the rows, on their left.
+        bar: (lowest, highest, name) of a colour scale that all share.
+    """
+    columns = max(map(len, rows))
+    tall = width * min(max(aspect, 0.35), 1.6)  # of a panel; a picture longer than that is fitted into it
+    gap = 0.06
+    titles = [0.24 if any(text for text, _ in row) else gap for row in rows]  # their height
+    left, right = (0.75 if labels else gap), (0.85 if bar else gap)
+    whole = left + columns * (width + gap) - gap + right, len(rows) * tall + sum(titles) + gap
+    figure = Figure(figsize=whole)
+
+    def axes_at(x, y, w, h):  # inches from the upper left
+        return figure.add_axes((x / whole[0], 1 - (y + h) / whole[1], w / whole[0], h / whole[1]))
+
+    for r, row in enumerate(rows):
+        y = r * tall + sum(titles[:r + 1])
+        for c, (text, pixels) in enumerate(row):
+            if pixels is None:
+                continue
+            axes = axes_at(left + c * (width + gap), y, width, tall)
+            axes.imshow(pixels)
+            axes.axis("off")
+            axes.annotate(text, (0.5, 1), (0, 2.5), xycoords="axes fraction", textcoords="offset points", ha="center",
+                          va="bottom", fontsize=min(9, 125 * width / max(len(text), 1)), parse_math=False)
+        if labels:
+            figure.text((left - 0.08) / whole[0], 1 - (y + tall / 2) / whole[1], labels[r], ha="right", va="center",
+                        fontsize=9)
+    if bar:
+        axes = axes_at(whole[0] - right + 0.1, titles[0], 0.12, whole[1] - titles[0] - gap)
+        figure.colorbar(ScalarMappable(Normalize(*bar[:2]), COLOURS), cax=axes)
+        axes.tick_params(labelsize=7)
+        axes.set_ylabel(bar[2], fontsize=8)
+    return figure
+
+
+def shrink(picture, pixels):
+    """A copy of the picture with at most so many pixels on its longer side."""
+    picture = picture.copy()
+    picture.thumbnail((pixels, pixels), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return picture
+
+
+def draw_words(picture, attention, layer="mean", head="mean", correction="none", scale="panel", columns=7):
+    """The course's figure: the picture as <start>, then a panel a word with its map over the picture.
+
+    Args:
+        layer, head, correction: as for word_maps.
+        scale: "panel": each panel has its own colours, from its least to its most attended patch; "shared": one scale
+            for all, with its bar.
+    """
+    picture = shrink(picture, 400)  # 1.3 inches in print
+    maps = word_maps(attention, layer, head, correction)
+    panels = [(START, np.asarray(picture))]
+    for word, values in zip(attention.words, maps):
+        low, high = limits(maps if scale == "shared" else values, correction)
+        panels.append((word, heat(picture, values, attention.region, low, high)))
+    names = {"none": "attention of a patch", "divide": "attention / its mean over words",
+             "subtract": "attention − its mean over words"}
+    columns = min(columns, len(panels))
+    rows = [panels[start:start + columns] for start in range(0, len(panels), columns)]
+    bar = (*limits(maps, correction), names[correction]) if scale == "shared" else None
+    return draw_grid(rows, picture.height / picture.width, 1.3, bar=bar)
+
+
+def draw_layers(picture, attention, head="mean", correction="none", words=None, layers=None):
+    """Several layers under each other, a column a word, each panel with its own colours.
+
+    Args:
+        words: places of words; default: the first 7 content words.
+        layers: counted from 1; default: all, of more than 8 every n-th and the last; and their mean.
+    """
+    picture = shrink(picture, 340)
+    words = attention.content_words()[:7] if words is None else words
+    words = words or list(range(len(attention.words)))[:7]
+    count = attention.maps.shape[1]
+    if layers is None:
+        layers = [*sorted({round(layer) for layer in np.linspace(1, count, min(count, 8))}), "mean"]
+    rows = []
+    for layer in layers:
+        maps = word_maps(attention, layer, head, correction)
+        first = not rows
+        rows.append([(START, np.asarray(picture)) if first else ("", None)])
+        rows[-1] += [(attention.words[i] if first else "",
+                      heat(picture, maps[i], attention.region, *limits(maps[i], correction))) for i in words]
+    labels = [layer if layer == "mean" else f"layer {layer}" for layer in layers]
+    return draw_grid(rows, picture.height / picture.width, 1.1, labels)
+
+
+def render(figure, kind, dpi=300):
+    """A figure as bytes of a "png", "jpg" or "pdf" file; print resolution unless `dpi` says otherwise."""
+    data = io.BytesIO()
+    quality = {"pil_kwargs": {"quality": 85}} if kind == "jpg" else {}
+    with matplotlib.rc_context({"pdf.fonttype": 42}):  # letters as letters, which publishers ask for
+        figure.savefig(data, format=kind, dpi=dpi, **quality)
+    return data.getvalue()
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+
+def write_maps(path, attention):
+    """The raw maps as .npz: maps (words, layers, heads, rows, columns), words, caption, log_probs, region."""
+    data = io.BytesIO()
+    np.savez_compressed(data, maps=attention.maps, words=np.array(attention.words), caption=np.array(attention.caption),
+                        log_probs=attention.log_probs, region=np.array(attention.region))
+    write_whole(path, data.getvalue())
+
+
+def page_entry(name, picture, attention):
+    """One picture of the page: its JPEG, its words, and their maps in every layer, the mean first, heads averaged."""
+    jpeg = io.BytesIO()
+    shrink(picture, 640).save(jpeg, "JPEG", quality=85)
+    maps = attention.maps.mean(2)  # (W, layers, rows, columns)
+    maps = np.concatenate([maps.mean(1, keepdims=True), maps], 1).swapaxes(0, 1)
+    maps = maps / maps.max((1, 2, 3), keepdims=True).clip(1e-12)  # so that 16 bits hold them, layer by layer
+    left, top, right, bottom = (100 * edge for edge in attention.region)
+    return {"name": name, "words": attention.words, "layers": maps.shape[0] - 1, "rows": maps.shape[2],
+            "columns": maps.shape[3], "image": encode64(jpeg.getvalue()),
+            "region": f"left:{left}%;top:{top}%;width:{right - left}%;height:{bottom - top}%",
+            "maps": encode64((65535 * maps).round().astype("<u2").tobytes())}
+
+
+def encode64(data):
+    return base64.b64encode(data).decode("ascii")
+
+
+def page(entries, layer="mean"):
+    """A page without outside parts, where hovering a word shows its map: HTML as bytes."""
+    data = json.dumps(entries, ensure_ascii=False).replace("<", "\\u003c")  # so that no word ends the script
+    colours = ",".join(f"[{r},{g},{b}]" for r, g, b in (255 * COLOURS(range(256))[:, :3]).round().astype(int))
+    captions = " · ".join(html.escape(entry["name"]) for entry in entries[:3])
+    text = PAGE.replace("TITLE", captions).replace("LAYER", json.dumps(0 if layer == "mean" else layer))
+    return text.replace("COLOURS", f"[{colours}]").replace("DATA", data).encode("utf-8", "replace")
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Where each word looked: TITLE</title>
+<style>
+body { font: 17px/1.5 system-ui, sans-serif; max-width: 700px; margin: 1.5em auto; padding: 0 1em; color: #222 }
+figure { margin: 2.5em 0 }
+.picture { position: relative; display: inline-block; line-height: 0 }
+.picture img { max-width: 100%; transition: filter .1s }
+.picture.on img { filter: grayscale(1) }
+canvas { position: absolute; opacity: 0; pointer-events: none }
+.on canvas { opacity: .62 }
+.word { padding: .1em .2em; border-radius: .2em; cursor: pointer }
+.word:hover, .word:focus { background: #ffd9a0; outline: none }
+small, label { color: #666; font-size: 14px; margin-right: 1em }
+</style>
+<h1>Where each word looked</h1>
+<p>Hover a word, or walk over the words with the Tab key. A word's map is the attention of the position that predicts it,
+heads averaged; each map has its own colours, from dark (least) to bright (most).</p>
+<p><label>Layer <select id="layer"></select></label>
+<label><input type="checkbox" id="usual"> less the mean over words</label></p>
+<main></main>
+<script>
+const entries = DATA, colours = COLOURS;
+const layer = document.getElementById("layer"), usual = document.getElementById("usual");
+const most = Math.max(...entries.map(entry => entry.layers));
+for (let i = 0; i <= most; i++) layer.add(new Option(i ? i : "mean", i));
+layer.value = LAYER;
+for (const entry of entries) {
+  const bytes = Uint8Array.from(atob(entry.maps), letter => letter.charCodeAt(0));
+  const maps = new Uint16Array(bytes.buffer), size = entry.rows * entry.columns, count = entry.words.length;
+  const figure = document.createElement("figure"), frame = document.createElement("div");
+  const image = new Image(), canvas = document.createElement("canvas"), caption = document.createElement("figcaption");
+  frame.className = "picture";
+  image.src = "data:image/jpeg;base64," + entry.image;
+  image.alt = entry.name;
+  canvas.width = entry.columns;  // one pixel a patch; the browser stretches it smoothly
+  canvas.height = entry.rows;
+  canvas.style = entry.region;
+  frame.append(image, canvas);
+  const show = word => {
+    const start = Math.min(layer.value, entry.layers) * count * size;
+    const values = Array.from(maps.subarray(start + word * size, start + (word + 1) * size));
+    if (usual.checked) for (let i = 0; i < size; i++) {
+      let sum = 0;
+      for (let w = 0; w < count; w++) sum += maps[start + w * size + i];
+      values[i] = Math.max(0, values[i] - sum / count);
+    }
+    const low = Math.min(...values), high = Math.max(...values, low + 1e-9);
+    const brush = canvas.getContext("2d"), pixels = brush.createImageData(entry.columns, entry.rows);
+    values.forEach((value, i) =>
+      pixels.data.set([...colours[Math.round(255 * (value - low) / (high - low))], 255], 4 * i));
+    brush.putImageData(pixels, 0, 0);
+    frame.classList.add("on");
+  };
+  entry.words.forEach((word, i) => {
+    const span = document.createElement("span");
+    span.className = "word";
+    span.textContent = word;
+    span.tabIndex = 0;
+    span.onmouseenter = span.onfocus = () => show(i);
+    span.onmouseleave = span.onblur = () => frame.classList.remove("on");
+    caption.append(span, " ");
+  });
+  const name = document.createElement("small");
+  name.textContent = entry.name;
+  caption.append(name);
+  figure.append(frame, caption);
+  document.querySelector("main").append(figure);
+}
+</script>
+</html>
+"""
+
+
+# ---- command line ----------------------------------------------------------------------------------------------
+
+
+def layer_or_head(text):
+    return text if text == "mean" else int(text)
+
+
+def main():
+    parser = ArgumentParser(description="Draw, and write as numbers, where each word of a caption looked.")
+    parser.add_argument("images", type=Path, help="an image, or a folder; its own image files count, not those in subfolders")
+    parser.add_argument("out_dir", type=Path, help="folder for the figures, the maps and index.html; made if need be")
+    parser.add_argument("--model", default="p2", help="p2, or LLaVA: its folder, or its name on the model hub")
+    parser.add_argument("--decoder_weights", help="p2: GPT-2 weights (default: the embedded model's)")
+    parser.add_argument("--checkpoint", help="p2: what p2_train.py wrote (default: the newest trained with the decoder)")
+    parser.add_argument("--prompt", default=PROMPT, help="LLaVA: what it is told beside the picture")
+    parser.add_argument("--beam_size", type=int, default=3, help="beams of the search, 1: greedy")
+    parser.add_argument("--layer", type=layer_or_head, default="mean", help="of the panels: its number, or mean")
+    parser.add_argument("--head", type=layer_or_head, default="mean", help="its number, or mean")
+    parser.add_argument("--rollout", action="store_true",
+                        help="p2: carry the maps back through the projection's transformer layers")
+    parser.add_argument("--correction", choices=CORRECTIONS, default="none",
+                        help="for patches that every word attends to: divide by, or subtract, the mean over words")
+    parser.add_argument("--scale", choices=SCALES, default="panel", help="of the colours: each panel's own, or one for all")
+    arguments = parser.parse_args()
+    generation = GenerationConfig(arguments.beam_size)
+    llava = arguments.model != "p2"
+    if llava and (arguments.rollout or arguments.decoder_weights or arguments.checkpoint):
+        raise UserError("--rollout, --decoder_weights and --checkpoint are for p2's model, not for LLaVA")
+    if arguments.checkpoint and not arguments.decoder_weights:
+        raise UserError("--checkpoint needs the --decoder_weights that it was trained with")
+    # Cheap questions first: a mistake shows before a model is loaded.
+    paths = [arguments.images] if arguments.images.is_file() else list_images(arguments.images).values()
+    try:
+        arguments.out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {arguments.out_dir}: {error.strerror}") from None
+    check_writable(arguments.out_dir / "index.html")
+    if llava:
+        model = Llava(arguments.model, arguments.prompt)
+        side = SEEN_SIDE
+    else:
+        decoder_weights, checkpoint = find_weights(arguments.decoder_weights, arguments.checkpoint)
+        model = Captioner.load(checkpoint, decoder_weights).to(pick_device())
+        side = model.encoder.image_size
+
+    entries, unread = [], 0
+    for path in paths:
+        try:
+            picture = load_image(path, side)  # as p2_infer.py reads it, so that the caption is the same
+        except ImageError as error:
+            unread += 1
+            print(f"skipped {path}: {error}", file=sys.stderr)
+            continue
+        if llava:
+            attention = model.attention(picture, arguments.beam_size)
+        else:
+            attention, = p2_attention(model, [picture], generation, arguments.rollout)
+        choice = {"head": arguments.head, "correction": arguments.correction}
+        for name, figure in (("words", draw_words(picture, attention, arguments.layer, scale=arguments.scale, **choice)),
+                             ("layers", draw_layers(picture, attention, **choice))):
+            for kind in "png", "pdf":
+                write_whole(arguments.out_dir / f"{path.stem}.{name}.{kind}", render(figure, kind))
+        write_maps(arguments.out_dir / f"{path.stem}.npz", attention)
+        entries.append(page_entry(path.name, picture, attention))
+        print(f"{path.name}  {attention.caption}")
+    if entries:
+        write_whole(arguments.out_dir / "index.html", page(entries, arguments.layer))
+    if unread:
+        print(f"{unread} of {len(paths)} images could not be read", file=sys.stderr)
+    return 3 if unread else 0
+
+
+if __name__ == "__main__":
+    run(main)

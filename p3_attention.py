@@ -209,7 +209,8 @@ class Llava:
         model, tokenizer = self.model, self.processor.tokenizer
         inputs = self.processor(images=picture, text=self.text, return_tensors="pt").to(model.device, model.dtype)
         asked = inputs["input_ids"].shape[1]
-        tokens = model.generate(**inputs, num_beams=beam_size, do_sample=False, max_new_tokens=max_length)[:, asked:]
+        tokens = model.generate(**inputs, num_beams=beam_size, do_sample=False, max_new_tokens=max_length,
+                                suppress_tokens=[model.config.image_token_id])[:, asked:]
         ends = torch.atleast_1d(torch.as_tensor(model.generation_config.eos_token_id, device=tokens.device))
         at = torch.isin(tokens[0], ends).nonzero()
         length, ended = (int(at[0]), True) if len(at) else (tokens.shape[1], False)

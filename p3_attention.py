@@ -444,9 +444,9 @@ def page(entries, layer="mean"):
     """A page without outside parts, where hovering a word shows its map: HTML as bytes."""
     data = json.dumps(entries, ensure_ascii=False).replace("<", "\\u003c")  # so that no word ends the script
     colours = ",".join(f"[{r},{g},{b}]" for r, g, b in (255 * COLOURS(range(256))[:, :3]).round().astype(int))
-    captions = " · ".join(html.escape(entry["name"]) for entry in entries[:3])
-    text = PAGE.replace("TITLE", captions).replace("LAYER", json.dumps(0 if layer == "mean" else layer))
-    return text.replace("COLOURS", f"[{colours}]").replace("DATA", data).encode("utf-8", "replace")
+    parts = {"TITLE": html.escape(", ".join(entry["name"] for entry in entries[:3])), "DATA": data,
+             "COLOURS": f"[{colours}]", "LAYER": str(0 if layer == "mean" else layer)}
+    return re.sub("|".join(parts), lambda part: parts[part[0]], PAGE).encode("utf-8", "replace")
 
 
 PAGE = """<!DOCTYPE html>
@@ -472,6 +472,7 @@ heads averaged; each map has its own colours, from dark (least) to bright (most)
 <main></main>
 <script>
 const entries = DATA, colours = COLOURS;
+const FINE = 12;  // pixels of the canvas to a patch; the browser stretches it over the picture
 const layer = document.getElementById("layer"), usual = document.getElementById("usual");
 const most = Math.max(...entries.map(entry => entry.layers));
 for (let i = 0; i <= most; i++) layer.add(new Option(i ? i : "mean", i));
@@ -484,8 +485,8 @@ for (const entry of entries) {
   frame.className = "picture";
   image.src = "data:image/jpeg;base64," + entry.image;
   image.alt = entry.name;
-  canvas.width = entry.columns;  // one pixel a patch; the browser stretches it smoothly
-  canvas.height = entry.rows;
+  canvas.width = entry.columns * FINE;
+  canvas.height = entry.rows * FINE;
   canvas.style = entry.region;
   frame.append(image, canvas);
   const show = word => {
@@ -497,9 +498,20 @@ for (const entry of entries) {
       values[i] = Math.max(0, values[i] - sum / count);
     }
     const low = Math.min(...values), high = Math.max(...values, low + 1e-9);
-    const brush = canvas.getContext("2d"), pixels = brush.createImageData(entry.columns, entry.rows);
-    values.forEach((value, i) =>
-      pixels.data.set([...colours[Math.round(255 * (value - low) / (high - low))], 255], 4 * i));
+    const brush = canvas.getContext("2d"), pixels = brush.createImageData(canvas.width, canvas.height);
+    const between = (at, count) => {  // which two patches a pixel lies between, and how far from the first
+      const place = Math.min(Math.max((at + 0.5) / FINE - 0.5, 0), count - 1), first = Math.floor(place);
+      return [first, Math.min(first + 1, count - 1), place - first];
+    };
+    for (let y = 0, i = 0; y < canvas.height; y++) {
+      const [above, below, down] = between(y, entry.rows);
+      for (let x = 0; x < canvas.width; x++, i += 4) {
+        const [left, right, across] = between(x, entry.columns);
+        const row = r => values[r * entry.columns + left] * (1 - across) + values[r * entry.columns + right] * across;
+        const value = row(above) * (1 - down) + row(below) * down;
+        pixels.data.set([...colours[Math.round(255 * (value - low) / (high - low))], 255], i);
+      }
+    }
     brush.putImageData(pixels, 0, 0);
     frame.classList.add("on");
   };

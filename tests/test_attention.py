@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -512,3 +513,57 @@ def test_the_deletion_test_runs_on_flickr8k(flickr8k, tmp_path, monkeypatch, cap
     found = json.loads(results.read_text())
     assert found["conditions"]["images"] == 2 and set(found["deletion"]) == {"all", "6"}
     assert "| 6 |" in capsys.readouterr().out
+
+
+# ---- the notebook ----------------------------------------------------------------------------------------------
+
+
+def sources(notebook):
+    return ["".join(cell["source"]) for cell in notebook["cells"]]
+
+
+def outputs(notebook):
+    return [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+
+
+def run_notebook(notebook):
+    from nbclient import NotebookClient
+
+    start = time.monotonic()
+    NotebookClient(notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    return time.monotonic() - start
+
+
+@pytest.fixture
+def notebook():
+    import nbformat
+
+    return nbformat.read(ROOT / "p3_visualize.ipynb", as_version=4)
+
+
+def test_the_notebook_runs_from_a_clean_kernel_on_samples(notebook):
+    assert run_notebook(notebook) < 300
+    kinds = [kind for output in outputs(notebook) for kind in output.get("data", {})]
+    assert kinds.count("image/jpeg") >= 14
+    text = "".join(output["text"] for output in outputs(notebook) if output["output_type"] == "stream")
+    if not (ROOT / "weights" / "llava-1.5-7b-hf").is_dir():
+        assert "p1 is left out" in text
+
+
+def test_the_notebook_is_committed_with_its_outputs(notebook):
+    ran = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in ran] == list(range(1, len(ran) + 1))
+    assert {output["output_type"] for output in outputs(notebook)} <= {"stream", "display_data", "execute_result"}
+    whole = (ROOT / "p3_visualize.ipynb").read_text()
+    assert len(whole) < 3e6 and '"stderr"' not in whole and str(Path.home()) not in whole
+    assert 'IMAGES = "samples"' in whole and "DATA = None" in whole
+
+
+def test_the_notebook_takes_other_folders(notebook, flickr8k, tmp_path):
+    """Pictures in a folder of one's own, captions that people wrote, and LLaVA's weights absent."""
+    noise(0, (90, 60)).save(tmp_path / "one.png")
+    noise(1, (60, 90)).save(tmp_path / "two.png")
+    settings = next(cell for cell in notebook["cells"] if "IMAGES =" in cell["source"])
+    settings["source"] = f"IMAGES, DATA, COUNT, LLAVA = {str(tmp_path)!r}, {str(flickr8k)!r}, 4, '/nothing'"
+    run_notebook(notebook)
+    assert "CIDEr" in json.dumps([output.get("data", {}).get("text/markdown", "") for output in outputs(notebook)])

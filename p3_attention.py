@@ -218,7 +218,6 @@ class Llava:
         # Once more with the words given; the position before each token predicts it.
         inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens[:, :length]], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        inputs.pop("mm_token_type_ids", None)
         output = model(**inputs, output_attentions=True)
         predicting = slice(asked - 1, asked + length)
         on_image = inputs["input_ids"][0] == model.config.image_token_id

@@ -386,14 +386,12 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, says):
 # ---- LLaVA -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session", params=["default", "full"])
-def llava(request, tmp_path_factory):
-    """A tiny random LLaVA with its processor, read from a folder."""
+def make_llava(folder, strategy):
+    """Write a tiny random LLaVA with its processor; `strategy`: "full" keeps the class token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import (CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
                               LlavaProcessor, PreTrainedTokenizerFast)
 
-    folder = tmp_path_factory.mktemp("llava")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", "<image>"]
@@ -402,7 +400,7 @@ def llava(request, tmp_path_factory):
                                                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     image_processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    LlavaProcessor(image_processor, tokenizer, patch_size=7, vision_feature_select_strategy=request.param,
+    LlavaProcessor(image_processor, tokenizer, patch_size=7, vision_feature_select_strategy=strategy,
                    num_additional_image_tokens=1).save_pretrained(folder)
     torch.manual_seed(1)
     vision = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -411,9 +409,15 @@ def llava(request, tmp_path_factory):
                        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3, bos_token_id=1,
                        eos_token_id=2, pad_token_id=0)
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=3,
-                                                      vision_feature_select_strategy=request.param))
+                                                      vision_feature_select_strategy=strategy))
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session", params=["default", "full"])
+def llava(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava")
+    make_llava(folder, request.param)
     return p3_attention.Llava(folder)
 
 
@@ -558,10 +562,12 @@ def test_the_notebook_is_committed_with_its_outputs(notebook):
 
 
 def test_the_notebook_takes_other_folders(notebook, flickr8k, tmp_path):
-    """Pictures in a folder of one's own, captions that people wrote, and LLaVA's weights absent."""
+    """A LLaVA, pictures in a folder of one's own, and captions that people wrote."""
+    make_llava(tmp_path / "llava", "default")
     noise(0, (90, 60)).save(tmp_path / "one.png")
     noise(1, (60, 90)).save(tmp_path / "two.png")
     settings = next(cell for cell in notebook["cells"] if "IMAGES =" in cell["source"])
-    settings["source"] = f"IMAGES, DATA, COUNT, LLAVA = {str(tmp_path)!r}, {str(flickr8k)!r}, 4, '/nothing'"
+    settings["source"] = f"IMAGES, DATA, COUNT, LLAVA = {str(tmp_path)!r}, {str(flickr8k)!r}, 3, {str(tmp_path / 'llava')!r}"
     run_notebook(notebook)
-    assert "CIDEr" in json.dumps([output.get("data", {}).get("text/markdown", "") for output in outputs(notebook)])
+    text = json.dumps(outputs(notebook))
+    assert "CIDEr" in text and "on the image: " in text and "left out" not in text

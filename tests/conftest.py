@@ -1,8 +1,12 @@
 """Put the repository's root on the path: the scripts are flat modules there. Where the data is; tiny data to train on."""
 
 import json
+import os
 import sys
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: more threads would only wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
@@ -52,3 +56,32 @@ def workplace(tmp_path, monkeypatch):
                         enumerate([f"a {name} picture", f"The colour {name} ."])]
     (tmp_path / "data" / "train.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     return tmp_path
+
+
+def make_llava(folder, strategy):
+    """Write a tiny random LLaVA-1.5 with its processor; `strategy`: "full" keeps the class token."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import (CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
+                              LlavaProcessor, PreTrainedTokenizerFast)
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<image>"]
+    bpe.train_from_iterator(["USER: ASSISTANT: Describe the picture in one sentence. A dog runs on the green grass."] * 9,
+                            trainers.BpeTrainer(vocab_size=400, special_tokens=special,
+                                                initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    LlavaProcessor(image_processor, tokenizer, patch_size=7, vision_feature_select_strategy=strategy,
+                   num_additional_image_tokens=1).save_pretrained(folder)
+    torch.manual_seed(1)
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                              image_size=28, patch_size=7)
+    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=3,
+                       num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3, bos_token_id=1,
+                       eos_token_id=2, pad_token_id=0)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=3,
+                                                      vision_feature_select_strategy=strategy))
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    model.save_pretrained(folder)

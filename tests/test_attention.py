@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, make_llava
 from PIL import Image, ImageDraw
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "report"))
 
 import cli
@@ -25,7 +25,8 @@ from cli import UserError
 from dataset import collate
 from decoder import Cache, Decoder, DecoderConfig
 from encoder import ImageEncoder
-from p3_attention import (END, Attention, align_words, draw_layers, draw_words, kept_region, p2_attention, page, page_entry,
+from p1_llava_infer import Llava, LlavaSettings
+from p3_attention import (END, Attention, align_words, draw_layers, draw_words, kept_region, llava_attention, p2_attention, page, page_entry,
                           peak, rollout, teacher_forced, upsample, word_maps)
 from tokenizer import END_OF_TEXT, BPETokenizer
 
@@ -386,45 +387,18 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, says):
 # ---- LLaVA -----------------------------------------------------------------------------------------------------
 
 
-def make_llava(folder, strategy):
-    """Write a tiny random LLaVA with its processor; `strategy`: "full" keeps the class token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import (CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
-                              LlavaProcessor, PreTrainedTokenizerFast)
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", "<image>"]
-    bpe.train_from_iterator(["USER: ASSISTANT: Describe the picture in one sentence. A dog runs on the green grass."] * 9,
-                            trainers.BpeTrainer(vocab_size=400, special_tokens=special,
-                                                initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    image_processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    LlavaProcessor(image_processor, tokenizer, patch_size=7, vision_feature_select_strategy=strategy,
-                   num_additional_image_tokens=1).save_pretrained(folder)
-    torch.manual_seed(1)
-    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                              image_size=28, patch_size=7)
-    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=3,
-                       num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3, bos_token_id=1,
-                       eos_token_id=2, pad_token_id=0)
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=3,
-                                                      vision_feature_select_strategy=strategy))
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
-    model.save_pretrained(folder)
-
-
 @pytest.fixture(scope="session", params=["default", "full"])
 def llava(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llava")
     make_llava(folder, request.param)
-    return p3_attention.Llava(folder)
+    return Llava(folder, attention="eager")
 
 
 def test_llavas_weights_are_those_of_its_generation(llava):
     picture = noise(0, (60, 40))
-    attention = llava.attention(picture, max_length=12)
-    inputs = llava.processor(images=picture, text=llava.text, return_tensors="pt")
+    settings = LlavaSettings(max_new_tokens=12)
+    attention = llava_attention(llava, picture, settings)
+    inputs = llava.inputs([picture], [settings.instruction])
     on_image = inputs["input_ids"][0] == 3
     patches = 16 + (llava.model.config.vision_feature_select_strategy == "full")
     assert on_image.sum() == patches
@@ -442,7 +416,9 @@ def test_llavas_weights_are_those_of_its_generation(llava):
         np.testing.assert_allclose(attention.maps[word].reshape(3, 2, 16), expected, atol=1e-5)
         log_probs = sum(made.logits[place][0].log_softmax(-1)[said[place]].item() for place in places)
         assert attention.log_probs[word] == pytest.approx(log_probs, abs=1e-3)
-    assert len(llava.attention(picture, beam_size=2, max_length=5).tokens) <= 5
+    assert attention.caption == llava.answer([picture], [settings.instruction], settings)[0]
+    beams = LlavaSettings(max_new_tokens=5, num_beams=2)
+    assert llava_attention(llava, picture, beams).caption == llava.answer([picture], [beams.instruction], beams)[0]
 
 
 def test_llavas_maps_cover_what_its_processor_keeps(llava):
@@ -459,9 +435,8 @@ def test_llavas_maps_cover_what_its_processor_keeps(llava):
 @pytest.mark.filterwarnings("ignore:Glyph")  # it babbles control characters
 def test_llavas_figures_come_from_the_shell(llava, tmp_path, monkeypatch, capsys):
     noise(3, (90, 60)).save(tmp_path / "a.png")
-    monkeypatch.setattr(p3_attention, "Llava", lambda name, prompt: llava)
-    llava_attention = llava.attention
-    monkeypatch.setattr(llava, "attention", lambda picture, beam_size: llava_attention(picture, beam_size, max_length=4))
+    monkeypatch.setattr(p3_attention, "Llava", lambda name, attention: llava)
+    monkeypatch.setattr(LlavaSettings.__init__, "__defaults__", (LlavaSettings.instruction, 4, *LlavaSettings.__init__.__defaults__[2:]))
     assert command(monkeypatch, p3_attention, tmp_path / "a.png", tmp_path / "out", "--model", "x", "--beam_size", 1) == 0
     assert len(list((tmp_path / "out").iterdir())) == 6
 

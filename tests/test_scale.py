@@ -462,15 +462,17 @@ def test_the_comparison_trains_scores_and_goes_on(workplace, monkeypatch, capsys
         pytest.skip("run `bash hw3_download.sh` first")
     monkeypatch.setattr(encoder, "WEIGHTS_FOLDER", ROOT / "weights")
     monkeypatch.syspath_prepend(str(ROOT / "report"))
-    import compare_peft
+    import compare
 
+    monkeypatch.setattr(compare, "STUDIES", {"peft": {"none": {"image_size": 32, "lora_rank": 0},
+                                                      "lora4": {"image_size": 32, "lora_rank": 4}}})
     data = workplace / "data"
     shutil.copy(data / "train.json", data / "val.json")
     (data / "images" / "val").symlink_to(data / "images" / "train")
-    arguments = ["compare_peft.py", "--images", "8", "--epochs", "1", "--image_size", "32", "--views", "1", "--results", "peft.json"]
+    arguments = ["compare.py", "peft", "--images", "8", "--epochs", "1", "--views", "1", "--results", "peft.json"]
     for kinds in ["none"], ["none", "lora4"]:
         monkeypatch.setattr(sys, "argv", [*arguments, "--kinds", *kinds])
-        compare_peft.main()
+        compare.main()
     results = json.loads((workplace / "peft.json").read_text())
     assert [(entry["kind"], entry["seed"]) for entry in results["runs"]] == [("none", 0), ("lora4", 0)]
     none, lora = results["runs"]

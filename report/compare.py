@@ -1,12 +1,14 @@
-"""Compare the PEFT families under equal conditions, and write report/results/peft.json.
+"""Train captioners that differ in one thing under equal conditions, and write report/results/<study>.json.
 
-    python3 report/compare_peft.py --data data [--kinds none lora8 --seeds 0 1 2]
+    python3 report/compare.py peft --data data [--kinds none lora8 --seeds 0 1 2]
+    python3 report/compare.py encoders --data data
 
 Trains each kind with `p2_train.py` on the first images of data/train.json, for the same number of steps and with the same
-options otherwise, keeps the last epoch, and scores beam search on data/val.json. Runs that are there are not repeated, so
-it goes on where it was interrupted, and can be called again with more kinds or seeds.
+options otherwise, keeps the last epoch, and scores beam search on data/val.json; each is compared with the first. Runs
+that are there are not repeated, so it goes on where it was interrupted, and can be called again with more kinds or seeds.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -24,31 +26,42 @@ from p2_train import caption_features
 from significance import paired_bootstrap
 from training import pick_device
 
-KINDS = {  # what each adds to the options that all have
-    "none": {},
-    "lora4": {"lora_rank": 4, "lora_alpha": 8},
-    "lora8": {"lora_rank": 8, "lora_alpha": 16},
-    "adapter64": {"adapter_dim": 64},
-    "prefix100": {"prefix_length": 100},
-    "image_prefix_lora8": {"fusion": "prefix", "lora_rank": 8, "lora_alpha": 16},
+STUDIES = {  # of each kind, the options of p2_train.py
+    "peft": {
+        "none": {"image_size": 224, "lora_rank": 0},
+        "lora4": {"image_size": 224, "lora_rank": 4, "lora_alpha": 8},
+        "lora8": {"image_size": 224, "lora_rank": 8, "lora_alpha": 16},
+        "adapter64": {"image_size": 224, "lora_rank": 0, "adapter_dim": 64},
+        "prefix100": {"image_size": 224, "lora_rank": 0, "prefix_length": 100},
+        "image_prefix_lora8": {"image_size": 224, "lora_rank": 8, "lora_alpha": 16, "fusion": "prefix"},
+    },
+    "encoders": {
+        "hybrid": {"encoder": "tf_efficientnet_lite2"},
+        "vit_small": {"encoder": "vit_small"},
+        "vit_small_focus": {"encoder": "vit_small_focus"},
+    },
 }
-RESULTS = ROOT / "report" / "results" / "peft.json"
 
 
 def main():
-    parser = ArgumentParser(description="Compare the PEFT families under equal conditions.")
+    parser = ArgumentParser(description="Train captioners that differ in one thing under equal conditions.")
+    parser.add_argument("study", choices=[*STUDIES], help="what they differ in")
     parser.add_argument("--data", type=Path, default=Path("data"), help="train.json, val.json and images/")
-    parser.add_argument("--work", type=Path, default=Path("output/peft"), help="folder for checkpoints and captions")
+    parser.add_argument("--work", type=Path, help="folder for checkpoints and captions; default: output/<study>")
     parser.add_argument("--decoder", default=str(ROOT / "weights" / "decoder_small.safetensors"), help="GPT-2 weights")
     parser.add_argument("--images", type=int, default=2000, help="to train on, the first of train.json")
     parser.add_argument("--epochs", type=int, default=4, help="of each run")
-    parser.add_argument("--image_size", type=int, default=224, help="in pixels")
     parser.add_argument("--views", type=int, default=2, help="of each image")
-    parser.add_argument("--kinds", nargs="+", default=[*KINDS], choices=[*KINDS], help="to train now")
+    parser.add_argument("--kinds", nargs="*", help="to train now; default: all of the study")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of each kind, now")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the file to write")
+    parser.add_argument("--results", type=Path, help="the file to write; default: report/results/<study>.json")
     arguments = parser.parse_args()
-    conditions = {name: getattr(arguments, name) for name in ("images", "epochs", "image_size", "views")}
+    kinds = STUDIES[arguments.study]
+    if unknown := set(arguments.kinds or ()) - set(kinds):
+        parser.error(f"--kinds has no {min(unknown)}: choose from {', '.join(kinds)}")
+    arguments.work = arguments.work or Path("output") / arguments.study
+    arguments.results = arguments.results or ROOT / "report" / "results" / f"{arguments.study}.json"
+    conditions = {name: getattr(arguments, name) for name in ("images", "epochs", "views")}
     known = arguments.work / "conditions.json"
     if known.exists() and read_json(known, "file") != conditions:
         raise UserError(f"{arguments.work} holds runs under other conditions: delete it, or name another --work")
@@ -56,39 +69,40 @@ def main():
     write_json(known, conditions)
     subset = arguments.work / "data"
     write_subset(arguments.data, subset, arguments.images)
-    features = None
-    for kind in arguments.kinds:
+    features = {}
+    for kind in kinds if arguments.kinds is None else arguments.kinds:
         for seed in arguments.seeds:
             checkpoint = arguments.work / f"{kind}-{seed}.safetensors"
             captions = checkpoint.with_suffix(".json")
             if captions.exists():
                 continue
-            train(arguments, subset, kind, seed, checkpoint)
+            train(arguments, subset, kinds[kind], seed, checkpoint)
             model = Captioner.load(checkpoint, arguments.decoder).to(pick_device())
-            if features is None:
+            encoder = model.encoder.name, model.encoder.image_size
+            if encoder not in features:
                 images = read_captions(arguments.data / "val.json", arguments.data / "images" / "val")
-                features = FeatureCache(model.encoder, [image.path for image in images], "cache", device=pick_device())
-            write_json(captions, caption_features(model, features, np.arange(len(features)), GenerationConfig(3)))
+                features[encoder] = FeatureCache(model.encoder, [image.path for image in images], "cache", device=pick_device())
+            write_json(captions, caption_features(model, features[encoder], np.arange(len(features[encoder])),
+                                                  GenerationConfig(3)))
     write_results(arguments, conditions)
 
 
 def train(arguments, subset, kind, seed, checkpoint):
     options = {"data": subset, "decoder": arguments.decoder, "output": checkpoint, "epochs": arguments.epochs,
-               "image_size": arguments.image_size, "views": arguments.views, "seed": seed, "scst_epochs": 0,
-               "selection": 0, "lora_rank": 0} | KINDS[kind]
+               "views": arguments.views, "seed": seed, "scst_epochs": 0, "selection": 0} | kind
     command = [sys.executable, str(ROOT / "p2_train.py"), *(f"--{name}={value}" for name, value in options.items())]
     if checkpoint.exists() and not checkpoint.with_suffix(".state.pt").exists():
         return  # trained, but not scored yet
     if subprocess.run(command).returncode or checkpoint.with_suffix(".state.pt").exists():
-        raise UserError(f"training {kind} with seed {seed} did not end: run the same command again")
+        raise UserError(f"training {checkpoint} did not end: run the same command again")
 
 
 def write_results(arguments, conditions):
     """Score every run that is there, and print a table."""
     images = read_captions(arguments.data / "val.json", None)
     references = tokenize({str(i): image.captions for i, image in enumerate(images)})
-    runs, scores = [], {}
-    for kind in KINDS:
+    study, runs, scores = STUDIES[arguments.study], [], {}
+    for kind in study:
         for file in sorted(arguments.work.glob(f"{kind}-*.json"), key=lambda file: int(file.stem.split("-")[1])):
             captions = read_json(file, "captions file")
             seed = int(file.stem.split("-")[1])
@@ -97,16 +111,16 @@ def write_results(arguments, conditions):
             metadata = read_metadata(file.with_suffix(".safetensors"))
             last = metadata["scores"]["selection"]
             runs.append({"kind": kind, "seed": seed, "trained_parameters": metadata["trained_parameters"], "CIDEr": score,
-                         "BLEU-4": bleu(references, tokens)[3][0], "seconds_per_epoch": last["seconds"] / last["epoch"],
-                         "memory_MB": last["memory"] / 1e6, "loss": last["loss"],
+                         "BLEU-4": bleu(references, tokens)[3][0], "memory_MB": last["memory"] / 1e6, "loss": last["loss"],
+                         "seconds_per_epoch": arguments.images / images_per_second(file.with_suffix(".jsonl")),
                          "different_captions": len(set(captions))})
     if not runs:
         raise UserError(f"there is no run in {arguments.work}")
-    kinds = [kind for kind in KINDS if (kind, 0) in scores]
-    differences = {}
+    kinds = [kind for kind in study if (kind, 0) in scores]
+    baseline, differences = [*study][0], {}
     for kind in kinds:
-        if kind != "none" and ("none", 0) in scores:
-            found = paired_bootstrap(scores[kind, 0] - scores["none", 0])
+        if kind != baseline and (baseline, 0) in scores:
+            found = paired_bootstrap(scores[kind, 0] - scores[baseline, 0])
             differences[kind] = {"value": found.value, "low": found.low, "high": found.high}
     spread = {}
     for kind in kinds:
@@ -116,9 +130,9 @@ def write_results(arguments, conditions):
                             "lowest": min(values), "highest": max(values)}
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     write_json(arguments.results, {
-        "conditions": conditions | {"validation_images": len(images), "beam_size": 3},
-        "runs": runs, "CIDEr_against_none_95": differences, "CIDEr_over_seeds": spread})
-    print(f"| kind | seed | trained | CIDEr | against none, 95% | BLEU-4 | s/epoch | memory, MB |\n|{'---|' * 8}")
+        "conditions": conditions | {"validation_images": len(images), "beam_size": 3, "options": study},
+        "runs": runs, f"CIDEr_against_{baseline}_95": differences, "CIDEr_over_seeds": spread})
+    print(f"| kind | seed | trained | CIDEr | against {baseline}, 95% | BLEU-4 | s/epoch | memory, MB |\n|{'---|' * 8}")
     for entry in runs:
         kind = entry["kind"]
         against = "" if entry["seed"] or kind not in differences else (
@@ -127,6 +141,12 @@ def write_results(arguments, conditions):
               f"{entry['BLEU-4']:.3f} | {entry['seconds_per_epoch']:.0f} | {entry['memory_MB']:.0f} |")
     for kind, found in spread.items():
         print(f"{kind}, {found['seeds']} seeds: CIDEr {found['mean']:.3f}, deviation {found['deviation']:.3f}")
+
+
+def images_per_second(log):
+    """The median over the log's lines: what a pause does to some of them leaves it alone."""
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return float(np.median([line["images per second"] for line in lines if "images per second" in line]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,502 @@
+"""Make a LLaVA: train the projection between a frozen vision tower and a frozen language model.
+
+    python3 p4_align.py <vision model> <language model> <folder to write> --data data
+    accelerate launch --num_processes 8 p4_align.py …
+
+After LLaVA (Liu et al. 2023, https://arxiv.org/abs/2304.08485, and its 1.5: https://arxiv.org/abs/2310.03744), from any vision
+model and any causal language model of `transformers` (folders, or names on the model hub), in two stages: captions with
+nothing asked, then questions and instructions, mixed by kind. Only the answers count in the loss. What is written is a complete
+LlavaForConditionalGeneration with its processor, and beside it trained.safetensors with what was trained alone.
+
+A run that was killed, or stopped by SIGTERM or --max_hours, goes on when the same command is given again, from the very
+sample, on any number of processes.
+
+Shapes: B pictures, N image tokens of each, T positions of a text with its image tokens, C the language model's width.
+"""
+
+import json
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from cli import ArgumentParser, UserError, add_options, check_writable, read_json, run, take_options
+from dataset import IGNORE, ImageError, ahead, clean_caption, load_image, read_captions
+from p4_questions import derive_all
+from training import (Interruption, Processes, TrainingLog, adamw, autocast, check_settings, cosine, load_state, pick_precision,
+                      save_state, step_optimizer)
+from weightfiles import content_hash, first_line
+
+GROUPS = {"animal": "qa", "count": "qa", "colour": "qa", "action": "qa", "presence": "qa", "where": "relation"}
+CAPTION_QUERIES = ["Please give me a one sentence caption about the image.", "describe the image in one sentence",
+                   "What is happening in the picture?", "Write a caption for this image."]
+# What the texts of a conversation stand in: every query between the first two, every answer before the end of text.
+LLAMA_FORM = "[INST] ", " [/INST]"
+PLAIN_FORM = "", "\n"
+LOG_STEPS = 20
+
+
+@dataclass
+class Settings:
+    data: str = "data"
+    instructions: str = ""
+    mix: tuple = ("qa=0.6", "relation=0.2", "detail=0.2", "caption=0")
+    projection: str = "mlp"
+    image_size: int = 0
+    vision_layer: int = -1
+    train_vision_layers: int = 0
+    stage1_epochs: float = 1.0
+    stage2_epochs: float = 1.0
+    batch_size: int = 32
+    accumulation: int = 1
+    learning_rate: float = 1e-3
+    stage2_learning_rate: float = 1e-3
+    vision_learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    warmup_epochs: float = 1.0
+    clip: float = 1.0
+    precision: str = "auto"
+    fsdp: bool = False
+    max_tokens: int = 96
+    seed: int = 0
+    save_minutes: float = 5.0
+    max_hours: float = 0.0
+
+    def __post_init__(self):
+        self.mix = tuple(self.mix)
+        check_settings(self, ("batch_size", "accumulation", "max_tokens"), ())
+        if self.projection not in ("linear", "mlp"):
+            raise UserError(f"--projection is {self.projection}: choose from linear, mlp")
+        if min(self.stage1_epochs, self.stage2_epochs, self.warmup_epochs) < 0 or not self.stage1_epochs + self.stage2_epochs:
+            raise UserError("--stage1_epochs, --stage2_epochs and --warmup_epochs must be at least 0, one stage above")
+        if min(self.learning_rate, self.stage2_learning_rate, self.vision_learning_rate) <= 0:
+            raise UserError("learning rates must be above 0")
+        if self.train_vision_layers < 0 or self.image_size < 0 or self.seed < 0:
+            raise UserError("--train_vision_layers, --image_size and --seed must be at least 0")
+        self.parts()
+
+    def parts(self):
+        """{kind: its part of stage 2}, which sum to 1. Raises UserError."""
+        try:
+            parts = {kind: float(part) for kind, part in (entry.split("=") for entry in self.mix)}
+        except ValueError:
+            raise UserError("--mix takes kind=part, such as qa=0.6 relation=0.2 detail=0.2") from None
+        if min(parts.values(), default=-1) < 0 or not sum(parts.values()):
+            raise UserError("--mix needs a part of at least 0 for each kind, and one above")
+        return {kind: part / sum(parts.values()) for kind, part in parts.items() if part}
+
+
+HELP = dict(
+    data="folder with train.json and images/train",
+    instructions="JSON list of {image, kind, query, answer} for stage 2; default: derived from the captions (p4_questions.py)",
+    mix="parts of stage 2: qa, relation, detail, caption, or other kinds of the instructions", projection="linear, or mlp: two layers",
+    image_size="pixels a side; 0: the vision model's own", vision_layer="whose output the projection takes; -1: the last",
+    train_vision_layers="so many last layers of the vision model are trained along",
+    stage1_epochs="of captions with nothing asked, over the images", stage2_epochs="of questions and instructions, over the images",
+    batch_size="samples of an update, over all processes", accumulation="parts that go through the model one after the other",
+    learning_rate="of the projection in stage 1", stage2_learning_rate="of the projection in stage 2",
+    vision_learning_rate="of the vision layers that are trained along", warmup_epochs="of each stage, linear; then half a cosine",
+    clip="gradient norm", precision="auto (bf16 on CUDA, else fp32), fp32 or bf16",
+    fsdp="shard the language model over the processes", max_tokens="of an answer; longer ones are cut",
+    save_minutes="between states to resume from", max_hours="stop then, ready to go on; 0: no limit")
+
+
+# ---- the model -------------------------------------------------------------------------------------------------
+
+
+def build(vision_name, language_name, settings):
+    """A LlavaForConditionalGeneration of two pretrained models and a fresh projection, and its processor. Raises UserError."""
+    from transformers import (AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlavaConfig,
+                              LlavaForConditionalGeneration, LlavaProcessor)
+
+    try:
+        vision = AutoModel.from_pretrained(vision_name, dtype=torch.float32)
+        vision = getattr(vision, "vision_model", vision)  # of a CLIP, its vision half
+        image_processor = AutoImageProcessor.from_pretrained(vision_name)
+        language = AutoModelForCausalLM.from_pretrained(language_name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(language_name)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{vision_name} with {language_name} cannot be loaded as a vision and a causal language model: "
+                        f"{first_line(error)}") from None
+    patch = getattr(vision.config, "patch_size", None)
+    if not isinstance(patch, int) or not hasattr(vision.config, "hidden_size"):
+        raise UserError(f"{vision_name} has no square patches: it is no vision transformer")
+    size = settings.image_size or vision.config.image_size
+    if size % patch:
+        raise UserError(f"--image_size is {size}, but must be a multiple of the patches' {patch} pixels")
+    if settings.train_vision_layers > vision.config.num_hidden_layers:
+        raise UserError(f"--train_vision_layers is {settings.train_vision_layers}, but there are {vision.config.num_hidden_layers}")
+    # Nothing is cropped away: the whole picture is squeezed into the square.
+    image_processor.do_center_crop, image_processor.do_resize = False, True
+    image_processor.size = {"height": size, "width": size}
+
+    token = image_token(tokenizer)
+    if len(tokenizer) > language.get_input_embeddings().num_embeddings:
+        language.resize_token_embeddings(len(tokenizer))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config = LlavaConfig(
+        vision_config=vision.config, text_config=language.config, image_token_index=tokenizer.convert_tokens_to_ids(token),
+        image_seq_length=(size // patch) ** 2, projector_hidden_act="gelu" if settings.projection == "mlp" else "linear",
+        vision_feature_select_strategy="default", vision_feature_layer=settings.vision_layer,
+        tie_word_embeddings=language.config.tie_word_embeddings)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower, model.model.language_model, model.lm_head = vision, language.model, language.lm_head
+    torch.manual_seed(settings.seed)
+    projector = model.model.multi_modal_projector.to_empty(device="cpu")
+    for layer in projector.linear_1, projector.linear_2:
+        layer.reset_parameters()
+    if settings.projection == "linear":  # two layers with nothing between them are one, if the second is the identity
+        torch.nn.init.eye_(projector.linear_2.weight)
+        torch.nn.init.zeros_(projector.linear_2.bias)
+    # Image tokens as large as words are: a tenfold difference would drown either.
+    with torch.no_grad():
+        words = language.get_input_embeddings()(torch.arange(min(1000, len(tokenizer))))
+        spread = projector(F.layer_norm(torch.randn(64, vision.config.hidden_size), (vision.config.hidden_size,))).std()
+        last = projector.linear_2 if settings.projection == "mlp" else projector.linear_1
+        last.weight *= words.std() / spread
+        last.bias *= words.std() / spread
+    model.generation_config = language.generation_config
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    processor = LlavaProcessor(image_processor, tokenizer, patch_size=patch, vision_feature_select_strategy="default",
+                               chat_template=chat_template(tokenizer, language.config.model_type, token),
+                               image_token=token, num_additional_image_tokens=1)
+    return model, processor
+
+
+def image_token(tokenizer):
+    """The token that stands for a patch: <image>, or one that the vocabulary keeps unused, or else a new one."""
+    vocabulary = tokenizer.get_vocab()
+    for token in "<image>", "<unused0>", "<|reserved_special_token_0|>":
+        if token in vocabulary:
+            tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+            return token
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return "<image>"
+
+
+def query_form(tokenizer, kind):
+    """What stands before and after a query: the tokenizer's own template, Llama-2's, or a line of its own."""
+    if not tokenizer.chat_template:
+        return LLAMA_FORM if kind == "llama" else PLAIN_FORM
+    said = tokenizer.apply_chat_template([{"role": "user", "content": "QUERY"}], tokenize=False, add_generation_prompt=True)
+    before, after = said.split("QUERY")
+    return before.removeprefix(tokenizer.bos_token or ""), after  # which tokenizing adds
+
+
+def chat_template(tokenizer, kind, token):
+    """A Jinja template for the processor: turns of queries, each with its pictures first, and answers."""
+    before, after = (json.dumps(part) for part in query_form(tokenizer, kind))
+    end = json.dumps(tokenizer.eos_token)
+    return ("{% for message in messages %}{% if message['role'] == 'user' %}{{ " + before + " }}"
+            "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ " + json.dumps(token) + " }}"
+            "{% elif part['text'] %}{{ ' ' + part['text'] }}{% endif %}{% endfor %}{{ " + after + " }}"
+            "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{{ " + end + " }}{% endif %}{% endfor %}")
+
+
+def trained_parameters(model, vision_layers):
+    """Freeze all but the projection and the last layers of the vision tower: {name: parameter} of those, on fp32."""
+    model.requires_grad_(False)
+    projector = model.model.multi_modal_projector
+    chosen = [*projector.parameters()]
+    if model.config.projector_hidden_act == "linear":
+        chosen = [*projector.linear_1.parameters()]
+    if vision_layers:
+        depth = model.config.vision_config.num_hidden_layers
+        last = tuple(f".{number}." for number in range(depth - vision_layers, depth))
+        for name, parameter in model.model.vision_tower.named_parameters():
+            if any(number in name for number in last) and ("layer." in name or "layers." in name):
+                chosen.append(parameter)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def answer_loss(model, inputs):
+    """The cross-entropy of each answer's tokens, given the pictures and what stands before: their sum.
+
+    Args:
+        inputs: input_ids, attention_mask and labels (B, T), IGNORE where nothing is to be learned; pixel_values.
+    The head is computed at the answers alone: with a large vocabulary it would cost more than all layers.
+    """
+    labels = inputs["labels"][:, 1:]
+    hidden = model.model(**{name: value for name, value in inputs.items() if name != "labels"}).last_hidden_state[:, :-1]
+    learned = labels != IGNORE
+    logits = model.lm_head(hidden[learned]).float()
+    cap = getattr(model.config.text_config, "final_logit_softcapping", None)
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    return F.cross_entropy(logits, labels[learned], reduction="sum")
+
+
+# ---- the samples -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sample:
+    image: int  # its number
+    query: str
+    answer: str
+
+
+def read_instructions(path, images):
+    """An instructions file -> {group: [Sample, …]}. Raises UserError."""
+    numbers, groups = {image.path.name: number for number, image in enumerate(images)}, {}
+    try:
+        for entry in read_json(path, "instructions file"):
+            sample = Sample(numbers[entry["image"]], entry["query"], entry["answer"])
+            groups.setdefault(GROUPS.get(entry["kind"], entry["kind"]), []).append(sample)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a list of {{image, kind, query, answer}} about images of train.json: "
+                        f"{type(error).__name__} {error}") from None
+    return groups
+
+
+def instruction_samples(settings, images):
+    """The samples of stage 2 by group: {group: [Sample, …]}. Raises UserError where a group of --mix has none."""
+    if settings.instructions:
+        groups = read_instructions(settings.instructions, images)
+    else:
+        groups = {}
+        for number, question in derive_all(images, settings.seed):
+            sample = Sample(number, question.query, question.answer)
+            groups.setdefault(GROUPS.get(question.kind, question.kind), []).append(sample)
+    rng = random.Random(settings.seed)
+    groups.setdefault("caption", [Sample(number, rng.choice(CAPTION_QUERIES), text) for number, image in enumerate(images)
+                                  for text in map(clean_caption, image.captions) if text])
+    if lacking := [kind for kind in settings.parts() if not groups.get(kind)]:
+        raise UserError(f"--mix names {lacking[0]}, of which there are no samples: there are {', '.join(sorted(groups))}")
+    return groups
+
+
+def draw_epoch(groups, parts, count, generator):
+    """`count` samples, so many of each group, each group gone through before any of its samples comes again."""
+    counts = {kind: int(part * count) for kind, part in parts.items()}
+    counts[max(parts, key=parts.get)] += count - sum(counts.values())
+    drawn = []
+    for kind, number in counts.items():
+        samples = groups[kind]
+        rounds = [torch.randperm(len(samples), generator=generator) for _ in range(-(-number // len(samples)))]
+        drawn += [samples[i] for i in torch.cat(rounds)[:number].tolist()] if number else []
+    return [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
+
+
+class Trainer:
+    """One run: the model, the samples, the optimizer and the place that it has come to."""
+
+    def __init__(self, vision_name, language_name, output, settings, device=None):
+        self.settings, self.output, self.names = settings, Path(output), (vision_name, language_name)
+        self.processes = Processes(device)
+        self.device = self.processes.device
+        self.dtype = pick_precision(self.device, settings.precision)
+        if self.dtype == torch.float16:
+            raise UserError("--precision fp16 is not enough for a large language model: choose bf16 or fp32")
+        if settings.fsdp and self.processes.count == 1:
+            raise UserError("--fsdp shards over several processes: start them with accelerate launch")
+        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
+            raise UserError(f"{output} is there already: delete it or name another folder")
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create the folder {self.output.parent}: {error.strerror}") from None
+        self.state_file = self.output.with_name(f"{self.output.name}.state.pt")
+        check_writable(self.state_file)
+        data = Path(settings.data)
+        self.images = [image for image in read_captions(data / "train.json", data / "images" / "train")
+                       if any(map(clean_caption, image.captions))]
+        self.groups = instruction_samples(settings, self.images) if settings.stage2_epochs else {}
+        self.model, self.processor = build(vision_name, language_name, settings)
+        self.trained = trained_parameters(self.model, settings.train_vision_layers)
+        self.before, self.after = query_form(self.processor.tokenizer, self.model.config.text_config.model_type)
+        self.frozen = content_hash({name: value for name, value in self.model.state_dict().items() if name not in self.trained})
+        if self.device == "cuda":  # what is frozen needs no more than half precision
+            for name, parameter in self.model.named_parameters():
+                if name not in self.trained:
+                    parameter.data = parameter.data.to(self.dtype)
+        self.model.to(self.device).eval()
+        if settings.fsdp:
+            self.shard()
+        projection = [value for name, value in self.trained.items() if "projector" in name]
+        vision = [value for name, value in self.trained.items() if "projector" not in name]
+        factor = settings.vision_learning_rate / settings.learning_rate
+        self.optimizer = adamw([(projection, 1.0), (vision, factor)], settings.learning_rate, settings.weight_decay)
+        self.epoch_steps = -(-len(self.images) // settings.batch_size)
+        self.stages = [round(epochs * self.epoch_steps) for epochs in (settings.stage1_epochs, settings.stage2_epochs)]
+        self.same = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()
+                     if name not in ("save_minutes", "max_hours", "accumulation", "fsdp")} | {
+            "frozen weights": self.frozen, "images": len(self.images)}
+        self.progress = load_state(self.state_file, self.same, self.optimizer, self.trained, self.device) or {
+            "step": 0, "seconds": 0.0, "losses": []}
+        self.epoch_samples = {}
+
+    def shard(self):
+        """Spread the language model's layers over the processes (FSDP); what is trained stays whole on each."""
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in self.model.model.language_model.layers:
+            fully_shard(layer, reshard_after_forward=True)
+
+    # ---- samples ----
+
+    def samples(self, step):
+        """The samples of a step's batch."""
+        second = step >= self.stages[0]
+        epoch, place = divmod(step - second * self.stages[0], self.epoch_steps)
+        key = second, epoch
+        if key not in self.epoch_samples:
+            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + 1009 * second + epoch)
+            if second:
+                drawn = draw_epoch(self.groups, self.settings.parts(), len(self.images), generator)
+            else:  # each picture once, with one of its captions
+                drawn = []
+                for number in torch.randperm(len(self.images), generator=generator).tolist():
+                    captions = [text for text in map(clean_caption, self.images[number].captions) if text]
+                    drawn.append(Sample(number, "", captions[int(torch.randint(len(captions), (), generator=generator))]))
+            self.epoch_samples = {key: drawn}
+        size = self.settings.batch_size
+        return self.epoch_samples[key][place * size:(place + 1) * size]
+
+    def text(self, sample):
+        """What stands before the answer; the processor puts in as many image tokens as there are patches."""
+        return f"{self.before}{self.processor.image_token}{' ' + sample.query if sample.query else ''}{self.after}"
+
+    def collate(self, samples):
+        """Samples -> input_ids, attention_mask, labels (B, T), padded on the right, and pixel_values. Raises UserError."""
+        pictures = []
+        for sample in samples:
+            path = self.images[sample.image].path
+            try:
+                pictures.append(load_image(path, self.processor.image_processor.size["height"]))
+            except ImageError as error:
+                raise UserError(f"{path} cannot be read: {error}") from None
+        tokenizer = self.processor.tokenizer
+        asked = self.processor(images=pictures, text=[self.text(sample) for sample in samples])
+        rows, labels = [], []
+        for ids, sample in zip(asked["input_ids"], samples):
+            answer = tokenizer(sample.answer, add_special_tokens=False)["input_ids"][:self.settings.max_tokens]
+            answer = [*answer, tokenizer.eos_token_id]
+            rows.append([*ids, *answer])
+            labels.append([IGNORE] * len(ids) + answer)
+        length = max(map(len, rows))
+        return {"input_ids": torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows]),
+                "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+                "labels": torch.tensor([row + [IGNORE] * (length - len(row)) for row in labels]),
+                "pixel_values": torch.as_tensor(np.stack([np.asarray(picture) for picture in asked["pixel_values"]]))}
+
+    def pieces(self, step):
+        """This process's part of a step's batch, cut for accumulation.
+
+        Every process gets as many pieces, since they compute in step; one for which no sample is left repeats the first,
+        with nothing to learn.
+        """
+        samples, count = self.samples(step), self.processes.count
+        mine = samples[self.processes.number::count]
+        size = -(-len(samples) // (count * self.settings.accumulation))
+        found = []
+        for start in range(0, -(-len(samples) // count), size):
+            piece = mine[start:start + size]
+            inputs = self.collate(piece or samples[:1])
+            if not piece:
+                inputs["labels"] = torch.full_like(inputs["labels"], IGNORE)
+            found.append(inputs)
+        return found
+
+    # ---- running ----
+
+    def fit(self):
+        """Train to the end and write the folder, or until it is time to stop. Returns whether the end was reached."""
+        settings, progress, main = self.settings, self.progress, self.processes.main
+        total = sum(self.stages)
+        log = TrainingLog(self.output.with_name(f"{self.output.name}.jsonl"), progress["step"]) if main else None
+        if main:
+            print(f"{len(self.images)} images, {sum(map(len, self.groups.values()))} instructions; "
+                  f"{sum(p.numel() for p in self.trained.values()) / 1e6:.2f}M trained parameters of "
+                  f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f}M; {self.stages[0]} + {self.stages[1]} updates; "
+                  f"{self.processes.count} x {self.device}, {str(self.dtype).removeprefix('torch.')}", flush=True)
+        started = saved = time.monotonic()
+        before, values = progress["seconds"], []
+        todo = range(progress["step"], total)
+        with Interruption(settings.max_hours) as interruption, tqdm(
+                total=total, initial=progress["step"], unit="batch", desc="aligning", disable=not main) as bar:
+            for step, pieces in zip(todo, ahead(self.pieces, todo)):
+                value, rate = self.step(step, pieces)
+                values.append(value)
+                progress.update(step=step + 1, seconds=before + time.monotonic() - started)
+                bar.update()
+                if main and (step + 1) % LOG_STEPS == 0:
+                    loss = sum(values) / len(values)
+                    progress["losses"].append(loss)
+                    log.write(step + 1, loss=loss, stage=1 + (step >= self.stages[0]), **{
+                        "learning rate": rate, "samples per second": (step + 1) * settings.batch_size / progress["seconds"]})
+                    bar.set_postfix(loss=f"{loss:.3f}")
+                    values = []
+                stop = self.processes.add(bool(interruption))
+                if stop or time.monotonic() - saved > 60 * settings.save_minutes:
+                    if main:
+                        save_state(self.state_file, self.same, self.optimizer, self.trained, progress)
+                    saved = time.monotonic()
+                if stop:
+                    if main:
+                        print(f"stopped after {step + 1} of {total} updates: the same command goes on from there", flush=True)
+                    return False
+        if main:
+            self.save()
+            log.close(["loss", "learning rate"])
+            self.state_file.unlink(missing_ok=True)
+        self.processes.wait()
+        return True
+
+    def step(self, step, pieces):
+        """One update. Returns the mean loss of a target token and the learning rate."""
+        settings, second = self.settings, step >= self.stages[0]
+        number, total = step - second * self.stages[0], self.stages[second]
+        targets = self.processes.add(sum((inputs["labels"] != IGNORE).sum().item() for inputs in pieces))
+        value = 0.0
+        for inputs in pieces:
+            inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+            with autocast(self.device, self.dtype):
+                loss = answer_loss(self.model, inputs) / targets
+            loss.backward()
+            value += loss.item()
+        self.processes.add_gradients(self.trained.values())
+        peak = settings.stage2_learning_rate if second else settings.learning_rate
+        warmup = max(1, min(total // 2, round(settings.warmup_epochs * self.epoch_steps)))
+        rate = peak * cosine(number, total, warmup)
+        step_optimizer(self.optimizer, rate, settings.clip)
+        return self.processes.add(value), rate
+
+    def save(self):
+        """Write the complete model with its processor, and what was trained alone, in fp16; whole or not at all."""
+        staging = self.output.with_name(f"{self.output.name}.tmp")
+        trained = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in self.trained.items()}
+        if self.settings.fsdp:  # of the language model, this process holds a part alone
+            self.model, _ = build(*self.names, self.settings)
+            self.model.load_state_dict(trained, strict=False)
+        self.model.half().save_pretrained(staging)
+        self.processor.save_pretrained(staging)
+        save_file(trained, staging / "trained.safetensors", {"training": json.dumps(self.same)})
+        if self.output.exists():
+            self.output.rmdir()  # it was empty
+        staging.rename(self.output)
+        print(f"wrote {self.output}", flush=True)
+
+
+def main():
+    parser = ArgumentParser(description="Make a LLaVA: train the projection between a vision and a language model.")
+    parser.add_argument("vision", help="vision model of transformers: folder, or name on the model hub")
+    parser.add_argument("language", help="causal language model: folder, or name on the model hub")
+    parser.add_argument("output", help="folder to write")
+    add_options(parser, Settings, **HELP)
+    arguments = parser.parse_args()
+    Trainer(arguments.vision, arguments.language, arguments.output, take_options(arguments, Settings)).fit()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,208 @@
+"""Questions and instructions derived from captions, to teach and to test a model that is asked about pictures.
+
+    python3 p4_questions.py data/val.json questions.json [--number 300]
+
+Nobody wrote the answers: each follows from words that at least two of an image's captions share and none contradicts, so that
+they are right as often as captions are. Kinds: animal, count, colour, action, presence (yes and no in equal numbers), where,
+and detail (the captions told together). Each question stands in one of several wordings.
+
+Shapes of the output: [{"image": file name, "kind", "query", "answer"}, …]
+"""
+
+import random
+import re
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
+
+from cli import ArgumentParser, UserError, check_writable, run, write_json
+from dataset import clean_caption, read_captions
+
+ANIMALS = {"dog", "cat", "horse", "cow", "sheep", "bird", "bear", "elephant", "goat", "camel", "duck", "monkey", "zebra", "giraffe"}
+THINGS = sorted(ANIMALS | {
+    "ball", "bike", "boat", "bench", "beach", "camera", "car", "child", "fence", "flag", "flower", "frisbee", "grass", "guitar",
+    "hat", "helmet", "kayak", "man", "motorcycle", "mountain", "pool", "rock", "rope", "sand", "shirt", "skateboard", "snow",
+    "stick", "street", "surfboard", "swing", "table", "tree", "umbrella", "wall", "water", "wave", "woman"})
+SAME = {  # words that name a thing, or that leave open whether it is there
+    "dog": "dogs puppy puppies animal animals canine hound poodle retriever", "cat": "cats kitten animal", "horse": "horses pony animal",
+    "man": "men person people guy guys someone player worker adult he his male biker rider climber surfer skier couple crowd group",
+    "woman": "women person people lady ladies girl girls someone player adult she her female couple crowd group",
+    "child": "children kid kids boy boys girl girls toddler baby infant people person someone family group youth teenager",
+    "bike": "bikes bicycle bicycles biker bikers bicyclist cyclist cyclists motorcycle motorbike cycle biking riding",
+    "motorcycle": "motorcycles motorbike motorbikes bike motorcyclist dirt biker racer rider", "car": "cars vehicle vehicles truck traffic suv taxi van race",
+    "water": "ocean sea lake river pool wave waves surf surfer surfing swim swims swimming stream pond splash splashing beach wet creek fountain",
+    "pool": "swimming swim water swims swimmer", "beach": "sand sandy shore ocean sea coast seashore", "grass": "grassy lawn field park yard meadow",
+    "snow": "snowy snowboard snowboarder snowboarding ski skier skis skiing snowball winter sled sledding ice",
+    "ball": "balls football soccer basketball tennis baseball volleyball rugby player game", "shirt": "shirts t-shirt tshirt jersey top dressed wearing clothes",
+    "mountain": "mountains hill hills cliff peak climbing climber", "rock": "rocks rocky stone stones boulder cliff climber climbing",
+    "street": "streets road roads sidewalk city traffic town corner", "tree": "trees forest woods wooded branch branches log leaves",
+    "hat": "hats cap caps helmet beanie headgear", "helmet": "helmets hat gear headgear biker motorcyclist football",
+    "wall": "walls brick building graffiti mural", "sand": "sandy beach desert dune dunes dirt", "wave": "waves surf surfer surfing surfboard ocean",
+    "surfboard": "surfboards surf surfer surfing board", "skateboard": "skateboards skateboarder skateboarding board skater",
+    "bird": "birds duck ducks goose geese seagull pigeon pigeons", "boat": "boats kayak canoe raft ship sailboat", "kayak": "kayaker canoe boat kayaking",
+    "rope": "ropes leash climber climbing swing", "table": "tables desk restaurant", "bench": "benches seat", "stick": "sticks branch log",
+    "fence": "fences gate railing", "flag": "flags banner", "flower": "flowers", "camera": "cameras photo picture photograph photographer",
+    "guitar": "guitars musician band instrument", "swing": "swings swinging playground", "umbrella": "umbrellas", "frisbee": "frisbees disc",
+}
+COLOURS = ["black", "white", "brown", "red", "blue", "green", "yellow", "orange", "pink", "purple", "gray"]
+NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
+COUNTED = {"dogs": "dog", "men": "man", "women": "woman", "people": "person", "children": "child", "boys": "boy", "girls": "girl",
+           "horses": "horse", "kids": "kid", "players": "player"}
+PLACES = ["beach", "water", "snow", "grass", "street", "field", "pool", "air", "rock", "mountain", "sand", "park", "road", "ocean",
+          "lake", "river", "woods", "forest", "bench", "wall", "sidewalk", "hill"]
+ACTORS = ["dog", "man", "woman", "boy", "girl", "child", "person", "baby"]
+ACTIONS = """running jumping swimming sitting standing walking playing riding climbing sleeping smiling skateboarding surfing
+skiing snowboarding dancing eating singing digging laughing crawling swinging""".split()
+WORDINGS = {
+    "animal": ["What animal is in the picture?", "Which animal can be seen?", "What kind of animal is this?"],
+    "count": ["How many {} are there?", "How many {} can you see?", "How many {} are in the picture?"],
+    "colour": ["What colour is the {}?", "Which colour does the {} have?", "What is the colour of the {}?"],
+    "action": ["What is the {} doing?", "What does the {} do?"],
+    "presence": ["Is there a {} in the picture?", "Can you see a {}?", "Does the picture show a {}?"],
+    "where": ["Where is the {}?", "In what place is the {}?"],
+    "detail": ["Describe the image in detail.", "What can be seen in the picture? Tell everything.", "Give a detailed description."],
+}
+MASS = {"water", "grass", "snow", "sand"}  # no article before them
+
+
+@dataclass
+class Question:
+    kind: str
+    query: str
+    answer: str
+
+
+def words_of(caption):
+    return re.findall(r"[a-z][a-z-]*", caption.lower().replace("grey", "gray"))
+
+
+def agreed(votes, captions=2):
+    """What at least so many captions say, if no caption says another; else None. `votes`: a set for each caption."""
+    counts = Counter(word for said in votes for word in said)
+    if len(counts) != 1:
+        return None
+    word, count = counts.most_common(1)[0]
+    return word if count >= captions else None
+
+
+def derive(captions, rng):
+    """All that a picture's captions can be asked, as a list of Question. `rng`: random.Random, for the wordings."""
+    captions = [text for text in map(clean_caption, captions) if text]
+    rows = [words_of(text) for text in captions]
+    said = set().union(*rows) if rows else set()
+    found = []
+
+    def ask(kind, answer, about=""):
+        query = rng.choice(WORDINGS[kind]).format(about)
+        found.append(Question(kind, re.sub(r"\ba (?=(?:%s)\b)" % "|".join(MASS), "", query), answer))
+
+    if animal := agreed([{word.removesuffix("s") for word in row} & ANIMALS for row in rows]):
+        ask("animal", f"A {animal}." if animal != "elephant" else "An elephant.")
+    for plural in COUNTED:
+        votes = [{a for a, b, c in zip(row, row[1:], row[2:] + [""]) if a in NUMBERS and plural in (b, c)} for row in rows]
+        if number := agreed(votes):
+            ask("count", f"{number.capitalize()}.", plural)
+    for thing in [*ANIMALS, "shirt", "hat", "jacket", "dress", "car", "ball", "bike", "helmet", "coat", "shorts"]:
+        votes = [{a for a, b in zip(row, row[1:]) if a in COLOURS and b == thing} for row in rows]
+        mixed = any(b in ("and", "with") and c in COLOURS for row in rows for a, b, c in zip(row, row[1:], row[2:]) if a in COLOURS)
+        if (colour := agreed(votes)) and not mixed:
+            ask("colour", f"{colour.capitalize()}.", thing)
+    for actor in ACTORS:
+        votes = [{c if b in ("is", "are") else b for a, b, c in zip(row, row[1:], row[2:] + [""])
+                  if a == actor and (c if b in ("is", "are") else b) in ACTIONS} for row in rows]
+        if action := agreed(votes):
+            ask("action", f"{action.capitalize()}.", actor)
+        places = [{(" ".join(phrase)) for phrase in places_in(row)} for row in rows] if sum(actor in row for row in rows) > 1 else []
+        if place := most_said(places):
+            ask("where", f"{place.capitalize()}.", actor)
+    present = [thing for thing in THINGS if sum(thing in row or f"{thing}s" in row for row in rows) > 1]
+    if present:
+        ask("presence", "Yes.", rng.choice(present))
+    absent = [thing for thing in THINGS if not said & {thing, f"{thing}s", *SAME.get(thing, "").split()}]
+    if absent:
+        ask("presence", "No.", rng.choice(absent))
+    if len(captions) > 1:
+        ask("detail", told_together(captions))
+    return found
+
+
+def places_in(row):
+    """Phrases such as ("in", "the", "water") among a caption's words."""
+    for i, word in enumerate(row[:-1]):
+        if word in ("in", "on", "at"):
+            after = row[i + 1:i + 4]
+            for at, noun in enumerate(after):
+                if noun in PLACES:
+                    yield word, "the", noun
+                    break
+                if noun not in ("the", "a", "some") and at:
+                    break
+
+
+def most_said(votes, captions=2):
+    """What most captions say, if at least so many do and nothing else is said as often; else None."""
+    counts = Counter(word for said in votes for word in said).most_common(2)
+    if not counts or counts[0][1] < captions or len(counts) > 1 and counts[1][1] == counts[0][1]:
+        return None
+    return counts[0][0]
+
+
+def told_together(captions):
+    """The longest caption, and the one of the others that adds most words to it."""
+    longest = max(captions, key=lambda text: len(words_of(text)))
+    others = [text for text in captions if text != longest]
+    if not others:
+        return longest
+    return f"{longest} {max(others, key=lambda text: len(set(words_of(text)) - set(words_of(longest))))}"
+
+
+def derive_all(images, seed=0):
+    """Questions about CaptionedImages: [(number of the image, Question), …], the same for the same seed."""
+    rng = random.Random(seed)
+    found = [(number, question) for number, image in enumerate(images) for question in derive(image.captions, rng)]
+    # Yes and no balanced for each thing, so that the name of a thing tells nothing.
+    answers = defaultdict(lambda: {"Yes.": [], "No.": []})
+    for number, question in found:
+        if question.kind == "presence":
+            answers[thing_of(question.query)][question.answer].append((number, question))
+    kept = [pair for pair in found if pair[1].kind != "presence"]
+    for both in answers.values():
+        count = min(map(len, both.values()))
+        for some in both.values():
+            kept += rng.sample(some, count)
+    return sorted(kept, key=lambda pair: pair[0])
+
+
+def thing_of(query):
+    """What a presence question asks for."""
+    return next(thing for thing in THINGS if re.search(rf"\b{thing}\b", query))
+
+
+def best_constants(questions):
+    """For each kind the answer that is right most often: {kind: answer}, what a blind model could say."""
+    answers = defaultdict(Counter)
+    for question in questions:
+        answers[question.kind][question.answer] += 1
+    return {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
+
+
+def main():
+    parser = ArgumentParser(description="Derive questions and answers from captions.")
+    parser.add_argument("captions", help="captions in COCO's form")
+    parser.add_argument("output", help="JSON file to write")
+    parser.add_argument("--number", type=int, help="so many, drawn from all; default: all")
+    parser.add_argument("--kinds", nargs="+", default=[*WORDINGS], choices=[*WORDINGS], help="of these alone")
+    parser.add_argument("--seed", type=int, default=0, help="of wordings and of the drawing")
+    arguments = parser.parse_args()
+    check_writable(arguments.output)
+    images = read_captions(arguments.captions, None)
+    pairs = [(number, question) for number, question in derive_all(images, arguments.seed) if question.kind in arguments.kinds]
+    if arguments.number is not None:
+        if not 0 < arguments.number <= len(pairs):
+            raise UserError(f"--number is {arguments.number}, but {len(pairs)} questions can be derived")
+        pairs = sorted(random.Random(arguments.seed).sample(pairs, arguments.number), key=lambda pair: pair[0])
+    write_json(arguments.output, [{"image": images[number].path.name} | asdict(question) for number, question in pairs])
+    print(", ".join(f"{kind} {count}" for kind, count in Counter(question.kind for _, question in pairs).items()))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,133 @@
+"""What frozen encoders know: retrieval between images and captions, and kinds of pictures by nearest neighbours.
+
+    python3 report/measure_encoders.py --data data [--encoders vit_small vit_small_focus tf_efficientnet_lite2]
+
+For each encoder, one vector an image: a ViT's class token, the mean over a CNN's map. Two linear projections, of it and of
+the sentence embedding of a caption (all-MiniLM-L6-v2), are trained by CLIP's loss on the first images of data/train.json,
+the encoder untouched; Recall@k is measured on data/val.json. An encoder whose file brings projections of its own is measured
+with those too. The kinds are words that captions name: a picture counts as of a kind if most of its captions name it and none
+names another; its five nearest training pictures vote. Writes report/results/encoders_frozen.json.
+"""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import trange
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from cli import ArgumentParser, run, write_json
+from dataset import FeatureCache, clean_caption, read_captions
+from encoder import HEADS, ImageEncoder
+from p4_pretrain_vit import SHARED_DIM, TextEncoder, contrastive_loss, recalls
+from training import pick_device
+from weightfiles import read_weights
+
+KINDS = {"dog": {"dog", "dogs", "puppy"}, "snow": {"snow", "snowy", "ski", "skier", "snowboarder"},
+         "water": {"water", "pool", "ocean", "lake", "river", "swimming", "beach"},
+         "bicycle": {"bike", "bicycle", "biker", "bicyclist", "motorcycle", "cyclist"},
+         "ball game": {"soccer", "football", "basketball", "tennis", "baseball", "volleyball"},
+         "climbing": {"climber", "climbing", "climbs", "cliff", "mountain"}}
+
+
+def main():
+    parser = ArgumentParser(description="Measure what frozen encoders know.")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="train.json, val.json and images/")
+    parser.add_argument("--encoders", nargs="+", default=["vit_small", "vit_small_focus", "tf_efficientnet_lite2"], help="names")
+    parser.add_argument("--images", type=int, default=2000, help="to train the projections on, the first of train.json")
+    parser.add_argument("--views", type=int, default=2, help="in the cache; one is used, but compare.py's cache is found again")
+    parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "encoders_frozen.json", help="to write")
+    arguments = parser.parse_args()
+    device, data = pick_device(), arguments.data
+    train = [image for image in read_captions(data / "train.json", data / "images" / "train")[:arguments.images]
+             if any(map(clean_caption, image.captions))]
+    val = read_captions(data / "val.json", data / "images" / "val")
+    embed = TextEncoder(device=device)
+    texts = [embed([text for image in images for text in image.captions]) for images in (train, val)]
+    owners = [torch.arange(len(images)).repeat_interleave(torch.tensor([len(image.captions) for image in images]))
+              for images in (train, val)]
+    labels = [[kind_of(image.captions) for image in images] for images in (train, val)]
+    found = {"conditions": {"training_images": len(train), "validation_images": len(val),
+                            "kinds": {kind: labels[1].count(kind) for kind in KINDS}}, "encoders": {}}
+    for name in arguments.encoders:
+        encoder = ImageEncoder(name)
+        vectors = [image_vectors(FeatureCache(encoder, [image.path for image in images], "cache", views, device=device), encoder)
+                   for images, views in ((train, arguments.views), (val, 1))]
+        heads = train_heads(vectors[0], texts[0], owners[0])
+        entry = {"5-nearest-neighbour accuracy": neighbours(*vectors, *labels),
+                 "linear": measure(heads, vectors[1], texts[1], owners[1])}
+        if own := own_heads(name):
+            entry["own"] = measure(own, vectors[1], texts[1], owners[1])
+        found["encoders"][name] = entry
+        print(name, entry, flush=True)
+    write_json(arguments.results, found)
+
+
+def kind_of(captions):
+    """The kind that most captions name, if no other is named by any; else None."""
+    words = [set(text.lower().replace(".", " ").replace(",", " ").split()) for text in captions]
+    named = Counter({kind: sum(bool(names & some) for some in words) for kind, names in KINDS.items()})
+    (kind, most), (_, second) = named.most_common(2)
+    return kind if 2 * most > len(captions) and not second else None
+
+
+def image_vectors(features, encoder):
+    """One vector for each image (n, D): the class token, or the mean over the map."""
+    return torch.stack([torch.from_numpy((rows[0, 0] if encoder.num_prefix_tokens else rows[0].mean(0, dtype=np.float32))
+                                         .astype(np.float32)) for rows in features.data])
+
+
+def train_heads(images, texts, owners, steps=600, batch=512):
+    """The two projections, by CLIP's loss: images (n, D), texts (m, 384), owners (m) -> matrices (256, D), (256, 384).
+
+    The vectors are standardised first, which is folded into the matrix but for the mean: it is subtracted by `measure`.
+    """
+    torch.manual_seed(0)
+    mean, std = images.mean(0), images.std(0) + 1e-6
+    first, second = torch.nn.Linear(images.shape[1], SHARED_DIM, bias=False), torch.nn.Linear(texts.shape[1], SHARED_DIM, bias=False)
+    scale = torch.nn.Parameter(torch.tensor(np.log(1 / 0.07)))
+    optimizer = torch.optim.AdamW([{"params": [first.weight, second.weight], "weight_decay": 0.2}, {"params": [scale]}], lr=1e-3)
+    counts = torch.bincount(owners)
+    starts = counts.cumsum(0) - counts
+    for step in trange(steps, desc="projections", unit="step"):
+        some = torch.randperm(len(images))[:batch]
+        chosen = starts[some] + (torch.rand(len(some)) * counts[some]).long()
+        loss = contrastive_loss(F.normalize(first((images[some] - mean) / std), dim=-1), F.normalize(second(texts[chosen]), dim=-1),
+                                scale.exp().clamp(max=100))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return first.weight.detach() / std, second.weight.detach(), mean
+
+
+def own_heads(name):
+    """The projections in an encoder's own file, or None."""
+    file = ROOT / "weights" / f"{name}.safetensors"
+    state = read_weights(file) if file.exists() else {}
+    if not all(f"{head}.weight" in state for head in HEADS):
+        return None
+    return *(state[f"{head}.weight"].float() for head in HEADS), 0.0
+
+
+def measure(heads, images, texts, owners):
+    first, second, mean = heads
+    return recalls(F.normalize((images - mean) @ first.t(), dim=-1), F.normalize(texts @ second.t(), dim=-1), owners)
+
+
+def neighbours(train, val, train_labels, val_labels, k=5):
+    """Accuracy of the vote of the k nearest training vectors, by cosine after subtracting the mean."""
+    mean = train.mean(0)
+    known = [i for i, label in enumerate(train_labels) if label]
+    asked = [i for i, label in enumerate(val_labels) if label]
+    nearest = (F.normalize(val[asked] - mean, dim=-1) @ F.normalize(train[known] - mean, dim=-1).t()).topk(k, dim=1).indices
+    votes = [Counter(train_labels[known[j]] for j in row).most_common(1)[0][0] for row in nearest.tolist()]
+    return float(np.mean([vote == val_labels[i] for vote, i in zip(votes, asked)]))
+
+
+if __name__ == "__main__":
+    run(main)

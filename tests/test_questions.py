@@ -1,0 +1,93 @@
+"""p4_questions.py keeps its promises: answers follow from captions that agree, and yes and no are balanced."""
+
+import json
+import random
+import re
+import sys
+from collections import Counter
+
+import pytest
+
+import p4_questions
+from cli import UserError
+from dataset import CaptionedImage, read_captions
+from p4_questions import WORDINGS, best_constants, derive, derive_all, thing_of
+
+
+def asked(*captions, seed=0):
+    """{kind: [(query, answer), …]}"""
+    found = {}
+    for question in derive(list(captions), random.Random(seed)):
+        found.setdefault(question.kind, []).append((question.query, question.answer))
+    return found
+
+
+def answers(kind, *captions):
+    return [answer for _, answer in asked(*captions).get(kind, [])]
+
+
+@pytest.mark.parametrize("kind, captions, expected", [
+    ("animal", ["A dog runs.", "Two dogs."], ["A dog."]),
+    ("animal", ["A dog runs.", "An animal."], []),  # one caption is not enough
+    ("animal", ["A dog and a cat.", "A dog."], []),  # another animal
+    ("count", ["Two dogs run.", "Two brown dogs play.", "Dogs."], ["Two."]),
+    ("count", ["Two dogs run.", "Three dogs play.", "Two dogs."], []),
+    ("colour", ["A brown dog.", "The brown dog runs.", "A dog."], ["Brown."]),
+    ("colour", ["A brown dog.", "The black dog runs.", "A brown dog."], []),
+    ("colour", ["A brown and white dog.", "A white dog.", "A white dog."], []),  # two colours
+    ("colour", ["A grey dog.", "A gray dog."], ["Gray."]),
+    ("action", ["A dog is running.", "A dog running fast.", "It is a dog."], ["Running."]),
+    ("action", ["A dog is running.", "A dog jumping.", "A dog running."], []),
+    ("where", ["A man sits on a bench.", "The man on the bench."], ["On the bench."]),
+    ("where", ["A man on the beach.", "A man in the water."], []),
+    ("where", ["Snow on the street.", "A dog on the street."], []),  # one caption of the dog
+    ("detail", ["A dog.", "A dog runs on grass.", "Brown fur."], ["A dog runs on grass. Brown fur."]),
+    ("detail", ["A dog."], []),
+])
+def test_an_answer_is_what_captions_agree_on(kind, captions, expected):
+    assert answers(kind, *captions) == expected
+
+
+def test_what_is_absent_is_named_in_no_other_word():
+    for seed in range(60):
+        for query, answer in asked("A man surfs a wave.", "A surfer on the ocean.", seed=seed)["presence"]:
+            thing = thing_of(query)
+            assert answer == ("Yes." if thing == "wave" else "No.")
+            assert thing not in ("water", "surfboard", "person", "woman" if answer == "Yes." else "man")
+
+
+def test_questions_read_well():
+    for seed in range(40):
+        for query, _ in asked("Two dogs in the snow.", "Two brown dogs in snow.", seed=seed)["presence"]:
+            assert not re.search(r"\ba (snow|water|grass|sand)\b", query)
+
+
+def test_yes_and_no_are_balanced_for_each_thing(flickr8k):
+    pairs = derive_all(read_captions(flickr8k / "val.json", None))
+    both = Counter((thing_of(question.query), question.answer) for _, question in pairs if question.kind == "presence")
+    things = {thing for thing, _ in both}
+    assert len(things) > 10 and all(both[thing, "Yes."] == both[thing, "No."] > 0 for thing in things)
+    assert {question.kind for _, question in pairs} == {*WORDINGS}
+
+
+def test_the_same_seed_asks_the_same():
+    images = [CaptionedImage(None, ["A brown dog runs.", "The brown dog on the beach."])] * 5
+    assert derive_all(images, 1) == derive_all(images, 1) != derive_all(images, 2)
+
+
+def test_a_blind_model_says_the_commonest_answer():
+    questions = derive(["A brown dog runs.", "The brown dog."], random.Random(0)) * 2 + derive(
+        ["A red car.", "The red car."], random.Random(0))
+    assert best_constants(questions)["colour"] == "Brown."
+
+
+def test_a_file_of_questions_is_written(workplace, monkeypatch, capsys):
+    captions = workplace / "data" / "train.json"
+    monkeypatch.setattr(sys, "argv", ["p4_questions.py", str(captions), "questions.json", "--kinds", "detail", "--number", "3"])
+    p4_questions.main()
+    found = json.loads((workplace / "questions.json").read_text())
+    assert len(found) == 3 and all(entry.keys() == {"image", "kind", "query", "answer"} for entry in found)
+    assert {entry["kind"] for entry in found} == {"detail"} and "detail 3" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["p4_questions.py", str(captions), "questions.json", "--number", "1000000"])
+    with pytest.raises(UserError, match="can be derived"):
+        p4_questions.main()

@@ -200,8 +200,9 @@ def llava_attention(llava, picture, settings=None):
     side = int(weights.shape[-1] ** 0.5)  # of the square of patches; with a class token there is one more
     row = tokens[0, :length].tolist()
     words = align_words(row, tokenizer.decode, ended)
-    return Attention.of_tokens(" ".join(tokenizer.decode(row).split()), row, words, weights.permute(2, 0, 1, 3), log_probs,
-                               (side, side), kept_region(llava.processor.image_processor, *picture.size))
+    caption = " ".join(tokenizer.decode(row, skip_special_tokens=True).split())
+    return Attention.of_tokens(caption, row, words, weights.permute(2, 0, 1, 3), log_probs, (side, side),
+                               kept_region(llava.processor.image_processor, *picture.size))
 
 
 def kept_region(image_processor, width, height):
@@ -516,7 +517,8 @@ def main():
     parser = ArgumentParser(description="Draw, and write as numbers, where each word of a caption looked.")
     parser.add_argument("images", type=Path, help="an image, or a folder; its own image files count, not those in subfolders")
     parser.add_argument("out_dir", type=Path, help="folder for the figures, the maps and index.html; made if need be")
-    parser.add_argument("--model", default="p2", help="p2; p1, the LLaVA that p1_llava_infer.py would take; or a LLaVA's folder or hub name")
+    parser.add_argument("--model", default="p2",
+                        help="p2; p1, the LLaVA that p1_llava_infer.py takes; or a LLaVA's folder or name on the model hub")
     parser.add_argument("--decoder_weights", help="p2: GPT-2 weights (default: the embedded model's)")
     parser.add_argument("--checkpoint", help="p2: what p2_train.py wrote (default: the newest trained with the decoder)")
     parser.add_argument("--instruction", default=LlavaSettings.instruction, help="LLaVA: what it is told beside the picture")

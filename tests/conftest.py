@@ -27,6 +27,20 @@ def flickr8k():
     pytest.skip("Flickr8k is neither in data/ nor in ../shared/data/flickr8k")
 
 
+@pytest.fixture(scope="session")
+def clip_weights(tmp_path_factory):
+    """A file with the state dict of a small random CLIP, in fp16's precision as OpenAI's are."""
+    import torch
+    from clip.model import CLIP
+
+    torch.manual_seed(0)
+    model = CLIP(embed_dim=32, image_resolution=32, vision_layers=2, vision_width=64, vision_patch_size=16,
+                 context_length=77, vocab_size=49408, transformer_width=64, transformer_heads=1, transformer_layers=2)
+    path = tmp_path_factory.mktemp("clip") / "clip.pt"
+    torch.save({name: value.half().float() for name, value in model.state_dict().items()}, path)
+    return path
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A folder with 24 coloured pictures and their captions, a random ViT and a random small GPT-2."""

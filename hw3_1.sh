@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Caption a folder of images with LLaVA, or, where the third argument ends in .csv, name the class of each with CLIP:
+#   bash hw3_1.sh <images> <out.json> [model]
+#   bash hw3_1.sh <images> <id2label.json> <out.csv>
+# Exit status: 0 all done, 2 a mistake that you can mend, 3 some images were skipped, 1 anything else.
+
+here=$(dirname "${BASH_SOURCE[0]}")
+if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ] && [ -x "$here/.venv/bin/python3" ]; then
+    PATH=$here/.venv/bin:$PATH
+fi
+if ! python3 -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, ("torch", "transformers", "clip"))))' 2>/dev/null; then
+    echo "hw3_1.sh: python3 or its packages are missing: \`bash hw3_demo.sh\` installs them, or activate their environment" >&2
+    exit 2
+fi
+shopt -s nocasematch
+if [[ ${3:-} == *.csv ]]; then
+    exec python3 "$here/p1_clip_classify.py" "$@"
+fi
+name=${2:-}
+if [[ ${name##*/} == *id2label*.json || $name == *.csv ]]; then # captions would be written over it
+    echo "hw3_1.sh: $name is no place for captions; to classify: bash hw3_1.sh <images> <id2label.json> <out.csv>" >&2
+    exit 2
+fi
+exec python3 "$here/p1_llava_infer.py" "$@"

@@ -249,6 +249,8 @@ def read_onnx_vit(graph):
     import torch
     from onnx import numpy_helper
 
+    from weightfiles import dinov2_names
+
     constants = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
     readers = {name: node for node in graph.node for name in node.input}
     named = {name.removeprefix("backbone."): value for name, value in constants.items() if name.startswith("backbone.")}
@@ -262,21 +264,8 @@ def read_onnx_vit(graph):
                       for shape in ((1, 1, 384), (1, 37 * 37, 384)))
     grid = patches.unflatten(1, (37, 37)).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, size=(16, 16), mode="bicubic", align_corners=False)
-    state = {"cls_token": named["embeddings.cls_token"],
-             "pos_embed": torch.cat([first, grid.flatten(2).transpose(1, 2)], 1)}
-    for kind in "weight", "bias":
-        state[f"patch_embed.proj.{kind}"] = named[f"embeddings.patch_embeddings.projection.{kind}"]
-        state[f"norm.{kind}"] = named[f"layernorm.{kind}"]
-        for i in range(12):
-            ours, theirs = f"blocks.{i}", f"encoder.layer.{i}"
-            state[f"{ours}.attn.qkv.{kind}"] = torch.cat(
-                [named[f"{theirs}.attention.attention.{part}.{kind}"] for part in ("query", "key", "value")])
-            state[f"{ours}.attn.proj.{kind}"] = named[f"{theirs}.attention.output.dense.{kind}"]
-            for part in "norm1", "norm2", "mlp.fc1", "mlp.fc2":
-                state[f"{ours}.{part}.{kind}"] = named[f"{theirs}.{part}.{kind}"]
-    for i in range(12):
-        for k in 1, 2:
-            state[f"blocks.{i}.ls{k}.gamma"] = named[f"encoder.layer.{i}.layer_scale{k}.lambda1"]
+    state = {ours: torch.cat([named[name] for name in theirs]) for ours, theirs in dinov2_names()}
+    state["pos_embed"] = torch.cat([first, grid.flatten(2).transpose(1, 2)], 1)
     return {name: value.contiguous() for name, value in state.items()}
 
 

@@ -43,7 +43,7 @@ from encoder import HEADS, OWN, WEIGHTS_FOLDER, ImageEncoder
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import (Interruption, MovingAverage, TrainingLog, autocast, check_settings, cosine, load_state, pick_device,
                       prepare_output, save_state, step_optimizer)
-from weightfiles import read_weights
+from weightfiles import dinov2_names, read_weights
 
 TEACHER = "tf_efficientnet_lite2"
 TEXT_FOLDER = WEIGHTS_FOLDER / "all-minilm-l6-v2"
@@ -310,22 +310,10 @@ def write_dinov2(weights, folder):
     """
     from transformers import BitImageProcessor, Dinov2Config
 
-    state, renamed = Student.load(weights).vit.state_dict(), {"embeddings.mask_token": torch.zeros(1, 384)}
-    renamed["embeddings.cls_token"] = state["cls_token"]
-    renamed["embeddings.position_embeddings"] = state["pos_embed"]
-    for kind in "weight", "bias":
-        renamed[f"layernorm.{kind}"] = state[f"norm.{kind}"]
-        renamed[f"embeddings.patch_embeddings.projection.{kind}"] = state[f"patch_embed.proj.{kind}"]
-        for i in range(12):
-            ours, theirs = f"blocks.{i}", f"encoder.layer.{i}"
-            for part, value in zip(("query", "key", "value"), state[f"{ours}.attn.qkv.{kind}"].chunk(3)):
-                renamed[f"{theirs}.attention.attention.{part}.{kind}"] = value
-            renamed[f"{theirs}.attention.output.dense.{kind}"] = state[f"{ours}.attn.proj.{kind}"]
-            for part in "norm1", "norm2", "mlp.fc1", "mlp.fc2":
-                renamed[f"{theirs}.{part}.{kind}"] = state[f"{ours}.{part}.{kind}"]
-    for i in range(12):
-        for k in 1, 2:
-            renamed[f"encoder.layer.{i}.layer_scale{k}.lambda1"] = state[f"blocks.{i}.ls{k}.gamma"]
+    state = Student.load(weights).vit.state_dict()
+    renamed = {"embeddings.mask_token": torch.zeros(1, 384), "embeddings.position_embeddings": state["pos_embed"]}
+    for ours, theirs in dinov2_names():
+        renamed |= dict(zip(theirs, state[ours].chunk(len(theirs))))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     Dinov2Config(hidden_size=384, num_attention_heads=6, architectures=["Dinov2Model"]).save_pretrained(folder)

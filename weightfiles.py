@@ -49,6 +49,26 @@ def first_line(error):
     return re.sub(r":\s*\n\s*", ": ", str(error).strip()).split("\n")[0][:200] or type(error).__name__
 
 
+def dinov2_names(depth=12):
+    """Pairs of names of a DINOv2 ViT's tensors: timm's, and those of Meta's models on the model hub, as a tuple.
+
+    Three of the latter make one of timm's where the projections to queries, keys and values are joined. The position
+    embedding is not among them, since not every file holds it whole.
+    """
+    pairs = [("cls_token", ("embeddings.cls_token",))]
+    for kind in "weight", "bias":
+        pairs += [(f"patch_embed.proj.{kind}", (f"embeddings.patch_embeddings.projection.{kind}",)),
+                  (f"norm.{kind}", (f"layernorm.{kind}",))]
+        for i in range(depth):
+            ours, theirs = f"blocks.{i}", f"encoder.layer.{i}"
+            pairs.append((f"{ours}.attn.qkv.{kind}", tuple(
+                f"{theirs}.attention.attention.{part}.{kind}" for part in ("query", "key", "value"))))
+            pairs.append((f"{ours}.attn.proj.{kind}", (f"{theirs}.attention.output.dense.{kind}",)))
+            pairs += [(f"{ours}.{part}.{kind}", (f"{theirs}.{part}.{kind}",)) for part in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")]
+    return pairs + [(f"blocks.{i}.ls{k}.gamma", (f"encoder.layer.{i}.layer_scale{k}.lambda1",))
+                    for i in range(depth) for k in (1, 2)]
+
+
 def content_hash(state_dict):
     """sha256 over the names, shapes and fp32 values of the floating-point tensors, sorted by name.
 

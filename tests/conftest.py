@@ -72,6 +72,13 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+def stopping(when):
+    """A class to put in Interruption's place, which asks a run to stop when the function `when` says so."""
+    from training import Interruption
+
+    return type("Stopping", (Interruption,), {"__bool__": lambda self: when()})
+
+
 def make_llava(folder, strategy):
     """Write a tiny random LLaVA-1.5 with its processor; `strategy`: "full" keeps the class token."""
     import torch

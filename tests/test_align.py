@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, stopping
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -209,20 +209,7 @@ def test_stages_ask_nothing_then_something(towers, data):
 def test_a_resumed_run_equals_one_that_was_not_stopped(towers, data, monkeypatch):
     assert trainer(towers, "whole", train_vision_layers=1).fit()
 
-    class Stop:
-        def __init__(self, hours):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def __bool__(self):
-            return run.progress["step"] in (3, 5) and run.progress["step"] < sum(run.stages)
-
-    monkeypatch.setattr(p4_align, "Interruption", Stop)
+    monkeypatch.setattr(p4_align, "Interruption", stopping(lambda: run.progress["step"] in (3, 5)))
     for finished in False, False, True:
         run = trainer(towers, "parts", train_vision_layers=1, accumulation=2 if finished else 1)
         assert run.fit() == finished

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import stopping
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -322,7 +323,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(settings, tmp_path, monke
     parts = Settings(**settings, output=str(tmp_path / "parts.safetensors"))
     for steps in 4, 9:  # within the second epoch, and to the end
         run = Trainer(parts)
-        monkeypatch.setattr(p4_pretrain_vit, "Interruption", interruption_after(run, steps))
+        monkeypatch.setattr(p4_pretrain_vit, "Interruption", stopping(lambda: run.progress["step"] == steps < run.total))
         result = run.fit()
     for entry in *history, *result:
         del entry["seconds"]
@@ -343,23 +344,6 @@ def test_fresh_crops_follow_from_the_seed(settings, tmp_path):
     first, again, other = (trainer.losses(torch.arange(8), torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert first.keys() == {"distillation", "contrast", "caption"}
     assert all(torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name]) for name in first)
-
-
-def interruption_after(run, steps):
-    """A class for Interruption that asks the run to stop after so many steps."""
-    class Stop:
-        def __init__(self, hours):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def __bool__(self):
-            return run.progress["step"] == steps < run.total
-    return Stop
 
 
 @pytest.mark.parametrize("signal", ["distillation", "contrast", "caption"])

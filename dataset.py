@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import warnings
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -297,6 +298,16 @@ class LiveFeatures:
             raise ImageError(f"{self.paths[number]} cannot be read: {error}") from None
 
 
+def fingerprint(path):
+    """Size in bytes and a checksum of samples of the file: not its date, so that a copy of a dataset is the same."""
+    size, checksum = path.stat().st_size, 0
+    with open(path, "rb") as file:
+        for part in range(9):
+            file.seek(part * max(0, size - 1024) // 8)
+            checksum = zlib.crc32(file.read(1024), checksum)
+    return size, checksum
+
+
 class FeatureCache:
     """Frozen features of images, encoded once and read by memory map: fp16, (images, views, N, D).
 
@@ -308,8 +319,9 @@ class FeatureCache:
     def __init__(self, encoder, paths, folder, views=1, batch_size=32, device="cpu"):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-        key = json.dumps([encoder.name, encoder.weights_hash, encoder.image_size, device, views, stats])
+        with ThreadPoolExecutor() as pool:
+            images = [(path.name, *found) for path, found in zip(paths, pool.map(fingerprint, paths))]
+        key = json.dumps([encoder.name, encoder.weights_hash, encoder.image_size, device, views, images])
         self.file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
         shape = (len(paths), views, encoder.num_tokens, encoder.dim)
         progress_file = self.file.with_suffix(".json")

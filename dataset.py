@@ -157,6 +157,11 @@ def clean_caption(text):
     return text[:1].upper() + text[1:] + ("" if text.endswith(("!", "?")) else ".") if text else ""
 
 
+def clean_captions(image):
+    """The captions of a CaptionedImage in that style, without those that say nothing."""
+    return [text for text in map(clean_caption, image.captions) if text]
+
+
 def read_captions(annotation_file, images_root):
     """Read COCO-format captions: a list of CaptionedImage in the file's order, captions as they are.
 

@@ -213,7 +213,8 @@ class ClipScorer:
     def encode_images(self, paths):
         """Normalised embeddings (len(paths), D). Raises UserError where an image cannot be read."""
         _, embeddings, unread = self.clip.encode_images(paths)
-        for path, reason in unread.items():
+        if unread:
+            path, reason = next(iter(unread.items()))
             raise UserError(f"{len(unread)} images cannot be read, the first is {path}: {reason}")
         return embeddings
 

@@ -122,15 +122,22 @@ class Llava:
                                 return_tensors="pt")
         return inputs.to(self.model.device, self.model.dtype)
 
+    def generate(self, inputs, settings):
+        """What the model says after `inputs`: token ids (B, T), padded behind their ends."""
+        tokens = self.model.generate(**inputs, **settings.generation(), suppress_tokens=[self.model.config.image_token_id],
+                                     pad_token_id=self.processor.tokenizer.pad_token_id)
+        return tokens[:, inputs["input_ids"].shape[1]:]
+
+    def texts(self, tokens):
+        """Token ids, B rows -> B strings, each on one line."""
+        return [" ".join(text.split()) for text in self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
     @torch.inference_mode()
     def answer(self, pictures, instructions, settings, seed=0):
         """Answers, and nothing but them: RGB PIL images (B) and an instruction for each -> B strings."""
         inputs = self.inputs(pictures, instructions)
         torch.manual_seed(seed)
-        tokens = self.model.generate(**inputs, **settings.generation(), suppress_tokens=[self.model.config.image_token_id],
-                                     pad_token_id=self.processor.tokenizer.pad_token_id)
-        texts = self.processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
-        texts = [" ".join(text.split()) for text in texts]
+        texts = self.texts(self.generate(inputs, settings))
         return [*map(first_sentence, texts)] if settings.one_sentence else texts
 
 

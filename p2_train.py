@@ -25,13 +25,13 @@ from tqdm import tqdm
 from captioner import MAX_TRAINED, Captioner, CaptionerConfig, GenerationConfig, Projection, check_hashes, is_fusion, read_metadata
 from cider import CiderScorer
 from cli import ArgumentParser, UserError, add_options, run, take_options, with_config
-from dataset import IGNORE, FeatureCache, LiveFeatures, ahead, bucketed_batches, clean_caption, collate, read_captions
+from dataset import IGNORE, FeatureCache, LiveFeatures, ahead, bucketed_batches, clean_captions, collate, read_captions
 from decoder import ADAPTER_PLACES, LORA_TARGETS, Decoder, DecoderConfig
 from encoder import ImageEncoder
 from metrics import cider, tokenize
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import (Interruption, MovingAverage, Processes, TrainingLog, adamw, autocast, check_settings, cosine, load_state,
-                      memory_in_use, pick_precision, prepare_output, save_state, step_optimizer)
+                      memory_in_use, pick_precision, prepare_output, save_state, step_optimizer, what_matters)
 from weightfiles import read_weights
 
 LOG_STEPS = 20  # updates between lines of the log
@@ -121,9 +121,8 @@ class CaptionData:
         self.rows = []  # for each image, its captions' tokens
         self.cut = self.empty = 0  # captions that are too long, or say nothing
         for image in images:
-            captions = [clean_caption(caption) for caption in image.captions]
-            rows = tokenizer.encode_batch([caption for caption in captions if caption])
-            self.empty += len(captions) - len(rows)
+            rows = tokenizer.encode_batch(clean_captions(image))
+            self.empty += len(image.captions) - len(rows)
             self.cut += sum(len(row) > max_tokens for row in rows)
             self.rows.append([row[:max_tokens] for row in rows])
         self.captions = max(map(len, self.rows), default=0)  # K; images with fewer get empty rows
@@ -199,7 +198,7 @@ class Trainer:
         settings, data = self.settings, Path(self.settings.data)
         images = read_captions(data / "train.json", data / "images" / "train")
         found = len(images)
-        images = [image for image in images if any(map(clean_caption, image.captions))]
+        images = [image for image in images if clean_captions(image)]
         self.without_captions = found - len(images)
         if not 0 <= settings.selection < len(images):
             raise UserError(f"{len(images)} images cannot be split into training and {settings.selection} for selection")
@@ -236,12 +235,11 @@ class Trainer:
     def restore(self):
         """Go on from the state of an interrupted run, if there is one."""
         settings = self.settings
-        self.same = asdict(settings) | asdict(self.config) | {
-            "lora_targets": list(self.config.lora_targets), "adapter_places": list(self.config.adapter_places),
+        # What is left out changes no result.
+        self.same = what_matters(settings, "save_minutes", "cache", "max_hours", "tensorboard", "samples", "accumulation",
+                                 "fsdp") | what_matters(self.config) | {
             "captions": sum(map(len, self.data.rows)), "encoder's weights": self.model.encoder.weights_hash,
             "decoder's weights": self.model.decoder.weights_hash}
-        for name in "save_minutes", "cache", "max_hours", "tensorboard", "samples", "accumulation", "fsdp":
-            del self.same[name]  # these change no result
         self.kept = self.trained | {f"average.{name}": value for name, value in self.average.values.items()}
         progress = load_state(self.state_file, self.same, self.optimizer, self.kept, self.device, self.scaler)
         self.progress = progress or {"epoch": 0, "step": 0, "updates": 0, "sum": 0.0, "seconds": 0.0, "memory": 0,

@@ -181,8 +181,7 @@ def llava_attention(llava, picture, settings=None):
     model, tokenizer = llava.model, llava.processor.tokenizer
     inputs = llava.inputs([picture], [settings.instruction])
     asked = inputs["input_ids"].shape[1]
-    tokens = model.generate(**inputs, **settings.generation(), suppress_tokens=[model.config.image_token_id],
-                            pad_token_id=tokenizer.pad_token_id)[:, asked:]
+    tokens = llava.generate(inputs, settings)
     ends = torch.atleast_1d(torch.as_tensor(model.generation_config.eos_token_id, device=tokens.device))
     at = torch.isin(tokens[0], ends).nonzero()
     length, ended = (int(at[0]), True) if len(at) else (tokens.shape[1], False)
@@ -200,8 +199,7 @@ def llava_attention(llava, picture, settings=None):
     side = int(weights.shape[-1] ** 0.5)  # of the square of patches; with a class token there is one more
     row = tokens[0, :length].tolist()
     words = align_words(row, tokenizer.decode, ended)
-    caption = " ".join(tokenizer.decode(row, skip_special_tokens=True).split())
-    return Attention.of_tokens(caption, row, words, weights.permute(2, 0, 1, 3), log_probs, (side, side),
+    return Attention.of_tokens(llava.texts([row])[0], row, words, weights.permute(2, 0, 1, 3), log_probs, (side, side),
                                kept_region(llava.processor.image_processor, *picture.size))
 
 

@@ -17,7 +17,7 @@ Shapes: B pictures, N image tokens of each, T positions of a text with its image
 import json
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +27,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from cli import ArgumentParser, UserError, add_options, check_writable, read_json, run, take_options
-from dataset import IGNORE, ImageError, ahead, clean_caption, load_image, read_captions
+from dataset import IGNORE, ImageError, ahead, clean_captions, load_image, read_captions
 from p4_questions import derive_all
 from training import (Interruption, Processes, TrainingLog, adamw, autocast, check_settings, cosine, load_state, pick_precision,
-                      save_state, step_optimizer)
+                      save_state, step_optimizer, what_matters)
 from weightfiles import content_hash, first_line
 
 GROUPS = {"animal": "qa", "count": "qa", "colour": "qa", "action": "qa", "presence": "qa", "where": "relation"}
@@ -270,7 +270,7 @@ def instruction_samples(settings, images):
             groups.setdefault(GROUPS.get(question.kind, question.kind), []).append(sample)
     rng = random.Random(settings.seed)
     groups.setdefault("caption", [Sample(number, rng.choice(CAPTION_QUERIES), text) for number, image in enumerate(images)
-                                  for text in map(clean_caption, image.captions) if text])
+                                  for text in clean_captions(image)])
     if lacking := [kind for kind in settings.parts() if not groups.get(kind)]:
         raise UserError(f"--mix names {lacking[0]}, of which there are no samples: there are {', '.join(sorted(groups))}")
     return groups
@@ -310,7 +310,7 @@ class Trainer:
         check_writable(self.state_file)
         data = Path(settings.data)
         self.images = [image for image in read_captions(data / "train.json", data / "images" / "train")
-                       if any(map(clean_caption, image.captions))]
+                       if clean_captions(image)]
         self.groups = instruction_samples(settings, self.images) if settings.stage2_epochs else {}
         self.model, self.processor = build(vision_name, language_name, settings)
         self.trained = trained_parameters(self.model, settings.train_vision_layers)
@@ -329,8 +329,7 @@ class Trainer:
         self.optimizer = adamw([(projection, 1.0), (vision, factor)], settings.learning_rate, settings.weight_decay)
         self.epoch_steps = -(-len(self.images) // settings.batch_size)
         self.stages = [round(epochs * self.epoch_steps) for epochs in (settings.stage1_epochs, settings.stage2_epochs)]
-        self.same = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()
-                     if name not in ("save_minutes", "max_hours", "accumulation", "fsdp")} | {
+        self.same = what_matters(settings, "save_minutes", "max_hours", "accumulation", "fsdp") | {
             "frozen weights": self.frozen, "images": len(self.images)}
         self.progress = load_state(self.state_file, self.same, self.optimizer, self.trained, self.device) or {
             "step": 0, "seconds": 0.0, "losses": []}
@@ -357,7 +356,7 @@ class Trainer:
             else:  # each picture once, with one of its captions
                 drawn = []
                 for number in torch.randperm(len(self.images), generator=generator).tolist():
-                    captions = [text for text in map(clean_caption, self.images[number].captions) if text]
+                    captions = clean_captions(self.images[number])
                     drawn.append(Sample(number, "", captions[int(torch.randint(len(captions), (), generator=generator))]))
             self.epoch_samples = {key: drawn}
         size = self.settings.batch_size

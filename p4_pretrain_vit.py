@@ -22,7 +22,7 @@ import json
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,12 +37,12 @@ from tqdm import tqdm
 
 from captioner import EMBEDDED_DECODER, Captioner, CaptionerConfig
 from cli import ArgumentParser, UserError, add_options, run, take_options, write_whole
-from dataset import (FeatureCache, ImageError, clean_caption, collate, list_images, load_image, make_view, read_captions,
+from dataset import (FeatureCache, ImageError, clean_captions, collate, list_images, load_image, make_view, read_captions,
                      squeeze)
 from encoder import HEADS, OWN, WEIGHTS_FOLDER, ImageEncoder
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import (Interruption, MovingAverage, TrainingLog, autocast, check_settings, cosine, load_state, pick_device,
-                      prepare_output, save_state, step_optimizer)
+                      prepare_output, save_state, step_optimizer, what_matters)
 from weightfiles import dinov2_names, read_weights
 
 TEACHER = "tf_efficientnet_lite2"
@@ -360,7 +360,7 @@ class Trainer:
         self.state_file = prepare_output(settings.output)
         data = Path(settings.data)
         images = [image for image in read_captions(data / "train.json", data / "images" / "train")
-                  if any(map(clean_caption, image.captions))]
+                  if clean_captions(image)]
         if settings.selection >= len(images):
             raise UserError(f"{len(images)} images cannot be split into training and {settings.selection} for selection")
         images, selection = images[:-settings.selection], images[-settings.selection:]
@@ -371,7 +371,7 @@ class Trainer:
         self.epoch_steps = -(-self.count // settings.batch_size)
         self.total = self.epoch_steps * sum(settings.epochs)
         self.captions, self.selection_captions = (
-            [[text for text in map(clean_caption, image.captions) if text] for image in part] for part in (images, selection))
+            [*map(clean_captions, part)] for part in (images, selection))
 
         torch.manual_seed(settings.seed)
         self.student = Student.load(settings.init).to(self.device)
@@ -425,8 +425,7 @@ class Trainer:
         self.average = MovingAverage(dict(self.student.named_parameters()), settings.average)
         self.kept = (dict(self.student.named_parameters()) | {f"captioner.{name}": value for name, value in parts.items()}
                      | {f"average.{name}": value for name, value in self.average.values.items()})
-        self.same = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()
-                     if name not in ("save_minutes", "max_hours", "cache")} | {"number of pictures": self.count}
+        self.same = what_matters(settings, "save_minutes", "max_hours", "cache") | {"number of pictures": self.count}
         self.progress = load_state(self.state_file, self.same, self.optimizer, self.kept, self.device) or {
             "step": 0, "seconds": 0.0, "history": []}
         self.average.steps = self.progress["step"]
@@ -443,6 +442,7 @@ class Trainer:
                 if self.size() != size:
                     size = self.size()
                     self.pixels = self.read_pixels(size)
+                    self.selection_pixels = read_pixels([self.selection_paths], size)[:, 0]
                     started, before = time.monotonic(), progress["seconds"]  # reading is no training
                 losses = self.step()
                 progress.update(step=progress["step"] + 1, seconds=before + time.monotonic() - started)
@@ -544,7 +544,7 @@ class Trainer:
     def report(self, size):
         """Print, and keep, what the average of the weights is worth on the selection split."""
         progress, entry = self.progress, {}
-        pixels = read_pixels([self.selection_paths], size)[:, 0]
+        pixels = self.selection_pixels
         with self.average.in_place():
             if self.teacher:
                 entry["selection_distillation"] = sum(

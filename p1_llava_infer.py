@@ -103,7 +103,7 @@ class Llava:
             self.processor = AutoProcessor.from_pretrained(name)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{name} is no LLaVA that can be loaded ({first_line(error)}): `bash hw3_download.sh llava` "
-                            "fetches one") from None
+                            "makes one") from None
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"  # the answer follows the last token
         if tokenizer.pad_token is None:
@@ -171,7 +171,7 @@ def default_model(load_in_4bit=False):
         return SMALL
     if BIG.is_dir():
         raise UserError(f"{BIG} is there, but no GPU with room for it: name it to run it all the same, on the CPU")
-    raise UserError(f"there is no LLaVA in {WEIGHTS_FOLDER}: `bash hw3_download.sh llava` fetches one, or name a folder")
+    raise UserError(f"there is no LLaVA in {WEIGHTS_FOLDER}: `bash hw3_download.sh llava` makes the small one, or name a folder")
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------

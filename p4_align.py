@@ -4,25 +4,33 @@
     accelerate launch --num_processes 8 p4_align.py …
 
 After LLaVA (Liu et al. 2023, https://arxiv.org/abs/2304.08485, and its 1.5: https://arxiv.org/abs/2310.03744), from any vision
-model and any causal language model of `transformers` (folders, or names on the model hub), in two stages: captions with
-nothing asked, then questions and instructions, mixed by kind. Only the answers count in the loss. What is written is a complete
-LlavaForConditionalGeneration with its processor, and beside it trained.safetensors with what was trained alone.
+model and any causal language model of `transformers` (folders, or names on the model hub; for the former also a ViT-S/14 that
+p4_pretrain_vit.py wrote), in two stages: captions with nothing asked, then questions and instructions, mixed by kind. Only the
+answers count in the loss. What is written is a complete LlavaForConditionalGeneration with its processor, and beside it
+trained.safetensors with what was trained alone, from which `assemble` makes the same again.
+
+What is asked about one picture goes through the model in one row: the picture's tokens once, then a branch for each query with
+its answer, which sees the picture and itself but no other branch. The loss is that of as many rows, for a fraction of the work.
 
 A run that was killed, or stopped by SIGTERM or --max_hours, goes on when the same command is given again, from the very
 sample, on any number of processes.
 
-Shapes: B pictures, N image tokens of each, T positions of a text with its image tokens, C the language model's width.
+Shapes: B rows, N image tokens of each, T positions of a row, C the language model's width, V its vocabulary.
 """
 
 import json
+import math
 import random
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -31,7 +39,7 @@ from dataset import IGNORE, ImageError, ahead, clean_captions, load_image, read_
 from p4_questions import derive_all
 from training import (Interruption, Processes, TrainingLog, adamw, autocast, check_settings, cosine, load_state, pick_precision,
                       save_state, step_optimizer, what_matters)
-from weightfiles import content_hash, first_line
+from weightfiles import content_hash, first_line, read_weights
 
 GROUPS = {"animal": "qa", "count": "qa", "colour": "qa", "action": "qa", "presence": "qa", "where": "relation"}
 CAPTION_QUERIES = ["Please give me a one sentence caption about the image.", "describe the image in one sentence",
@@ -40,6 +48,8 @@ CAPTION_QUERIES = ["Please give me a one sentence caption about the image.", "de
 LLAMA_FORM = "[INST] ", " [/INST]"
 PLAIN_FORM = "", "\n"
 LOG_STEPS = 20
+COMMON_TOKENS = 8192  # the first so many of a vocabulary, among which BPE and SentencePiece have the commonest
+FIT_PICTURES = 32  # that a fresh projection is fitted to
 
 
 @dataclass
@@ -54,6 +64,7 @@ class Settings:
     stage1_epochs: float = 1.0
     stage2_epochs: float = 1.0
     batch_size: int = 32
+    per_picture: int = 4
     accumulation: int = 1
     learning_rate: float = 1e-3
     stage2_learning_rate: float = 1e-3
@@ -63,6 +74,7 @@ class Settings:
     clip: float = 1.0
     precision: str = "auto"
     fsdp: bool = False
+    head_sample: int = 0
     max_tokens: int = 96
     seed: int = 0
     save_minutes: float = 5.0
@@ -70,15 +82,15 @@ class Settings:
 
     def __post_init__(self):
         self.mix = tuple(self.mix)
-        check_settings(self, ("batch_size", "accumulation", "max_tokens"), ())
+        check_settings(self, ("batch_size", "per_picture", "accumulation", "max_tokens"), ())
         if self.projection not in ("linear", "mlp"):
             raise UserError(f"--projection is {self.projection}: choose from linear, mlp")
         if min(self.stage1_epochs, self.stage2_epochs, self.warmup_epochs) < 0 or not self.stage1_epochs + self.stage2_epochs:
             raise UserError("--stage1_epochs, --stage2_epochs and --warmup_epochs must be at least 0, one stage above")
         if min(self.learning_rate, self.stage2_learning_rate, self.vision_learning_rate) <= 0:
             raise UserError("learning rates must be above 0")
-        if self.train_vision_layers < 0 or self.image_size < 0 or self.seed < 0:
-            raise UserError("--train_vision_layers, --image_size and --seed must be at least 0")
+        if min(self.train_vision_layers, self.image_size, self.head_sample, self.seed) < 0:
+            raise UserError("--train_vision_layers, --image_size, --head_sample and --seed must be at least 0")
         self.parts()
 
     def parts(self):
@@ -98,12 +110,16 @@ HELP = dict(
     mix="parts of stage 2: qa, relation, detail, caption, or other kinds of the instructions", projection="linear, or mlp: two layers",
     image_size="pixels a side; 0: the vision model's own", vision_layer="whose output the projection takes; -1: the last",
     train_vision_layers="so many last layers of the vision model are trained along",
-    stage1_epochs="of captions with nothing asked, over the images", stage2_epochs="of questions and instructions, over the images",
-    batch_size="samples of an update, over all processes", accumulation="parts that go through the model one after the other",
+    stage1_epochs="of captions with nothing asked, over the images",
+    stage2_epochs="of questions and instructions, `per_picture` times as many as images",
+    batch_size="pictures of an update, over all processes", per_picture="samples that share a picture's pass, at most",
+    accumulation="parts that go through the model one after the other",
     learning_rate="of the projection in stage 1", stage2_learning_rate="of the projection in stage 2",
     vision_learning_rate="of the vision layers that are trained along", warmup_epochs="of each stage, linear; then half a cosine",
     clip="gradient norm", precision="auto (bf16 on CUDA, else fp32), fp32 or bf16",
-    fsdp="shard the language model over the processes", max_tokens="of an answer; longer ones are cut",
+    fsdp="shard the language model over the processes",
+    head_sample="so many tokens, drawn anew for each update, stand for all that no answer has; 0: the softmax over all",
+    max_tokens="of an answer; longer ones are cut",
     save_minutes="between states to resume from", max_hours="stop then, ready to go on; 0: no limit")
 
 
@@ -116,9 +132,16 @@ def build(vision_name, language_name, settings):
                               LlavaForConditionalGeneration, LlavaProcessor)
 
     try:
-        vision = AutoModel.from_pretrained(vision_name, dtype=torch.float32)
-        vision = getattr(vision, "vision_model", vision)  # of a CLIP, its vision half
-        image_processor = AutoImageProcessor.from_pretrained(vision_name)
+        with ExitStack() as stack:
+            folder = vision_name
+            if Path(vision_name).suffix == ".safetensors":
+                from p4_pretrain_vit import write_dinov2
+
+                folder = stack.enter_context(TemporaryDirectory())
+                write_dinov2(vision_name, folder, settings.image_size or 224)
+            vision = AutoModel.from_pretrained(folder, dtype=torch.float32)
+            vision = getattr(vision, "vision_model", vision)  # of a CLIP, its vision half
+            image_processor = AutoImageProcessor.from_pretrained(folder)
         language = AutoModelForCausalLM.from_pretrained(language_name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(language_name)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -136,6 +159,7 @@ def build(vision_name, language_name, settings):
     image_processor.do_center_crop, image_processor.do_resize = False, True
     image_processor.size = {"height": size, "width": size}
 
+    torch.manual_seed(settings.seed)  # new words and the projection begin at random
     token = image_token(tokenizer)
     if len(tokenizer) > language.get_input_embeddings().num_embeddings:
         language.resize_token_embeddings(len(tokenizer))
@@ -149,26 +173,38 @@ def build(vision_name, language_name, settings):
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower, model.model.language_model, model.lm_head = vision, language.model, language.lm_head
-    torch.manual_seed(settings.seed)
     projector = model.model.multi_modal_projector.to_empty(device="cpu")
     for layer in projector.linear_1, projector.linear_2:
         layer.reset_parameters()
     if settings.projection == "linear":  # two layers with nothing between them are one, if the second is the identity
         torch.nn.init.eye_(projector.linear_2.weight)
         torch.nn.init.zeros_(projector.linear_2.bias)
-    # Image tokens as large as words are: a tenfold difference would drown either.
-    with torch.no_grad():
-        words = language.get_input_embeddings()(torch.arange(min(1000, len(tokenizer))))
-        spread = projector(F.layer_norm(torch.randn(64, vision.config.hidden_size), (vision.config.hidden_size,))).std()
-        last = projector.linear_2 if settings.projection == "mlp" else projector.linear_1
-        last.weight *= words.std() / spread
-        last.bias *= words.std() / spread
     model.generation_config = language.generation_config
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     processor = LlavaProcessor(image_processor, tokenizer, patch_size=patch, vision_feature_select_strategy="default",
                                chat_template=chat_template(tokenizer, language.config.model_type, token),
                                image_token=token, num_additional_image_tokens=1)
     return model, processor
+
+
+@torch.no_grad()
+def fit_projection(model, pixel_values):
+    """Fit a fresh projection to what it stands between, as seen on some pictures (B, 3, S, S).
+
+    The vision tower's channels come to mean 0 and deviation 1, since some of a DINOv2's are ten times as large as others; the
+    image tokens become as large as words: a tenfold difference would drown either.
+    """
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    hidden = tower(pixel_values, output_hidden_states=True).hidden_states[model.config.vision_feature_layer][:, 1:]
+    first, last = projector.linear_1, projector.linear_2
+    if model.config.projector_hidden_act == "linear":
+        last = first
+    first.weight /= hidden.std((0, 1)) + 1e-6
+    first.bias -= first.weight @ hidden.mean((0, 1))
+    words = model.get_input_embeddings()(torch.arange(min(1000, model.config.text_config.vocab_size)))
+    factor = words.std() / projector(hidden).std()
+    last.weight *= factor
+    last.bias *= factor
 
 
 def image_token(tokenizer):
@@ -188,7 +224,7 @@ def query_form(tokenizer, kind):
         return LLAMA_FORM if kind == "llama" else PLAIN_FORM
     said = tokenizer.apply_chat_template([{"role": "user", "content": "QUERY"}], tokenize=False, add_generation_prompt=True)
     before, after = said.split("QUERY")
-    return before.removeprefix(tokenizer.bos_token or ""), after  # which tokenizing adds
+    return before.removeprefix(tokenizer.bos_token or ""), after or "\n"  # which tokenizing adds
 
 
 def chat_template(tokenizer, kind, token):
@@ -219,21 +255,69 @@ def trained_parameters(model, vision_layers):
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def answer_loss(model, inputs):
-    """The cross-entropy of each answer's tokens, given the pictures and what stands before: their sum.
+def answer_loss(model, inputs, likely=None, drawn=None):
+    """The cross-entropy of each answer's tokens, given its picture and what its branch says before: their sum.
 
     Args:
-        inputs: input_ids, attention_mask and labels (B, T), IGNORE where nothing is to be learned; pixel_values.
+        inputs: input_ids, position_ids, branches and labels (B, T), as `collate` gives them; pixel_values (B, 3, S, S).
+        likely, drawn: for `sampled_cross_entropy`; default: the softmax over all tokens.
     The head is computed at the answers alone: with a large vocabulary it would cost more than all layers.
     """
+    mask = attention_mask(model.config.text_config, inputs["branches"], inputs["position_ids"])
+    hidden = model.model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask,
+                         pixel_values=inputs["pixel_values"]).last_hidden_state[:, :-1]
     labels = inputs["labels"][:, 1:]
-    hidden = model.model(**{name: value for name, value in inputs.items() if name != "labels"}).last_hidden_state[:, :-1]
     learned = labels != IGNORE
-    logits = model.lm_head(hidden[learned]).float()
     cap = getattr(model.config.text_config, "final_logit_softcapping", None)
-    if cap:
-        logits = cap * torch.tanh(logits / cap)
-    return F.cross_entropy(logits, labels[learned], reduction="sum")
+    if likely is None:
+        return F.cross_entropy(capped(model.lm_head(hidden[learned]).float(), cap), labels[learned], reduction="sum")
+    return sampled_cross_entropy(hidden[learned], labels[learned], model.lm_head, likely, drawn, cap)
+
+
+def attention_mask(config, branches, positions):
+    """What may be attended to, as a language model of `transformers` takes it: (B, 1, T, T), or one for each type of layer.
+
+    A position sees those of the picture's part (branch 0) and of its own branch, up to itself; in layers with a sliding
+    window, those near it alone.
+
+    Args:
+        config: the language model's. branches, positions: (B, T), as `Trainer.collate` gives them.
+    """
+
+    def finish(mask):
+        if config._attn_implementation == "sdpa":  # which alone takes truth values
+            return mask
+        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+    one, other = branches[:, None, :, None], branches[:, None, None, :]
+    seen = ((other == 0) | (one == other)).tril()
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+        return finish(seen)
+    near = positions[:, None, :, None] - positions[:, None, None, :] < config.sliding_window
+    # Behind the end everything stays in sight: a row of the mask without any would give no number.
+    return {"full_attention": finish(seen), "sliding_attention": finish(seen & (near | (one < 0)))}
+
+
+def capped(logits, cap):
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def sampled_cross_entropy(hidden, targets, head, likely, drawn, cap=None):
+    """The cross-entropy of a softmax over the whole vocabulary whose unlikely part is estimated: its sum over the targets.
+
+    The denominator is exact over the tokens `likely`; what is `drawn` evenly from the others stands for all of these
+    (importance sampling: Bengio and Senécal 2008, https://doi.org/10.1109/TNN.2007.912312).
+
+    Args:
+        hidden: (n, C). targets: (n), of which each is in `likely`. head: the Linear from C to V.
+        likely: sorted token ids. drawn: ids of others, none twice.
+    """
+    rows = torch.cat([likely, drawn])
+    bias = None if head.bias is None else head.bias[rows]
+    logits = capped(F.linear(hidden, head.weight[rows], bias).float(), cap)
+    if len(drawn):
+        logits[:, len(likely):] += math.log((head.weight.shape[0] - len(likely)) / len(drawn))
+    return F.cross_entropy(logits, torch.searchsorted(likely, targets), reduction="sum")
 
 
 # ---- the samples -----------------------------------------------------------------------------------------------
@@ -288,6 +372,18 @@ def draw_epoch(groups, parts, count, generator):
     return [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
 
 
+def by_picture(samples, most):
+    """Samples in rows of at most so many, each row about one picture, in the order in which pictures come first."""
+    rows, open_rows = [], {}
+    for sample in samples:
+        row = open_rows.get(sample.image)
+        if row is None or len(row) == most:
+            rows.append(row := [])
+            open_rows[sample.image] = row
+        row.append(sample)
+    return rows
+
+
 class Trainer:
     """One run: the model, the samples, the optimizer and the place that it has come to."""
 
@@ -313,9 +409,11 @@ class Trainer:
                        if clean_captions(image)]
         self.groups = instruction_samples(settings, self.images) if settings.stage2_epochs else {}
         self.model, self.processor = build(vision_name, language_name, settings)
+        first = [load_picture(image.path, self.size()) for image in self.images[:FIT_PICTURES]]
+        fit_projection(self.model, self.processor.image_processor(first, return_tensors="pt")["pixel_values"])
         self.trained = trained_parameters(self.model, settings.train_vision_layers)
         self.before, self.after = query_form(self.processor.tokenizer, self.model.config.text_config.model_type)
-        self.frozen = content_hash({name: value for name, value in self.model.state_dict().items() if name not in self.trained})
+        self.frozen = frozen_hash(self.model, self.trained)
         if self.device == "cuda":  # what is frozen needs no more than half precision
             for name, parameter in self.model.named_parameters():
                 if name not in self.trained:
@@ -333,7 +431,23 @@ class Trainer:
             "frozen weights": self.frozen, "images": len(self.images)}
         self.progress = load_state(self.state_file, self.same, self.optimizer, self.trained, self.device) or {
             "step": 0, "seconds": 0.0, "losses": []}
-        self.epoch_samples = {}
+        self.epoch_rows = {}
+        self.likely, self.others = self.vocabulary() if settings.head_sample else (None, None)
+
+    def size(self):
+        """Pixels a side of the square that pictures are brought to."""
+        return self.processor.image_processor.size["height"]
+
+    def vocabulary(self):
+        """Ids of the tokens that answers have, with the end of text and the commonest of all, sorted; and of all others."""
+        tokenizer, total = self.processor.tokenizer, self.model.lm_head.weight.shape[0]
+        answers = [text for image in self.images for text in clean_captions(image)]
+        answers += [sample.answer for samples in self.groups.values() for sample in samples]
+        found = {token for row in tokenizer(answers, add_special_tokens=False)["input_ids"] for token in row}
+        likely = torch.tensor(sorted(found | {tokenizer.eos_token_id} | {*range(min(COMMON_TOKENS, total))}))
+        others = torch.ones(total, dtype=torch.bool)
+        others[likely] = False
+        return likely.to(self.device), others.nonzero().squeeze(1)
 
     def shard(self):
         """Spread the language model's layers over the processes (FSDP); what is trained stays whole on each."""
@@ -344,64 +458,68 @@ class Trainer:
 
     # ---- samples ----
 
-    def samples(self, step):
-        """The samples of a step's batch."""
+    def rows(self, step):
+        """The rows of a step's batch, each a list of samples about one picture."""
         second = step >= self.stages[0]
         epoch, place = divmod(step - second * self.stages[0], self.epoch_steps)
         key = second, epoch
-        if key not in self.epoch_samples:
+        if key not in self.epoch_rows:
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + 1009 * second + epoch)
+            most = self.settings.per_picture
             if second:
-                drawn = draw_epoch(self.groups, self.settings.parts(), len(self.images), generator)
-            else:  # each picture once, with one of its captions
-                drawn = []
+                rows = by_picture(draw_epoch(self.groups, self.settings.parts(), most * len(self.images), generator), most)
+            else:  # each picture once
+                rows = []
                 for number in torch.randperm(len(self.images), generator=generator).tolist():
                     captions = clean_captions(self.images[number])
-                    drawn.append(Sample(number, "", captions[int(torch.randint(len(captions), (), generator=generator))]))
-            self.epoch_samples = {key: drawn}
-        size = self.settings.batch_size
-        return self.epoch_samples[key][place * size:(place + 1) * size]
+                    order = torch.randperm(len(captions), generator=generator)[:most].tolist()
+                    rows.append([Sample(number, "", captions[i]) for i in order])
+            self.epoch_rows = {key: rows}
+        return self.epoch_rows[key][place::self.epoch_steps]
 
     def text(self, sample):
         """What stands before the answer; the processor puts in as many image tokens as there are patches."""
         return f"{self.before}{self.processor.image_token}{' ' + sample.query if sample.query else ''}{self.after}"
 
-    def collate(self, samples):
-        """Samples -> input_ids, attention_mask, labels (B, T), padded on the right, and pixel_values. Raises UserError."""
-        pictures = []
-        for sample in samples:
-            path = self.images[sample.image].path
-            try:
-                pictures.append(load_image(path, self.processor.image_processor.size["height"]))
-            except ImageError as error:
-                raise UserError(f"{path} cannot be read: {error}") from None
+    def collate(self, rows):
+        """Rows of samples -> pixel_values, and tensors (B, T), padded on the right: input_ids, labels, position_ids and
+        branches: 0 for the part with the picture, then 1 for the first sample's, 2, …; -1 behind the end. Raises UserError."""
         tokenizer = self.processor.tokenizer
-        asked = self.processor(images=pictures, text=[self.text(sample) for sample in samples])
-        rows, labels = [], []
-        for ids, sample in zip(asked["input_ids"], samples):
-            answer = tokenizer(sample.answer, add_special_tokens=False)["input_ids"][:self.settings.max_tokens]
-            answer = [*answer, tokenizer.eos_token_id]
-            rows.append([*ids, *answer])
-            labels.append([IGNORE] * len(ids) + answer)
-        length = max(map(len, rows))
-        return {"input_ids": torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows]),
-                "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
-                "labels": torch.tensor([row + [IGNORE] * (length - len(row)) for row in labels]),
-                "pixel_values": torch.as_tensor(np.stack([np.asarray(picture) for picture in asked["pixel_values"]]))}
+        pictures = [load_picture(self.images[row[0].image].path, self.size()) for row in rows]
+        asked = self.processor(images=pictures, text=[self.text(row[0]) for row in rows])
+        columns = {"input_ids": [], "labels": [], "position_ids": [], "branches": []}
+        for ids, row in zip(asked["input_ids"], rows):
+            shared = len(ids) - ids[::-1].index(self.processor.image_token_id)  # up to the last image token
+            ids, labels, branches, positions = ids[:shared], [IGNORE] * shared, [0] * shared, [*range(shared)]
+            for number, sample in enumerate(row, 1):
+                query = tokenizer(self.text(sample))["input_ids"]
+                query = query[query.index(self.processor.image_token_id) + 1:]
+                answer = tokenizer(sample.answer, add_special_tokens=False)["input_ids"][:self.settings.max_tokens]
+                answer = [*answer, tokenizer.eos_token_id]
+                ids, labels = ids + query + answer, labels + [IGNORE] * len(query) + answer
+                length = len(query) + len(answer)
+                branches, positions = branches + [number] * length, positions + [*range(shared, shared + length)]
+            for name, values in zip(columns, (ids, labels, positions, branches)):
+                columns[name].append(values)
+        longest = max(map(len, columns["labels"]))
+        padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORE, "position_ids": 0, "branches": -1}
+        return {name: torch.tensor([values + [padding[name]] * (longest - len(values)) for values in column])
+                for name, column in columns.items()} | {
+            "pixel_values": torch.as_tensor(np.stack([np.asarray(picture) for picture in asked["pixel_values"]]))}
 
     def pieces(self, step):
         """This process's part of a step's batch, cut for accumulation.
 
-        Every process gets as many pieces, since they compute in step; one for which no sample is left repeats the first,
+        Every process gets as many pieces, since they compute in step; one for which no row is left repeats the first,
         with nothing to learn.
         """
-        samples, count = self.samples(step), self.processes.count
-        mine = samples[self.processes.number::count]
-        size = -(-len(samples) // (count * self.settings.accumulation))
+        rows, count = self.rows(step), self.processes.count
+        mine = rows[self.processes.number::count]
+        size = -(-len(rows) // (count * self.settings.accumulation))
         found = []
-        for start in range(0, -(-len(samples) // count), size):
+        for start in range(0, -(-len(rows) // count), size):
             piece = mine[start:start + size]
-            inputs = self.collate(piece or samples[:1])
+            inputs = self.collate(piece or rows[:1])
             if not piece:
                 inputs["labels"] = torch.full_like(inputs["labels"], IGNORE)
             found.append(inputs)
@@ -433,7 +551,7 @@ class Trainer:
                     loss = sum(values) / len(values)
                     progress["losses"].append(loss)
                     log.write(step + 1, loss=loss, stage=1 + (step >= self.stages[0]), **{
-                        "learning rate": rate, "samples per second": (step + 1) * settings.batch_size / progress["seconds"]})
+                        "learning rate": rate, "pictures per second": (step + 1) * settings.batch_size / progress["seconds"]})
                     bar.set_postfix(loss=f"{loss:.3f}")
                     values = []
                 stop = self.processes.add(bool(interruption))
@@ -457,11 +575,14 @@ class Trainer:
         settings, second = self.settings, step >= self.stages[0]
         number, total = step - second * self.stages[0], self.stages[second]
         targets = self.processes.add(sum((inputs["labels"] != IGNORE).sum().item() for inputs in pieces))
-        value = 0.0
+        value, drawn = 0.0, None
+        if self.likely is not None:
+            generator = torch.Generator().manual_seed((settings.seed << 32) + step)
+            drawn = self.others[torch.randperm(len(self.others), generator=generator)[:settings.head_sample]].to(self.device)
         for inputs in pieces:
             inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
             with autocast(self.device, self.dtype):
-                loss = answer_loss(self.model, inputs) / targets
+                loss = answer_loss(self.model, inputs, self.likely, drawn) / targets
             loss.backward()
             value += loss.item()
         self.processes.add_gradients(self.trained.values())
@@ -473,18 +594,56 @@ class Trainer:
 
     def save(self):
         """Write the complete model with its processor, and what was trained alone, in fp16; whole or not at all."""
-        staging = self.output.with_name(f"{self.output.name}.tmp")
         trained = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in self.trained.items()}
         if self.settings.fsdp:  # of the language model, this process holds a part alone
             self.model, _ = build(*self.names, self.settings)
             self.model.load_state_dict(trained, strict=False)
-        self.model.half().save_pretrained(staging)
-        self.processor.save_pretrained(staging)
-        save_file(trained, staging / "trained.safetensors", {"training": json.dumps(self.same)})
-        if self.output.exists():
-            self.output.rmdir()  # it was empty
-        staging.rename(self.output)
-        print(f"wrote {self.output}", flush=True)
+        write_llava(self.model, self.processor, self.output, trained, self.same)
+
+
+def load_picture(path, size):
+    """An RGB PIL image of about `size` pixels or more. Raises UserError."""
+    try:
+        return load_image(path, size)
+    except ImageError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------
+
+
+def write_llava(model, processor, folder, trained, training):
+    """Write a LLaVA as transformers reads it, in fp16, with what was trained, and how, alone beside it; whole or not at all."""
+    staging = folder.with_name(f"{folder.name}.tmp")
+    model.half().save_pretrained(staging)
+    processor.save_pretrained(staging)
+    save_file(trained, staging / "trained.safetensors", {"training": json.dumps(training)})
+    if folder.exists():
+        folder.rmdir()  # it was empty
+    staging.rename(folder)
+    print(f"wrote {folder}", flush=True)
+
+
+def assemble(vision_name, language_name, trained_file, folder):
+    """Write the LLaVA of two models and of the trained.safetensors that a run of this script left. Raises UserError."""
+    trained = read_weights(trained_file, "trained part of a LLaVA")
+    with safe_open(trained_file, "pt") as file:
+        training = json.loads((file.metadata() or {}).get("training", "{}"))
+    if "frozen weights" not in training:
+        raise UserError(f"{trained_file} is not the trained part of a LLaVA, as p4_align.py writes it")
+    settings = Settings(**{field.name: training[field.name] for field in fields(Settings) if field.name in training})
+    model, processor = build(vision_name, language_name, settings)
+    if trained.keys() != trained_parameters(model, settings.train_vision_layers).keys():
+        raise UserError(f"{trained_file} does not fit {vision_name} with {language_name}")
+    if frozen_hash(model, trained) != training["frozen weights"]:
+        raise UserError(f"{trained_file} was trained with other weights than those of {vision_name} with {language_name}")
+    model.load_state_dict(trained, strict=False)
+    write_llava(model, processor, Path(folder), trained, training)
+
+
+def frozen_hash(model, trained):
+    """content_hash of all that is not trained."""
+    return content_hash({name: value for name, value in model.state_dict().items() if name not in trained})
 
 
 def main():

@@ -18,6 +18,7 @@ SIGTERM or --max_hours, goes on when the same command is given again, on a CPU b
 Shapes: B pictures, S pixels a side, N patches, D the teacher's width.
 """
 
+import itertools
 import json
 import math
 import time
@@ -31,6 +32,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save, save_file
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 from tqdm import tqdm
@@ -78,10 +80,10 @@ class Settings:
     max_hours: float = 0.0
 
     def __post_init__(self):
-        self.sizes, self.epochs = tuple(map(int, self.sizes)), tuple(map(int, self.epochs))
+        self.sizes, self.epochs = tuple(map(int, self.sizes)), tuple(map(float, self.epochs))
         check_settings(self, ("batch_size", "selection"), ("warmup", "average"))
-        if len(self.sizes) != len(self.epochs) or not self.sizes or min(self.epochs) < 1:
-            raise UserError("--sizes and --epochs go together: as many, and at least 1 epoch each")
+        if len(self.sizes) != len(self.epochs) or not self.sizes or min(self.epochs) <= 0:
+            raise UserError("--sizes and --epochs go together: as many, and each above 0")
         if any(size < 14 or size % 14 for size in self.sizes):
             raise UserError("--sizes must be multiples of the patches' 14 pixels")
         if min(self.distillation, self.contrast, self.caption) < 0 or not self.distillation + self.contrast + self.caption:
@@ -94,7 +96,7 @@ HELP = dict(
     data="folder with train.json and images/train", pictures="folder of pictures without captions; empty: none",
     init="the ViT to start from, in timm's names", output="the ViT to write, with its two projections",
     cache="folder for the teacher's features", views="of each picture, fixed; 0: fresh crops in every step",
-    sizes="of the square input in pixels, one stage after the other", epochs="of each stage",
+    sizes="of the square input in pixels, one stage after the other", epochs="of each stage, or a part of one",
     learning_rate="of the last layer", layer_decay="what each layer has of the learning rate of the one after it",
     warmup="part of all steps", clip="gradient norm",
     average="decay of the moving average of the weights, which is what is saved; 0: the last step's",
@@ -302,22 +304,24 @@ def parameter_groups(student, others, layer_decay, weight_decay):
              "factor": layer_decay ** (depth + 1 - layer)} for (layer, decays), parameters in groups.items()]
 
 
-def write_dinov2(weights, folder):
+def write_dinov2(weights, folder, size=224):
     """Write a ViT of this script as a folder that transformers reads as a Dinov2Model with its image processor.
 
     In the names of the models that Meta published, whichever those within a version of transformers are.
-    The processor squeezes the whole picture into 224 × 224, as everywhere here.
+    The processor squeezes the whole picture into `size` × `size` pixels, as everywhere here; the position embedding is brought
+    to that size as timm does it, in which transformers differs.
     """
     from transformers import BitImageProcessor, Dinov2Config
 
     state = Student.load(weights).vit.state_dict()
-    renamed = {"embeddings.mask_token": torch.zeros(1, 384), "embeddings.position_embeddings": state["pos_embed"]}
+    positions = resample_abs_pos_embed(state["pos_embed"], (size // 14, size // 14))
+    renamed = {"embeddings.mask_token": torch.zeros(1, 384), "embeddings.position_embeddings": positions}
     for ours, theirs in dinov2_names():
         renamed |= dict(zip(theirs, state[ours].chunk(len(theirs))))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    Dinov2Config(hidden_size=384, num_attention_heads=6, architectures=["Dinov2Model"]).save_pretrained(folder)
-    BitImageProcessor(size={"height": 224, "width": 224}, resample=3, do_center_crop=False,
+    Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=size, architectures=["Dinov2Model"]).save_pretrained(folder)
+    BitImageProcessor(size={"height": size, "width": size}, resample=3, do_center_crop=False,
                       image_mean=timm.data.IMAGENET_DEFAULT_MEAN, image_std=timm.data.IMAGENET_DEFAULT_STD).save_pretrained(folder)
     save_file({name: value.contiguous() for name, value in renamed.items()}, folder / "model.safetensors", {"format": "pt"})
 
@@ -369,7 +373,8 @@ class Trainer:
         self.selection_paths = [image.path for image in selection]
         self.count = sum(map(len, self.sources))
         self.epoch_steps = -(-self.count // settings.batch_size)
-        self.total = self.epoch_steps * sum(settings.epochs)
+        self.ends = [round(self.epoch_steps * epochs) for epochs in itertools.accumulate(settings.epochs)]  # of the stages
+        self.total = self.ends[-1]
         self.captions, self.selection_captions = (
             [*map(clean_captions, part)] for part in (images, selection))
 
@@ -454,7 +459,7 @@ class Trainer:
                     log.write(progress["step"], **means, seconds=progress["seconds"])
                     bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
                     running = {}
-                if progress["step"] % self.epoch_steps == 0:
+                if progress["step"] % self.epoch_steps == 0 or progress["step"] in self.ends:
                     log.write(progress["step"], **self.report(size))
                 if interruption or time.monotonic() - saved > 60 * settings.save_minutes:
                     save_state(self.state_file, self.same, self.optimizer, self.kept, progress)
@@ -477,11 +482,7 @@ class Trainer:
 
     def size(self):
         """Pixels a side at this step."""
-        epoch, end = self.progress["step"] // self.epoch_steps, 0
-        for size, epochs in zip(self.settings.sizes, self.settings.epochs):
-            end += epochs
-            if epoch < end:
-                return size
+        return next(size for size, end in zip(self.settings.sizes, self.ends) if self.progress["step"] < end)
 
     def step(self):
         """One update. Everything random follows from the seed and the step."""

@@ -1,14 +1,19 @@
 """What frozen encoders know: retrieval between images and captions, and kinds of pictures by nearest neighbours.
 
     python3 report/measure_encoders.py --data data [--encoders vit_small vit_small_focus tf_efficientnet_lite2]
+    python3 report/measure_encoders.py --data data --signals [--epochs 1]
 
 For each encoder, one vector an image: a ViT's class token, the mean over a CNN's map. Two linear projections, of it and of
 the sentence embedding of a caption (all-MiniLM-L6-v2), are trained by CLIP's loss on the first images of data/train.json,
 the encoder untouched; Recall@k is measured on data/val.json. An encoder whose file brings projections of its own is measured
 with those too. The kinds are words that captions name: a picture counts as of a kind if most of its captions name it and none
 names another; its five nearest training pictures vote. Writes report/results/encoders_frozen.json.
+
+With --signals the encoders are such as p4_pretrain_vit.py makes at a small budget (112 pixels, without more pictures), from all
+its signals and with each left out once; what is there already is not trained again. Writes report/results/signals.json.
 """
 
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,10 +26,10 @@ from tqdm import trange
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli import ArgumentParser, run, write_json
+from cli import ArgumentParser, UserError, run, write_json
 from dataset import FeatureCache, clean_captions, read_captions
 from encoder import HEADS, ImageEncoder
-from p4_pretrain_vit import SHARED_DIM, TextEncoder, contrastive_loss, recalls
+from p4_pretrain_vit import LOSSES, SHARED_DIM, TextEncoder, contrastive_loss, recalls
 from training import pick_device
 from weightfiles import read_weights
 
@@ -38,12 +43,21 @@ KINDS = {"dog": {"dog", "dogs", "puppy"}, "snow": {"snow", "snowy", "ski", "skie
 def main():
     parser = ArgumentParser(description="Measure what frozen encoders know.")
     parser.add_argument("--data", type=Path, default=Path("data"), help="train.json, val.json and images/")
-    parser.add_argument("--encoders", nargs="+", default=["vit_small", "vit_small_focus", "tf_efficientnet_lite2"], help="names")
+    parser.add_argument("--encoders", nargs="+", default=["vit_small", "vit_small_focus", "tf_efficientnet_lite2"],
+                        help="names, or files of a ViT that p4_pretrain_vit.py wrote")
+    parser.add_argument("--image_size", type=int, help="in pixels; default: each encoder's own")
     parser.add_argument("--images", type=int, default=2000, help="to train the projections on, the first of train.json")
     parser.add_argument("--views", type=int, default=2, help="in the cache; one is used, but compare.py's cache is found again")
-    parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "encoders_frozen.json", help="to write")
+    parser.add_argument("--signals", action="store_true", help="leave each signal out once, and measure what comes of it")
+    parser.add_argument("--epochs", default="1", help="of each training, with --signals")
+    parser.add_argument("--work", type=Path, default=Path("output/signals"), help="folder for its ViTs")
+    parser.add_argument("--results", type=Path, help="the file to write; default: as above")
     arguments = parser.parse_args()
     device, data = pick_device(), arguments.data
+    if arguments.signals:
+        arguments.encoders = train_without_each(data, arguments.work, arguments.epochs)
+        arguments.image_size, arguments.views = 112, 1
+    results = arguments.results or ROOT / "report" / "results" / ("signals.json" if arguments.signals else "encoders_frozen.json")
     train = [image for image in read_captions(data / "train.json", data / "images" / "train")[:arguments.images]
              if clean_captions(image)]
     val = read_captions(data / "val.json", data / "images" / "val")
@@ -54,18 +68,45 @@ def main():
     labels = [[kind_of(image.captions) for image in images] for images in (train, val)]
     found = {"conditions": {"training_images": len(train), "validation_images": len(val),
                             "kinds": {kind: labels[1].count(kind) for kind in KINDS}}, "encoders": {}}
-    for name in arguments.encoders:
-        encoder = ImageEncoder(name)
+    if arguments.signals:
+        found["conditions"] |= {"epochs": float(arguments.epochs), "pixels": arguments.image_size}
+    for name in map(Path, arguments.encoders):
+        own_file = name if name.suffix else ROOT / "weights" / f"{name}.safetensors"
+        encoder = ImageEncoder(*(("vit_small", arguments.image_size, name) if name.suffix else (str(name), arguments.image_size)))
         vectors = [image_vectors(FeatureCache(encoder, [image.path for image in images], "cache", views, device=device), encoder)
                    for images, views in ((train, arguments.views), (val, 1))]
         heads = train_heads(vectors[0], texts[0], owners[0])
         entry = {"5-nearest-neighbour accuracy": neighbours(*vectors, *labels),
                  "linear": measure(heads, vectors[1], texts[1], owners[1])}
-        if own := own_heads(name):
+        if own := own_heads(own_file):
             entry["own"] = measure(own, vectors[1], texts[1], owners[1])
-        found["encoders"][name] = entry
+        found["encoders"][name.stem] = entry
         print(name, entry, flush=True)
-    write_json(arguments.results, found)
+    write_json(results, found)
+    print_table(found["encoders"])
+
+
+def train_without_each(data, work, epochs):
+    """Files of ViTs taught by all signals, and with each left out once. Raises UserError."""
+    files = []
+    for signal in ("none", *LOSSES):
+        files.append(work / f"without_{signal}.safetensors" if signal != "none" else work / "all.safetensors")
+        command = [sys.executable, str(ROOT / "p4_pretrain_vit.py"), f"--data={data}", "--sizes", "112", "--epochs", epochs,
+                   f"--output={files[-1]}", *([f"--{signal}=0"] if signal != "none" else [])]
+        if files[-1].exists() and not files[-1].with_suffix(".state.pt").exists():
+            continue
+        if subprocess.run(command).returncode or not files[-1].exists():
+            raise UserError(f"training {files[-1]} did not end: run the same command again")
+    return files
+
+
+def print_table(encoders):
+    print(f"| encoder | 5-NN | image to text R@1/5/10 | text to image R@1/5/10 |\n|{'---|' * 4}")
+    for name, entry in encoders.items():
+        for kind in ("linear", "own"):
+            if kind in entry:
+                ways = [" / ".join(f"{part:.3f}" for part in entry[kind][way].values()) for way in ("image to text", "text to image")]
+                print(f"| {name}, {kind} projections | {entry['5-nearest-neighbour accuracy']:.3f} | {' | '.join(ways)} |")
 
 
 def kind_of(captions):
@@ -105,9 +146,8 @@ def train_heads(images, texts, owners, steps=600, batch=512):
     return first.weight.detach() / std, second.weight.detach(), mean
 
 
-def own_heads(name):
+def own_heads(file):
     """The projections in an encoder's own file, or None."""
-    file = ROOT / "weights" / f"{name}.safetensors"
     state = read_weights(file) if file.exists() else {}
     if not all(f"{head}.weight" in state for head in HEADS):
         return None

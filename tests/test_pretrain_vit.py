@@ -3,13 +3,16 @@ timm, transformers and encoder.py read alike."""
 
 import json
 import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import stopping
+from conftest import ROOT, stopping
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -200,25 +203,23 @@ def test_encoder_says_how_to_get_a_vit_that_is_not_there(tmp_path, monkeypatch):
         ImageEncoder("vit_small_focus")
 
 
-def test_transformers_gives_the_tokens_of_timm(vit_file, tmp_path):
+@pytest.mark.parametrize("size", [224, 112])
+def test_transformers_gives_the_tokens_of_timm(vit_file, tmp_path, size):
     from transformers import AutoImageProcessor, AutoModel
 
-    write_dinov2(vit_file, tmp_path / "dinov2")
+    write_dinov2(vit_file, tmp_path / "dinov2", size)
     model, found = AutoModel.from_pretrained(tmp_path / "dinov2", output_loading_info=True)
     assert type(model).__name__ == "Dinov2Model"
     assert not found["missing_keys"] and not found["unexpected_keys"]
     student, picture = Student.load(vit_file).eval(), np.random.default_rng(0).integers(0, 255, (30, 50, 3), dtype=np.uint8)
     picture = Image.fromarray(picture).resize((300, 400), Image.Resampling.BICUBIC)
     with torch.inference_mode():
-        for size in 224, 112:
-            images = torch.rand(2, 3, size, size) * 255
-            tokens = model.eval()((images - student.mean) / student.std).last_hidden_state
-            if size == 224:
-                torch.testing.assert_close(tokens, student(images), rtol=0, atol=1e-4)
-            assert tokens.shape == student(images).shape
+        images = torch.rand(2, 3, size, size) * 255
+        tokens = model.eval()((images - student.mean) / student.std).last_hidden_state
+        torch.testing.assert_close(tokens, student(images), rtol=0, atol=1e-4)
         # The processor's resizing is torchvision's, not PIL's: the same within a level or two.
         pixels = AutoImageProcessor.from_pretrained(tmp_path / "dinov2")(picture, return_tensors="pt")["pixel_values"]
-        monkey = ImageEncoder("vit_small", weights=vit_file)
+        monkey = ImageEncoder("vit_small", size, weights=vit_file)
         ours = (monkey.preprocess(picture).float() - monkey.mean) / monkey.std
         assert (pixels[0] - ours).abs().max() * 57 < 3  # a deviation is some 57 levels
 
@@ -337,6 +338,15 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(settings, tmp_path, monke
         assert json.loads(file.metadata()["training"])["views"] == 2
 
 
+def test_a_stage_can_end_within_an_epoch(settings, tmp_path):
+    trainer = Trainer(Settings(**settings | {"epochs": (1.4, 1.3)}, output=str(tmp_path / "part.safetensors")))
+    assert trainer.epoch_steps == 3 and trainer.ends == [4, 8] and trainer.total == 8
+    sizes = []
+    for trainer.progress["step"] in range(8):
+        sizes.append(trainer.size())
+    assert sizes == [28] * 4 + [42] * 4
+
+
 def test_fresh_crops_follow_from_the_seed(settings, tmp_path):
     trainer = Trainer(Settings(**settings | {"views": 0}, output=str(tmp_path / "fresh.safetensors")))
     trainer.pixels = trainer.read_pixels(28)
@@ -373,6 +383,41 @@ def test_each_signal_can_be_had_alone_and_is_learned(settings, tmp_path, signal)
         assert names <= changed if other == signal else not names & changed
 
 
+def test_encoders_are_measured_by_themselves_and_with_each_signal_left_out(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "report"))
+    import measure_encoders
+
+    data, work = tmp_path / "data", tmp_path / "work"
+    shutil.copy(data / "train.json", data / "val.json")
+    (data / "images" / "val").symlink_to(data / "images" / "train")
+    monkeypatch.setattr(measure_encoders, "TextEncoder", WordVectors)
+    words = {"red": {"red"}, "dog": {"dog"}, "blue": {"blue"}}
+    monkeypatch.setattr(measure_encoders, "KINDS", words)
+    trained = []
+
+    def train(command):
+        trained.append([part for part in command if part.endswith("=0")])
+        output = next(part for part in command if part.startswith("--output=")).removeprefix("--output=")
+        Path(output).parent.mkdir(exist_ok=True)
+        torch.manual_seed(len(trained))
+        Student().save(output, {})
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(measure_encoders.subprocess, "run", train)
+    command = ["measure_encoders.py", f"--data={data}", "--signals", f"--work={work}", f"--results={tmp_path / 'found.json'}"]
+    monkeypatch.setattr(sys, "argv", command)
+    measure_encoders.main()
+    measure_encoders.train_without_each(data, work, "1")  # nothing is trained a second time
+    assert trained == [[], ["--distillation=0"], ["--contrast=0"], ["--caption=0"]]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [*found["encoders"]] == ["all", "without_distillation", "without_contrast", "without_caption"]
+    for entry in found["encoders"].values():
+        assert 0 <= entry["5-nearest-neighbour accuracy"] <= 1
+        # Six pictures of a colour are alike. Trained on these very ones, the linear projections tell the colours apart.
+        assert entry["linear"]["image to text"] == {"1": 0, "5": 0, "10": 1} and entry["own"]["image to text"]["10"] < 1
+    assert "| all, own projections |" in capsys.readouterr().out
+
+
 def test_teachers_features_are_those_of_the_pictures_in_the_batch(trainer):
     indices, view = torch.tensor([23, 0, 19, 20, 7]), torch.tensor([0, 1, 1, 1, 0])
     found = trainer.teacher_features(indices, view, None)
@@ -386,6 +431,7 @@ def test_teachers_features_are_those_of_the_pictures_in_the_batch(trainer):
 @pytest.mark.parametrize("changes, message", [
     ({"sizes": (30,), "epochs": (1,)}, "multiples of the patches' 14"),
     ({"sizes": (28, 42), "epochs": (1,)}, "go together"),
+    ({"epochs": (1, 0)}, "each above 0"),
     ({"distillation": 0, "contrast": 0, "caption": 0}, "one of them above"),
     ({"selection": 24}, "cannot be split"),
     ({"init": "nothing.safetensors"}, "does not exist"),

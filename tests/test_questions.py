@@ -7,6 +7,8 @@ import sys
 from collections import Counter
 
 import pytest
+from conftest import ROOT
+from PIL import Image
 
 import p4_questions
 from cli import UserError
@@ -91,3 +93,53 @@ def test_a_file_of_questions_is_written(workplace, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["p4_questions.py", str(captions), "questions.json", "--number", "1000000"])
     with pytest.raises(UserError, match="can be derived"):
         p4_questions.main()
+
+
+# ---- a model that is asked -------------------------------------------------------------------------------------
+
+
+class Eyes:
+    """Stands for a LLaVA that sees the colour of a picture, but cannot count."""
+
+    def __init__(self, name):
+        assert name == "eyes"
+
+    def answer(self, pictures, queries, settings):
+        colours = {(200, 0, 0): "red", (0, 0, 200): "blue"}
+        return ["two" if "many" in query else f" {colours[picture.getpixel((5, 5))].upper()} "
+                for picture, query in zip(pictures, queries)]
+
+
+def test_a_model_is_scored_against_constants_and_other_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "report"))
+    import ask_llava
+
+    entries = []
+    for i in range(12):
+        Image.new("RGB", (20, 20), (200, 0, 0) if i % 3 else (0, 0, 200)).save(tmp_path / f"{i}.png")
+        entries.append({"image": f"{i}.png", "kind": "colour", "query": "What colour is it?", "answer": "Red." if i % 3 else "Blue."})
+        entries.append({"image": f"{i}.png", "kind": "count", "query": "How many dogs?", "answer": "Two." if i % 4 else "Three."})
+    (tmp_path / "questions.json").write_text(json.dumps(entries))
+    monkeypatch.setattr(ask_llava, "Llava", Eyes)
+    monkeypatch.setattr(sys, "argv", ["ask_llava.py", f"{tmp_path / 'questions.json'}", str(tmp_path), "--model=eyes",
+                                      "--batch_size=5", f"--results={tmp_path / 'found.json'}"])
+    ask_llava.main()
+    found = json.loads((tmp_path / "found.json").read_text())
+    colour, count = found["accuracy"]["colour"], found["accuracy"]["count"]
+    assert colour["questions"] == 12 and colour["own picture"] == 1 and colour["constant"] == pytest.approx(8 / 12)
+    assert colour["another's picture"] < 1
+    assert count["own picture"] == count["another's picture"] == count["constant"] == pytest.approx(9 / 12)
+    assert found["accuracy"]["all"]["own picture"] == pytest.approx(21 / 24)
+    gain = found["gain of the own picture, 95%"]["over constant"]
+    assert gain["value"] == pytest.approx(4 / 24) and 0 < gain["low"] <= gain["high"]
+    assert found["answers"][0]["own picture"] == " BLUE " and "| all | 24 | 0.875 |" in capsys.readouterr().out
+
+
+def test_shuffling_leaves_no_question_its_picture(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "report"))
+    from ask_llava import others
+
+    names = [f"{i // 3}.png" for i in range(30)]
+    for seed in range(20):
+        dealt = others(names, seed)
+        assert sorted(dealt) == sorted(names) and all(one != other for one, other in zip(dealt, names))

@@ -1,0 +1,95 @@
+"""Does a LLaVA look at the picture, and does it follow the question? Exact answers to questions derived from captions.
+
+    python3 p4_questions.py data/val.json output/questions.json --number 300 --kinds animal count colour action presence where
+    python3 report/ask_llava.py output/questions.json data/images/val [--model weights/llava_small]
+
+Each question is asked about its picture, and about another question's; beside it stands the best that a constant answer for
+each kind of question can do, chosen with these very questions in hand. Intervals are of the paired bootstrap over questions.
+Writes report/results/llava_questions.json.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from cli import ArgumentParser, UserError, read_json, run, write_json
+from p1_llava_infer import Llava, LlavaSettings, default_model, read_pictures
+from p4_questions import Question, best_constants
+from significance import paired_bootstrap
+
+
+def main():
+    parser = ArgumentParser(description="Ask a LLaVA questions whose answers are known.")
+    parser.add_argument("questions", help="JSON list of {image, kind, query, answer}, as p4_questions.py writes it")
+    parser.add_argument("images", type=Path, help="folder of the pictures")
+    parser.add_argument("--model", help="folder, or name on the model hub; default: as p1_llava_infer.py finds it")
+    parser.add_argument("--batch_size", type=int, default=8, help="questions at a time")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffling")
+    parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "llava_questions.json", help="to write")
+    arguments = parser.parse_args()
+    entries = read_json(arguments.questions, "questions file")
+    questions = [Question(entry["kind"], entry["query"], entry["answer"]) for entry in entries]
+    names = [entry["image"] for entry in entries]
+    if len(set(names)) < 2:
+        raise UserError(f"{arguments.questions} asks about fewer than two pictures")
+    name = str(arguments.model or default_model())
+    model = Llava(name)
+    answers = {"own picture": ask(model, questions, names, arguments), "another's picture": ask(
+        model, questions, others(names, arguments.seed), arguments)}
+    constants = best_constants(questions)
+    answers["constant"] = [constants[question.kind] for question in questions]
+    right = {who: np.array([same(text, question.answer) for text, question in zip(texts, questions)], np.float64)
+             for who, texts in answers.items()}
+    found = {"model": name, "questions": len(questions), "accuracy": {}, "gain of the own picture, 95%": {}, "answers": [
+        {"image": image} | vars(question) | {who: texts[i] for who, texts in answers.items()}
+        for i, (image, question) in enumerate(zip(names, questions))]}
+    kinds = {"all": np.full(len(questions), True)}
+    kinds |= {kind: np.array([question.kind == kind for question in questions]) for kind in sorted(constants)}
+    print(f"| kind | questions | {' | '.join(answers)} |\n|{'---|' * (2 + len(answers))}")
+    for kind, chosen in kinds.items():
+        found["accuracy"][kind] = {"questions": int(chosen.sum())} | {who: float(right[who][chosen].mean()) for who in answers}
+        print(f"| {kind} | {chosen.sum()} | {' | '.join(f'{right[who][chosen].mean():.3f}' for who in answers)} |")
+    for who in "another's picture", "constant":
+        gain = paired_bootstrap(right["own picture"] - right[who])
+        found["gain of the own picture, 95%"][f"over {who}"] = vars(gain)
+        print(f"own picture over {who}: {gain.value:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})")
+    write_json(arguments.results, found)
+
+
+def ask(model, questions, names, arguments):
+    """An answer to each question about the picture of that name."""
+    answers = []
+    for start in tqdm(range(0, len(questions), arguments.batch_size), unit="batch", desc="asking"):
+        some = slice(start, start + arguments.batch_size)
+        pictures = read_pictures([arguments.images / name for name in names[some]])
+        if unread := [f"{path} cannot be read: {picture}" for path, picture in pictures if isinstance(picture, str)]:
+            raise UserError(unread[0])
+        answers += model.answer([picture for _, picture in pictures], [question.query for question in questions[some]],
+                                LlavaSettings(max_new_tokens=12))
+    return answers
+
+
+def others(names, seed):
+    """The same names, dealt out so that no question has its own picture, if that can be."""
+    random = np.random.default_rng(seed)
+    dealt = list(random.permutation(names))
+    for i, name in enumerate(names):
+        if dealt[i] == name:  # change places with one that both can have
+            j = next((int(j) for j in random.permutation(len(names)) if dealt[j] != name and names[j] != name), i)
+            dealt[i], dealt[j] = dealt[j], dealt[i]
+    return [str(name) for name in dealt]
+
+
+def same(one, other):
+    """Whether two answers are the same words."""
+    return re.findall(r"\w+", one.lower()) == re.findall(r"\w+", other.lower())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -313,12 +313,13 @@ def fetch_llava(accepted):
     if not accepted:
         raise UserError(f"the small LLaVA speaks through Gemma 3 270M, which comes under the terms of {GEMMA_TERMS}: "
                         "read them, and if you accept them run `bash hw3_download.sh llava --accept_gemma_terms`")
+    if lacking := [path.name for path in (vision, trained) if not path.exists()]:
+        raise UserError(f"weights/{lacking[0]} is missing, which comes with this repository: `git checkout -- weights` brings it "
+                        "back")
     if (WEIGHTS / GEMMA).exists():
         print(f"weights/{GEMMA} is already there")
     else:
         fetch_gemma()
-    if lacking := [path.name for path in (vision, trained) if not path.exists()]:
-        raise UserError(f"weights/{lacking[0]} is missing, which comes with this repository: `git checkout -- weights` brings it back")
     from p4_align import assemble
 
     assemble(str(vision), WEIGHTS / GEMMA, trained, target)

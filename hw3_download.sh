@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fetch pretrained weights into weights/:
-#   bash hw3_download.sh [embedded|full|llava|llava_7b|vit|gdrive:<id> [file]]      (default: embedded)
+#   bash hw3_download.sh [embedded|full|llava --accept_gemma_terms|llava_7b|vit|gdrive:<id> [file]]      (default: embedded)
 
 here=$(dirname "${BASH_SOURCE[0]}")
 if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ] && [ -x "$here/.venv/bin/python3" ]; then

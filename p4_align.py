@@ -3,11 +3,12 @@
     python3 p4_align.py <vision model> <language model> <folder to write> --data data
     accelerate launch --num_processes 8 p4_align.py …
 
-After LLaVA (Liu et al. 2023, https://arxiv.org/abs/2304.08485, and its 1.5: https://arxiv.org/abs/2310.03744), from any vision
-model and any causal language model of `transformers` (folders, or names on the model hub; for the former also a ViT-S/14 that
-p4_pretrain_vit.py wrote), in two stages: captions with nothing asked, then questions and instructions, mixed by kind. Only the
-answers count in the loss. What is written is a complete LlavaForConditionalGeneration with its processor, and beside it
-trained.safetensors with what was trained alone, from which `assemble` makes the same again.
+After LLaVA (Liu et al. 2023, https://arxiv.org/abs/2304.08485, and its 1.5: https://arxiv.org/abs/2310.03744), from a vision
+transformer and a causal language model of `transformers` (folders, or names on the model hub; for the former also a ViT-S/14
+that p4_pretrain_vit.py wrote; for the latter most that are built as Llama, Qwen, Mistral or Gemma 3 are), in two stages:
+captions with nothing asked, then questions and instructions, mixed by kind. Only the answers count in the loss. What is written
+is a complete LlavaForConditionalGeneration with its processor, and beside it trained.safetensors with what was trained alone,
+from which `assemble` makes the same again.
 
 What is asked about one picture goes through the model in one row: the picture's tokens once, then a branch for each query with
 its answer, which sees the picture and itself but no other branch. The loss is that of as many rows, for a fraction of the work.
@@ -107,15 +108,17 @@ class Settings:
 HELP = dict(
     data="folder with train.json and images/train",
     instructions="JSON list of {image, kind, query, answer} for stage 2; default: derived from the captions (p4_questions.py)",
-    mix="parts of stage 2: qa, relation, detail, caption, or other kinds of the instructions", projection="linear, or mlp: two layers",
+    mix="parts of stage 2: qa, relation, detail, caption, or other kinds of the instructions",
+    projection="linear, or mlp: two layers",
     image_size="pixels a side; 0: the vision model's own", vision_layer="whose output the projection takes; -1: the last",
-    train_vision_layers="so many last layers of the vision model are trained along",
+    train_vision_layers="so many layers of the vision model, up to `vision_layer`, are trained along",
     stage1_epochs="of captions with nothing asked, over the images",
     stage2_epochs="of questions and instructions, `per_picture` times as many as images",
     batch_size="pictures of an update, over all processes", per_picture="samples that share a picture's pass, at most",
     accumulation="parts that go through the model one after the other",
     learning_rate="of the projection in stage 1", stage2_learning_rate="of the projection in stage 2",
-    vision_learning_rate="of the vision layers that are trained along", warmup_epochs="of each stage, linear; then half a cosine",
+    vision_learning_rate="of the vision layers that are trained along, in stage 1; it changes as the projection's does",
+    warmup_epochs="of each stage, linear; then half a cosine",
     clip="gradient norm", precision="auto (bf16 on CUDA, else fp32), fp32 or bf16",
     fsdp="shard the language model over the processes",
     head_sample="so many tokens, drawn anew for each update, stand for all that no answer has; 0: the softmax over all",
@@ -128,7 +131,7 @@ HELP = dict(
 
 def build(vision_name, language_name, settings):
     """A LlavaForConditionalGeneration of two pretrained models and a fresh projection, and its processor. Raises UserError."""
-    from transformers import (AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlavaConfig,
+    from transformers import (AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlavaConfig,
                               LlavaForConditionalGeneration, LlavaProcessor)
 
     try:
@@ -147,14 +150,8 @@ def build(vision_name, language_name, settings):
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{vision_name} with {language_name} cannot be loaded as a vision and a causal language model: "
                         f"{first_line(error)}") from None
-    patch = getattr(vision.config, "patch_size", None)
-    if not isinstance(patch, int) or not hasattr(vision.config, "hidden_size"):
-        raise UserError(f"{vision_name} has no square patches: it is no vision transformer")
-    size = settings.image_size or vision.config.image_size
-    if size % patch:
-        raise UserError(f"--image_size is {size}, but must be a multiple of the patches' {patch} pixels")
-    if settings.train_vision_layers > vision.config.num_hidden_layers:
-        raise UserError(f"--train_vision_layers is {settings.train_vision_layers}, but there are {vision.config.num_hidden_layers}")
+    size, patch, prefix_tokens = check_vision(vision, vision_name, settings)
+    check_language(language, language_name)
     # Nothing is cropped away: the whole picture is squeezed into the square.
     image_processor.do_center_crop, image_processor.do_resize = False, True
     image_processor.size = {"height": size, "width": size}
@@ -162,13 +159,14 @@ def build(vision_name, language_name, settings):
     torch.manual_seed(settings.seed)  # new words and the projection begin at random
     token = image_token(tokenizer)
     if len(tokenizer) > language.get_input_embeddings().num_embeddings:
-        language.resize_token_embeddings(len(tokenizer))
+        language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    select = "default" if prefix_tokens else "full"
     config = LlavaConfig(
         vision_config=vision.config, text_config=language.config, image_token_index=tokenizer.convert_tokens_to_ids(token),
         image_seq_length=(size // patch) ** 2, projector_hidden_act="gelu" if settings.projection == "mlp" else "linear",
-        vision_feature_select_strategy="default", vision_feature_layer=settings.vision_layer,
+        vision_feature_select_strategy=select, vision_feature_layer=settings.vision_layer,
         tie_word_embeddings=language.config.tie_word_embeddings)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
@@ -179,12 +177,56 @@ def build(vision_name, language_name, settings):
     if settings.projection == "linear":  # two layers with nothing between them are one, if the second is the identity
         torch.nn.init.eye_(projector.linear_2.weight)
         torch.nn.init.zeros_(projector.linear_2.bias)
-    model.generation_config = language.generation_config
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    processor = LlavaProcessor(image_processor, tokenizer, patch_size=patch, vision_feature_select_strategy="default",
+    # The language model's own may sample, or end where no answer here ended.
+    model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                                               pad_token_id=tokenizer.pad_token_id)
+    processor = LlavaProcessor(image_processor, tokenizer, patch_size=patch, vision_feature_select_strategy=select,
                                chat_template=chat_template(tokenizer, language.config.model_type, token),
-                               image_token=token, num_additional_image_tokens=1)
+                               image_token=token, num_additional_image_tokens=prefix_tokens)
     return model, processor
+
+
+def check_vision(model, name, settings):
+    """(pixels a side, pixels of a patch, tokens before the patches') of a vision model. Raises UserError if it cannot serve."""
+    patch, depth = getattr(model.config, "patch_size", None), getattr(model.config, "num_hidden_layers", 0)
+    if not isinstance(patch, int) or not hasattr(model.config, "hidden_size"):
+        raise UserError(f"{name} has no square patches: it is no vision transformer")
+    size = settings.image_size or model.config.image_size
+    if size % patch:
+        raise UserError(f"--image_size is {size}, but must be a multiple of the patches' {patch} pixels")
+    if not -depth - 1 <= settings.vision_layer <= depth:
+        raise UserError(f"--vision_layer is {settings.vision_layer}, but {name} has {depth} layers")
+    if settings.train_vision_layers > layers_used(depth, settings.vision_layer):
+        raise UserError(f"--train_vision_layers is {settings.train_vision_layers}, but --vision_layer comes after "
+                        f"{layers_used(depth, settings.vision_layer)} layers of {name}")
+    try:
+        with torch.inference_mode():
+            tokens = model(torch.zeros(1, 3, size, size)).last_hidden_state.shape[1]
+    except ValueError as error:
+        raise UserError(f"{name} does not take {size} pixels: {first_line(error)}") from None
+    prefix_tokens = tokens - (size // patch) ** 2
+    if prefix_tokens not in (0, 1):
+        raise UserError(f"{name} has {prefix_tokens} tokens before those of its patches, where LLaVA knows a class token alone")
+    return size, patch, prefix_tokens
+
+
+def layers_used(depth, vision_layer):
+    """How many of the vision model's layers come before what the projection takes."""
+    return vision_layer if vision_layer >= 0 else depth + 1 + vision_layer
+
+
+def check_language(model, name):
+    """Raise UserError unless transformers' LLaVA computes with this language model as the model itself does."""
+    config, inner = model.config, getattr(model, "model", None)
+    if not hasattr(inner, "embed_tokens") or not hasattr(inner, "layers") or not hasattr(model, "lm_head"):
+        raise UserError(f"{name} ({config.model_type}) is not built as LLaVA needs it: choose one such as Llama, Qwen or Gemma 3")
+    scales = [key for key in ("logit_scale", "logits_scaling", "final_logit_softcapping") if getattr(config, key, None)]
+    if scales or model.lm_head.bias is not None:
+        raise UserError(f"{name} ({config.model_type}) changes its logits by {scales[0] if scales else 'a bias'}, which LLaVA "
+                        "leaves out")
+    if strange := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"{name} ({config.model_type}) has layers of {min(strange)}, which cannot tell a picture's questions "
+                        "apart")
 
 
 @torch.no_grad()
@@ -195,7 +237,8 @@ def fit_projection(model, pixel_values):
     image tokens become as large as words: a tenfold difference would drown either.
     """
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    hidden = tower(pixel_values, output_hidden_states=True).hidden_states[model.config.vision_feature_layer][:, 1:]
+    hidden = tower(pixel_values, output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
+    hidden = hidden[:, hidden.shape[1] - model.config.image_seq_length:]
     first, last = projector.linear_1, projector.linear_2
     if model.config.projector_hidden_act == "linear":
         last = first
@@ -223,8 +266,12 @@ def query_form(tokenizer, kind):
     if not tokenizer.chat_template:
         return LLAMA_FORM if kind == "llama" else PLAIN_FORM
     said = tokenizer.apply_chat_template([{"role": "user", "content": "QUERY"}], tokenize=False, add_generation_prompt=True)
-    before, after = said.split("QUERY")
-    return before.removeprefix(tokenizer.bos_token or ""), after or "\n"  # which tokenizing adds
+    before, *after = said.split("QUERY")
+    if len(after) != 1:
+        raise UserError("the language model's chat template does not give a query as it is: delete it from the tokenizer")
+    if tokenizer.bos_token and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id:
+        before = before.removeprefix(tokenizer.bos_token)  # tokenizing adds it
+    return before, after[0] or "\n"
 
 
 def chat_template(tokenizer, kind, token):
@@ -238,15 +285,15 @@ def chat_template(tokenizer, kind, token):
 
 
 def trained_parameters(model, vision_layers):
-    """Freeze all but the projection and the last layers of the vision tower: {name: parameter} of those, on fp32."""
+    """Freeze all but the projection and the vision tower's last layers before it: {name: parameter} of those, on fp32."""
     model.requires_grad_(False)
     projector = model.model.multi_modal_projector
     chosen = [*projector.parameters()]
     if model.config.projector_hidden_act == "linear":
         chosen = [*projector.linear_1.parameters()]
     if vision_layers:
-        depth = model.config.vision_config.num_hidden_layers
-        last = tuple(f".{number}." for number in range(depth - vision_layers, depth))
+        used = layers_used(model.config.vision_config.num_hidden_layers, model.config.vision_feature_layer)
+        last = tuple(f".{number}." for number in range(used - vision_layers, used))
         for name, parameter in model.model.vision_tower.named_parameters():
             if any(number in name for number in last) and ("layer." in name or "layers." in name):
                 chosen.append(parameter)
@@ -265,13 +312,12 @@ def answer_loss(model, inputs, likely=None, drawn=None):
     """
     mask = attention_mask(model.config.text_config, inputs["branches"], inputs["position_ids"])
     hidden = model.model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask,
-                         pixel_values=inputs["pixel_values"]).last_hidden_state[:, :-1]
+                         pixel_values=inputs["pixel_values"], use_cache=False).last_hidden_state[:, :-1]
     labels = inputs["labels"][:, 1:]
     learned = labels != IGNORE
-    cap = getattr(model.config.text_config, "final_logit_softcapping", None)
     if likely is None:
-        return F.cross_entropy(capped(model.lm_head(hidden[learned]).float(), cap), labels[learned], reduction="sum")
-    return sampled_cross_entropy(hidden[learned], labels[learned], model.lm_head, likely, drawn, cap)
+        return F.cross_entropy(model.lm_head(hidden[learned]).float(), labels[learned], reduction="sum")
+    return sampled_cross_entropy(hidden[learned], labels[learned], model.lm_head.weight, likely, drawn)
 
 
 def attention_mask(config, branches, positions):
@@ -291,32 +337,28 @@ def attention_mask(config, branches, positions):
 
     one, other = branches[:, None, :, None], branches[:, None, None, :]
     seen = ((other == 0) | (one == other)).tril()
-    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if not window or types and "sliding_attention" not in types:
         return finish(seen)
-    near = positions[:, None, :, None] - positions[:, None, None, :] < config.sliding_window
+    near = positions[:, None, :, None] - positions[:, None, None, :] < window
     # Behind the end everything stays in sight: a row of the mask without any would give no number.
-    return {"full_attention": finish(seen), "sliding_attention": finish(seen & (near | (one < 0)))}
+    near = finish(seen & (near | (one < 0)))
+    return {"full_attention": finish(seen), "sliding_attention": near} if types else near
 
 
-def capped(logits, cap):
-    return cap * torch.tanh(logits / cap) if cap else logits
-
-
-def sampled_cross_entropy(hidden, targets, head, likely, drawn, cap=None):
+def sampled_cross_entropy(hidden, targets, head, likely, drawn):
     """The cross-entropy of a softmax over the whole vocabulary whose unlikely part is estimated: its sum over the targets.
 
     The denominator is exact over the tokens `likely`; what is `drawn` evenly from the others stands for all of these
     (importance sampling: Bengio and Senécal 2008, https://doi.org/10.1109/TNN.2007.912312).
 
     Args:
-        hidden: (n, C). targets: (n), of which each is in `likely`. head: the Linear from C to V.
+        hidden: (n, C). targets: (n), of which each is in `likely`. head: (V, C).
         likely: sorted token ids. drawn: ids of others, none twice.
     """
-    rows = torch.cat([likely, drawn])
-    bias = None if head.bias is None else head.bias[rows]
-    logits = capped(F.linear(hidden, head.weight[rows], bias).float(), cap)
+    logits = F.linear(hidden, head[torch.cat([likely, drawn])]).float()
     if len(drawn):
-        logits[:, len(likely):] += math.log((head.weight.shape[0] - len(likely)) / len(drawn))
+        logits[:, len(likely):] += math.log((len(head) - len(likely)) / len(drawn))
     return F.cross_entropy(logits, torch.searchsorted(likely, targets), reduction="sum")
 
 
@@ -331,27 +373,31 @@ class Sample:
 
 
 def read_instructions(path, images):
-    """An instructions file -> {group: [Sample, …]}. Raises UserError."""
-    numbers, groups = {image.path.name: number for number, image in enumerate(images)}, {}
+    """An instructions file -> [(kind, Sample), …]. Raises UserError."""
+    numbers, found = {image.path.name: number for number, image in enumerate(images)}, []
     try:
         for entry in read_json(path, "instructions file"):
-            sample = Sample(numbers[entry["image"]], entry["query"], entry["answer"])
-            groups.setdefault(GROUPS.get(entry["kind"], entry["kind"]), []).append(sample)
+            kind, query, answer = (entry[key] for key in ("kind", "query", "answer"))
+            if not all(isinstance(text, str) for text in (kind, query, answer)):
+                raise TypeError(f"in {entry}")
+            query = " ".join(query.replace("<image>", " ").split())  # where LLaVA's own data has its picture: here it comes first
+            found.append((kind, Sample(numbers[entry["image"]], query, answer)))
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not a list of {{image, kind, query, answer}} about images of train.json: "
-                        f"{type(error).__name__} {error}") from None
-    return groups
+                        f"{type(error).__name__} {first_line(error)}") from None
+    return found
 
 
 def instruction_samples(settings, images):
     """The samples of stage 2 by group: {group: [Sample, …]}. Raises UserError where a group of --mix has none."""
     if settings.instructions:
-        groups = read_instructions(settings.instructions, images)
+        found = read_instructions(settings.instructions, images)
     else:
-        groups = {}
-        for number, question in derive_all(images, settings.seed):
-            sample = Sample(number, question.query, question.answer)
-            groups.setdefault(GROUPS.get(question.kind, question.kind), []).append(sample)
+        found = [(question.kind, Sample(number, question.query, question.answer))
+                 for number, question in derive_all(images, settings.seed)]
+    groups = {}
+    for kind, sample in found:
+        groups.setdefault(GROUPS.get(kind, kind), []).append(sample)
     rng = random.Random(settings.seed)
     groups.setdefault("caption", [Sample(number, rng.choice(CAPTION_QUERIES), text) for number, image in enumerate(images)
                                   for text in clean_captions(image)])
@@ -396,22 +442,19 @@ class Trainer:
             raise UserError("--precision fp16 is not enough for a large language model: choose bf16 or fp32")
         if settings.fsdp and self.processes.count == 1:
             raise UserError("--fsdp shards over several processes: start them with accelerate launch")
-        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
-            raise UserError(f"{output} is there already: delete it or name another folder")
-        try:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot create the folder {self.output.parent}: {error.strerror}") from None
+        check_folder(self.output)
         self.state_file = self.output.with_name(f"{self.output.name}.state.pt")
         check_writable(self.state_file)
         data = Path(settings.data)
         self.images = [image for image in read_captions(data / "train.json", data / "images" / "train")
                        if clean_captions(image)]
+        if not self.images:
+            raise UserError(f"{data / 'train.json'} has no image with a caption")
         self.groups = instruction_samples(settings, self.images) if settings.stage2_epochs else {}
         self.model, self.processor = build(vision_name, language_name, settings)
+        self.trained = trained_parameters(self.model, settings.train_vision_layers)
         first = [load_picture(image.path, self.size()) for image in self.images[:FIT_PICTURES]]
         fit_projection(self.model, self.processor.image_processor(first, return_tensors="pt")["pixel_values"])
-        self.trained = trained_parameters(self.model, settings.train_vision_layers)
         self.before, self.after = query_form(self.processor.tokenizer, self.model.config.text_config.model_type)
         self.frozen = frozen_hash(self.model, self.trained)
         if self.device == "cuda":  # what is frozen needs no more than half precision
@@ -419,19 +462,20 @@ class Trainer:
                 if name not in self.trained:
                     parameter.data = parameter.data.to(self.dtype)
         self.model.to(self.device).eval()
+        self.processes.share(self.trained.values())
         if settings.fsdp:
             self.shard()
         projection = [value for name, value in self.trained.items() if "projector" in name]
         vision = [value for name, value in self.trained.items() if "projector" not in name]
         factor = settings.vision_learning_rate / settings.learning_rate
         self.optimizer = adamw([(projection, 1.0), (vision, factor)], settings.learning_rate, settings.weight_decay)
-        self.epoch_steps = -(-len(self.images) // settings.batch_size)
-        self.stages = [round(epochs * self.epoch_steps) for epochs in (settings.stage1_epochs, settings.stage2_epochs)]
+        plans = [self.plan(False, settings.stage1_epochs), self.plan(True, settings.stage2_epochs)]
+        self.batches, self.stages = sum((batches for batches, _ in plans), []), [len(batches) for batches, _ in plans]
+        self.warmups = [max(1, min(len(batches) // 2, round(settings.warmup_epochs * epoch))) for batches, epoch in plans]
         self.same = what_matters(settings, "save_minutes", "max_hours", "accumulation", "fsdp") | {
             "frozen weights": self.frozen, "images": len(self.images)}
         self.progress = load_state(self.state_file, self.same, self.optimizer, self.trained, self.device) or {
             "step": 0, "seconds": 0.0, "losses": []}
-        self.epoch_rows = {}
         self.likely, self.others = self.vocabulary() if settings.head_sample else (None, None)
 
     def size(self):
@@ -458,14 +502,11 @@ class Trainer:
 
     # ---- samples ----
 
-    def rows(self, step):
-        """The rows of a step's batch, each a list of samples about one picture."""
-        second = step >= self.stages[0]
-        epoch, place = divmod(step - second * self.stages[0], self.epoch_steps)
-        key = second, epoch
-        if key not in self.epoch_rows:
+    def plan(self, second, epochs):
+        """A stage's batches, each a list of rows, and each row a list of samples about one picture; and how many an epoch has."""
+        size, most, batches, epoch_steps = self.settings.batch_size, self.settings.per_picture, [], 0
+        for epoch in range(math.ceil(epochs)):
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + 1009 * second + epoch)
-            most = self.settings.per_picture
             if second:
                 rows = by_picture(draw_epoch(self.groups, self.settings.parts(), most * len(self.images), generator), most)
             else:  # each picture once
@@ -474,8 +515,11 @@ class Trainer:
                     captions = clean_captions(self.images[number])
                     order = torch.randperm(len(captions), generator=generator)[:most].tolist()
                     rows.append([Sample(number, "", captions[i]) for i in order])
-            self.epoch_rows = {key: rows}
-        return self.epoch_rows[key][place::self.epoch_steps]
+            steps = -(-len(rows) // size)
+            epoch_steps = epoch_steps or steps
+            part = min(1.0, epochs - epoch)  # of the last epoch, perhaps
+            batches += [rows[place * size:(place + 1) * size] for place in range(round(part * steps))]
+        return batches, epoch_steps
 
     def text(self, sample):
         """What stands before the answer; the processor puts in as many image tokens as there are patches."""
@@ -489,17 +533,7 @@ class Trainer:
         asked = self.processor(images=pictures, text=[self.text(row[0]) for row in rows])
         columns = {"input_ids": [], "labels": [], "position_ids": [], "branches": []}
         for ids, row in zip(asked["input_ids"], rows):
-            shared = len(ids) - ids[::-1].index(self.processor.image_token_id)  # up to the last image token
-            ids, labels, branches, positions = ids[:shared], [IGNORE] * shared, [0] * shared, [*range(shared)]
-            for number, sample in enumerate(row, 1):
-                query = tokenizer(self.text(sample))["input_ids"]
-                query = query[query.index(self.processor.image_token_id) + 1:]
-                answer = tokenizer(sample.answer, add_special_tokens=False)["input_ids"][:self.settings.max_tokens]
-                answer = [*answer, tokenizer.eos_token_id]
-                ids, labels = ids + query + answer, labels + [IGNORE] * len(query) + answer
-                length = len(query) + len(answer)
-                branches, positions = branches + [number] * length, positions + [*range(shared, shared + length)]
-            for name, values in zip(columns, (ids, labels, positions, branches)):
+            for name, values in self.columns(ids, row).items():
                 columns[name].append(values)
         longest = max(map(len, columns["labels"]))
         padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORE, "position_ids": 0, "branches": -1}
@@ -507,13 +541,31 @@ class Trainer:
                 for name, column in columns.items()} | {
             "pixel_values": torch.as_tensor(np.stack([np.asarray(picture) for picture in asked["pixel_values"]]))}
 
+    def columns(self, asked, row):
+        """A row's input_ids, labels, position_ids and branches; `asked`: the ids of its first question, with the picture's."""
+        tokenizer, token = self.processor.tokenizer, self.processor.image_token_id
+        shared = len(asked) - asked[::-1].index(token)  # up to the last image token
+        found = {"input_ids": asked[:shared], "labels": [IGNORE] * shared, "position_ids": [*range(shared)],
+                 "branches": [0] * shared}
+        for number, sample in enumerate(row, 1):
+            query = tokenizer(self.text(sample))["input_ids"]
+            query = query[query.index(token) + 1:]
+            answer = tokenizer(sample.answer, add_special_tokens=False)["input_ids"][:self.settings.max_tokens]
+            answer = [*answer, tokenizer.eos_token_id]
+            length = len(query) + len(answer)
+            found["input_ids"] += query + answer
+            found["labels"] += [IGNORE] * len(query) + answer
+            found["position_ids"] += range(shared, shared + length)
+            found["branches"] += [number] * length
+        return found
+
     def pieces(self, step):
         """This process's part of a step's batch, cut for accumulation.
 
         Every process gets as many pieces, since they compute in step; one for which no row is left repeats the first,
         with nothing to learn.
         """
-        rows, count = self.rows(step), self.processes.count
+        rows, count = self.batches[step], self.processes.count
         mine = rows[self.processes.number::count]
         size = -(-len(rows) // (count * self.settings.accumulation))
         found = []
@@ -530,7 +582,7 @@ class Trainer:
     def fit(self):
         """Train to the end and write the folder, or until it is time to stop. Returns whether the end was reached."""
         settings, progress, main = self.settings, self.progress, self.processes.main
-        total = sum(self.stages)
+        total = len(self.batches)
         log = TrainingLog(self.output.with_name(f"{self.output.name}.jsonl"), progress["step"]) if main else None
         if main:
             print(f"{len(self.images)} images, {sum(map(len, self.groups.values()))} instructions; "
@@ -551,7 +603,7 @@ class Trainer:
                     loss = sum(values) / len(values)
                     progress["losses"].append(loss)
                     log.write(step + 1, loss=loss, stage=1 + (step >= self.stages[0]), **{
-                        "learning rate": rate, "pictures per second": (step + 1) * settings.batch_size / progress["seconds"]})
+                        "learning rate": rate, "updates per second": (step + 1) / progress["seconds"]})
                     bar.set_postfix(loss=f"{loss:.3f}")
                     values = []
                 stop = self.processes.add(bool(interruption))
@@ -573,7 +625,7 @@ class Trainer:
     def step(self, step, pieces):
         """One update. Returns the mean loss of a target token and the learning rate."""
         settings, second = self.settings, step >= self.stages[0]
-        number, total = step - second * self.stages[0], self.stages[second]
+        number, total = step - second * self.stages[0], self.stages[second]  # of this stage's updates
         targets = self.processes.add(sum((inputs["labels"] != IGNORE).sum().item() for inputs in pieces))
         value, drawn = 0.0, None
         if self.likely is not None:
@@ -587,18 +639,14 @@ class Trainer:
             value += loss.item()
         self.processes.add_gradients(self.trained.values())
         peak = settings.stage2_learning_rate if second else settings.learning_rate
-        warmup = max(1, min(total // 2, round(settings.warmup_epochs * self.epoch_steps)))
-        rate = peak * cosine(number, total, warmup)
+        rate = peak * cosine(number, total, self.warmups[second])
         step_optimizer(self.optimizer, rate, settings.clip)
         return self.processes.add(value), rate
 
     def save(self):
         """Write the complete model with its processor, and what was trained alone, in fp16; whole or not at all."""
         trained = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in self.trained.items()}
-        if self.settings.fsdp:  # of the language model, this process holds a part alone
-            self.model, _ = build(*self.names, self.settings)
-            self.model.load_state_dict(trained, strict=False)
-        write_llava(self.model, self.processor, self.output, trained, self.same)
+        write_llava(*build(*self.names, self.settings), self.output, trained, self.same)
 
 
 def load_picture(path, size):
@@ -613,7 +661,9 @@ def load_picture(path, size):
 
 
 def write_llava(model, processor, folder, trained, training):
-    """Write a LLaVA as transformers reads it, in fp16, with what was trained, and how, alone beside it; whole or not at all."""
+    """Write what `build` built as transformers reads it, in fp16, with what was trained in it, and how, alone beside it; whole or
+    not at all."""
+    model.load_state_dict(trained, strict=False)
     staging = folder.with_name(f"{folder.name}.tmp")
     model.half().save_pretrained(staging)
     processor.save_pretrained(staging)
@@ -624,8 +674,19 @@ def write_llava(model, processor, folder, trained, training):
     print(f"wrote {folder}", flush=True)
 
 
+def check_folder(folder):
+    """Raise UserError unless a new folder can be written there."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already: delete it or name another folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the folder {folder.parent}: {error.strerror}") from None
+
+
 def assemble(vision_name, language_name, trained_file, folder):
     """Write the LLaVA of two models and of the trained.safetensors that a run of this script left. Raises UserError."""
+    check_folder(folder := Path(folder))
     trained = read_weights(trained_file, "trained part of a LLaVA")
     with safe_open(trained_file, "pt") as file:
         training = json.loads((file.metadata() or {}).get("training", "{}"))
@@ -637,13 +698,13 @@ def assemble(vision_name, language_name, trained_file, folder):
         raise UserError(f"{trained_file} does not fit {vision_name} with {language_name}")
     if frozen_hash(model, trained) != training["frozen weights"]:
         raise UserError(f"{trained_file} was trained with other weights than those of {vision_name} with {language_name}")
-    model.load_state_dict(trained, strict=False)
-    write_llava(model, processor, Path(folder), trained, training)
+    write_llava(model, processor, folder, trained, training)
 
 
 def frozen_hash(model, trained):
-    """content_hash of all that is not trained."""
-    return content_hash({name: value for name, value in model.state_dict().items() if name not in trained})
+    """content_hash of all that is not trained but position embeddings: those may be interpolated, to other bits elsewhere."""
+    return content_hash({name: value for name, value in model.state_dict().items()
+                         if name not in trained and "position_embedding" not in name})
 
 
 def main():

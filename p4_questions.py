@@ -3,8 +3,8 @@
     python3 p4_questions.py data/val.json questions.json [--number 300]
 
 Nobody wrote the answers: each follows from words that at least two of an image's captions share and none contradicts, so that
-they are right as often as captions are. Kinds: animal, count, colour, action, presence (yes and no in equal numbers), where,
-and detail (the captions told together). Each question stands in one of several wordings.
+they are right as often as captions are. Kinds: animal, count, colour, action, presence (yes and no in equal numbers,
+before --number draws from them), where, and detail (the captions told together). Each question stands in one of several wordings.
 
 Shapes of the output: [{"image": file name, "kind", "query", "answer"}, …]
 """
@@ -101,7 +101,7 @@ def derive(captions, rng):
         votes = [{a for a, b, c in zip(row, row[1:], row[2:] + [""]) if a in NUMBERS and plural in (b, c)} for row in rows]
         if number := agreed(votes):
             ask("count", f"{number.capitalize()}.", plural)
-    for thing in [*ANIMALS, "shirt", "hat", "jacket", "dress", "car", "ball", "bike", "helmet", "coat", "shorts"]:
+    for thing in [*sorted(ANIMALS), "shirt", "hat", "jacket", "dress", "car", "ball", "bike", "helmet", "coat", "shorts"]:
         votes = [{a for a, b in zip(row, row[1:]) if a in COLOURS and b == thing} for row in rows]
         mixed = any(b in ("and", "with") and c in COLOURS for row in rows for a, b, c in zip(row, row[1:], row[2:]) if a in COLOURS)
         if (colour := agreed(votes)) and not mixed:

@@ -79,6 +79,12 @@ class Processes:
             numbers = total.tolist()
         return numbers[0] if len(numbers) == 1 else numbers
 
+    def share(self, tensors):
+        """Make these tensors those of the main process, on each."""
+        if self.count > 1:
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor.data, 0)
+
     def add_gradients(self, parameters):
         """Replace each gradient by its sum over the processes, all in one message."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -302,11 +308,11 @@ def load_state(path, settings, optimizer, parameters, device, scaler=None):
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["settings"]
     except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
-        raise UserError(f"{path}, of an unfinished run, is damaged: delete it, or name another --output") from None
+        raise UserError(f"{path}, of an unfinished run, is damaged: delete it, or name another output") from None
     changed = [key for key in settings if before.get(key) != settings[key]]
     if changed:
         raise UserError(f"{path} is of an unfinished run with another {changed[0]} ({before.get(changed[0])}, "
-                        f"not {settings[changed[0]]}): repeat its settings, delete it, or name another --output")
+                        f"not {settings[changed[0]]}): repeat its settings, delete it, or name another output")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state["parameters"][name])

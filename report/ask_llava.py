@@ -18,7 +18,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli import ArgumentParser, UserError, read_json, run, write_json
+from cli import ArgumentParser, UserError, check_writable, read_json, run, write_json
 from p1_llava_infer import Llava, LlavaSettings, default_model, read_pictures
 from p4_questions import Question, best_constants
 from significance import paired_bootstrap
@@ -33,9 +33,15 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the shuffling")
     parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "llava_questions.json", help="to write")
     arguments = parser.parse_args()
+    if arguments.batch_size < 1:
+        raise UserError("--batch_size must be at least 1")
+    check_writable(arguments.results)
     entries = read_json(arguments.questions, "questions file")
-    questions = [Question(entry["kind"], entry["query"], entry["answer"]) for entry in entries]
-    names = [entry["image"] for entry in entries]
+    try:
+        questions = [Question(entry["kind"], entry["query"], entry["answer"]) for entry in entries]
+        names = [entry["image"] for entry in entries]
+    except (KeyError, TypeError):
+        raise UserError(f"{arguments.questions} is not a list of {{image, kind, query, answer}}") from None
     if len(set(names)) < 2:
         raise UserError(f"{arguments.questions} asks about fewer than two pictures")
     name = str(arguments.model or default_model())

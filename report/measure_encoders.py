@@ -48,14 +48,15 @@ def main():
     parser.add_argument("--image_size", type=int, help="in pixels; default: each encoder's own")
     parser.add_argument("--images", type=int, default=2000, help="to train the projections on, the first of train.json")
     parser.add_argument("--views", type=int, default=2, help="in the cache; one is used, but compare.py's cache is found again")
-    parser.add_argument("--signals", action="store_true", help="leave each signal out once, and measure what comes of it")
+    parser.add_argument("--signals", action="store_true", help="leave each signal out once, and measure what comes of it; --encoders, "
+                        "--image_size and --views are given then")
     parser.add_argument("--epochs", default="1", help="of each training, with --signals")
-    parser.add_argument("--work", type=Path, default=Path("output/signals"), help="folder for its ViTs")
+    parser.add_argument("--work", type=Path, default=Path("output/signals"), help="folder for its ViTs, with --signals")
     parser.add_argument("--results", type=Path, help="the file to write; default: as above")
     arguments = parser.parse_args()
     device, data = pick_device(), arguments.data
     if arguments.signals:
-        arguments.encoders = train_without_each(data, arguments.work, arguments.epochs)
+        arguments.encoders = train_without_each(data, arguments.work / f"{float(arguments.epochs):g}_epochs", arguments.epochs)
         arguments.image_size, arguments.views = 112, 1
     results = arguments.results or ROOT / "report" / "results" / ("signals.json" if arguments.signals else "encoders_frozen.json")
     train = [image for image in read_captions(data / "train.json", data / "images" / "train")[:arguments.images]

@@ -135,7 +135,7 @@ def test_a_fresh_projection_fits_what_it_stands_between(towers, data, projection
         last.bias += torch.linspace(-9, 9, 32)
         last.weight[3] *= 50
     run = trainer(towers)
-    pixels = run.collate(run.rows(0))["pixel_values"]
+    pixels = run.collate(run.batches[0])["pixel_values"]
     seen = []
     projector = model.model.multi_modal_projector
     projector.linear_1.register_forward_hook(lambda layer, inputs, output: seen.append(output))
@@ -201,20 +201,18 @@ def test_branches_see_their_picture_and_no_other_branch(towers, data, attention)
     assert answer_loss(run.model, run.collate(other)).item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("cap", [None, 3.0])
-def test_a_sampled_head_gives_the_softmax_over_all(cap):
+def test_a_sampled_head_gives_the_softmax_over_all():
     torch.manual_seed(0)
-    head, hidden = torch.nn.Linear(16, 4000), torch.randn(5, 16)
+    head, hidden = torch.randn(4000, 16) / 4, torch.randn(5, 16)
     likely, targets = torch.arange(0, 4000, 40), torch.tensor([0, 40, 3960, 80, 80])
     others = torch.tensor([i for i in range(4000) if i % 40])
-    with torch.no_grad():
-        exact = torch.nn.functional.cross_entropy(p4_align.capped(head(hidden), cap), targets, reduction="sum").item()
-        assert sampled_cross_entropy(hidden, targets, head, likely, others, cap).item() == pytest.approx(exact, abs=1e-4)
-        estimates = [sampled_cross_entropy(hidden, targets, head, likely, others[torch.randperm(3900)[:400]], cap).item()
-                     for _ in range(200)]
-    assert sum(estimates) / 200 == pytest.approx(exact, abs=0.02) and max(estimates) - min(estimates) < 1
-    without = sampled_cross_entropy(hidden, targets, head, likely, others[:0], cap).item()
-    assert exact - without > 5 * math.log(20)  # what a softmax over the likely ones alone would leave out
+    exact = torch.nn.functional.cross_entropy(hidden @ head.t(), targets, reduction="sum").item()
+    assert sampled_cross_entropy(hidden, targets, head, likely, others).item() == pytest.approx(exact, abs=1e-4)
+    estimates = [sampled_cross_entropy(hidden, targets, head, likely, others[torch.randperm(3900)[:400]]).item()
+                 for _ in range(200)]
+    assert sum(estimates) / 200 == pytest.approx(exact, abs=0.03) and max(estimates) - min(estimates) < 1.5
+    # A softmax over the likely ones alone leaves out some log(40) a target.
+    assert exact - sampled_cross_entropy(hidden, targets, head, likely, others[:0]).item() > 5 * math.log(20)
 
 
 def test_the_vocabularys_likely_part_holds_every_answer(towers, data, monkeypatch):
@@ -223,8 +221,8 @@ def test_the_vocabularys_likely_part_holds_every_answer(towers, data, monkeypatc
     likely, others = set(run.likely.tolist()), set(run.others.tolist())
     assert not likely & others and len(likely | others) == run.model.lm_head.weight.shape[0]
     assert {*range(50)} <= likely and others
-    for step in range(sum(run.stages)):
-        labels = run.collate(run.rows(step))["labels"]
+    for batch in run.batches:
+        labels = run.collate(batch)["labels"]
         assert set(labels[labels != IGNORE].tolist()) <= likely
     assert run.fit()
 
@@ -269,13 +267,30 @@ def test_an_epoch_holds_each_kind_by_its_part():
 
 def test_stages_ask_nothing_then_something(towers, data):
     run = trainer(towers)
-    first, second = ([sample for step in steps for row in run.rows(step) for sample in row] for steps in (range(4), range(4, 8)))
+    assert run.stages == [4, 4] and len(run.batches) == 8
+    first, second = ([sample for batch in part for row in batch for sample in row] for part in (run.batches[:4], run.batches[4:]))
     assert sorted(sample.image for sample in first) == sorted([*range(8)] * 2)
     assert {sample.query for sample in first} == {""}
     # Two epochs of 8 images, 4 samples for each, half of them of each kind.
     assert sum(sample.query == "What colour is the dog?" for sample in second) == 32 and all(sample.query for sample in second)
-    assert len(second) == 64 and all(len(row) <= 4 and len({sample.image for sample in row}) == 1
-                                     for step in range(8) for row in run.rows(step))
+    assert len(second) == 64
+
+
+def test_a_batch_holds_so_many_rows_of_one_picture_each(towers, data):
+    """Questions here are derived from the captions, of which each picture has two."""
+    captions = json.loads((data / "data" / "train.json").read_text())
+    captions["annotations"] += [{"id": 100 + i, "image_id": i, "caption": f"The {name} dog."} for i, name in enumerate(COLOURS)]
+    (data / "data" / "train.json").write_text(json.dumps(captions))
+    run = trainer(towers, instructions="", mix=("qa=0.5", "detail=0.25", "caption=0.25"), per_picture=3, stage1_epochs=1.5,
+                  stage2_epochs=1, batch_size=3)
+    assert run.stages[0] == 3 + 2 and [len(batch) for batch in run.batches[:5]] == [3, 3, 2, 3, 3]
+    assert all(len(row) == 2 and row[0].answer != row[1].answer for batch in run.batches[:5] for row in batch)
+    rows = [row for batch in run.batches[5:] for row in batch]
+    assert all(len(batch) == 3 for batch in run.batches[5:-1]) and len(rows) >= 8
+    assert all(1 <= len(row) <= 3 and len({sample.image for sample in row}) == 1 for row in rows)
+    samples = [sample for row in rows for sample in row]
+    assert len(samples) == 24 and sum(sample.answer == f"{[*COLOURS][sample.image].capitalize()}." for sample in samples) > 3
+    assert run.fit()
 
 
 def test_rows_hold_one_picture_each():
@@ -285,14 +300,17 @@ def test_rows_hold_one_picture_each():
 
 
 def test_what_was_trained_alone_makes_the_same_model_again(towers, data):
-    assert trainer(towers, train_vision_layers=1, image_size=42, vision_layer=-2).fit()
+    run = trainer(towers, train_vision_layers=1, image_size=42, vision_layer=-2)
+    assert run.fit() and {name.split("layer.")[1][0] for name in run.trained if "vision" in name} == {"1"}
+    before, trained = (load_file(file) for file in (towers / "vision" / "model.safetensors", data / "llava" / "trained.safetensors"))
+    name = "encoder.layer.1.mlp.fc1.weight"
+    assert not torch.allclose(trained[f"model.vision_tower.{name}"].float(), before[name], atol=1e-4)
     assemble(towers / "vision", towers / "language", data / "llava" / "trained.safetensors", data / "again")
     whole, again = (load_file(data / name / "model.safetensors") for name in ("llava", "again"))
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
     for file in "config.json", "processor_config.json", "chat_template.jinja":
         assert (data / "llava" / file).read_text() == (data / "again" / file).read_text()
-    trained = load_file(towers / "vision" / "model.safetensors")
-    changed = {name: value + 1 if "layer.0.mlp.fc1" in name else value for name, value in trained.items()}
+    changed = {name: value + 1 if "layer.0.mlp.fc1" in name else value for name, value in before.items()}
     other = data / "other"
     other.mkdir()
     for file in (towers / "vision").iterdir():
@@ -300,6 +318,8 @@ def test_what_was_trained_alone_makes_the_same_model_again(towers, data):
     save_file(changed, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="other weights"):
         assemble(other, towers / "language", data / "llava" / "trained.safetensors", data / "third")
+    with pytest.raises(UserError, match="there already"):
+        assemble(towers / "vision", towers / "language", data / "llava" / "trained.safetensors", data / "again")
     with pytest.raises(UserError, match="not the trained part"):
         assemble(towers / "vision", towers / "language", data / "llava" / "model.safetensors", data / "third")
 
@@ -332,7 +352,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(towers, data, monkeypatch
         assert run.fit() == finished
     whole, parts = (load_file(data / name / "trained.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
-    assert all(torch.allclose(whole[name].float(), parts[name].float(), atol=2e-3) for name in whole)
+    assert all(torch.allclose(whole[name].float(), parts[name].float(), atol=2e-4) for name in whole)
     assert not (data / "parts.state.pt").exists()
 
 
@@ -366,7 +386,7 @@ def test_two_processes_align_as_one_with_the_language_model_sharded(towers, data
     assert len(one) == 4 and two == pytest.approx(one, abs=1e-4)
     whole, sharded = (load_file(f"out{n}/model.safetensors") for n in (1, 2))
     assert whole.keys() == sharded.keys()
-    assert all(torch.allclose(whole[name].float(), sharded[name].float(), atol=2e-3) for name in whole)
+    assert all(torch.allclose(whole[name].float(), sharded[name].float(), atol=2e-4) for name in whole)
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------
@@ -381,7 +401,9 @@ def test_two_processes_align_as_one_with_the_language_model_sharded(towers, data
     ({"per_picture": 0}, "at least 1"),
     ({"mix": ("poems=1",)}, "of which there are no samples"),
     ({"image_size": 30}, "multiple of the patches' 14"),
-    ({"train_vision_layers": 9}, "but there are 3"),
+    ({"train_vision_layers": 9}, "after 3 layers"),
+    ({"train_vision_layers": 3, "vision_layer": -2}, "after 2 layers"),
+    ({"vision_layer": 4}, "has 3 layers"),
     ({"precision": "fp16"}, "choose bf16 or fp32"),
     ({"instructions": "nothing.json"}, "does not exist"),
 ])
@@ -397,6 +419,79 @@ def test_what_is_no_pair_of_models_is_refused(towers, data):
     (data / "taken" / "file").touch()
     with pytest.raises(UserError, match="there already"):
         trainer(towers, "taken")
+
+
+def test_instructions_that_are_none_are_refused(towers, data):
+    entry = {"image": "red.png", "kind": "qa", "query": "<image>\nWhat is\nthis?", "answer": "A dog."}
+    (data / "questions.json").write_text(json.dumps([entry]))
+    run = trainer(towers, mix=("qa=1",))
+    assert run.batches[-1][0][0].query == "What is this?"
+    for wrong in {"image": "white.png"} | {"answer": 3}, {"image": "no.png"}, {"query": None}:
+        (data / "questions.json").write_text(json.dumps([entry | wrong]))
+        with pytest.raises(UserError, match="not a list of"):
+            trainer(towers)
+
+
+def test_vision_models_that_do_not_fit_are_refused(towers, data):
+    from transformers import (BitImageProcessor, CLIPVisionConfig, CLIPVisionModel, Dinov2WithRegistersConfig,
+                              Dinov2WithRegistersModel, SiglipVisionConfig, SiglipVisionModel)
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+             "intermediate_size": 64}
+    for name, model in [("registers", Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes))),
+                        ("clip", CLIPVisionModel(CLIPVisionConfig(**sizes))),
+                        ("siglip", SiglipVisionModel(SiglipVisionConfig(**sizes)))]:
+        model.save_pretrained(data / name)
+        BitImageProcessor().save_pretrained(data / name)
+    with pytest.raises(UserError, match="5 tokens before those of its patches"):
+        build(data / "registers", towers / "language", settings())
+    with pytest.raises(UserError, match="does not take 42 pixels"):
+        build(data / "clip", towers / "language", settings(image_size=42))
+    for name in "clip", "siglip":  # with a class token, and without one
+        assert Trainer(data / name, towers / "language", f"{name}_llava", settings(stage1_epochs=1, stage2_epochs=0)).fit()
+        answers = Llava(data / f"{name}_llava").answer([Image.new("RGB", (50, 40))], ["Well?"], LlavaSettings(max_new_tokens=3))
+        assert len(answers) == 1
+
+
+def test_language_models_that_llava_would_change_are_refused(towers, data):
+    from transformers import (AutoTokenizer, CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config,
+                              GPT2LMHeadModel, PhiConfig, PhiForCausalLM)
+
+    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for model, message in [(GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2)), "not built as LLaVA"),
+                           (PhiForCausalLM(PhiConfig(**sizes)), "by a bias"),
+                           (CohereForCausalLM(CohereConfig(**sizes)), "by logit_scale"),
+                           (Gemma2ForCausalLM(Gemma2Config(**sizes, num_key_value_heads=1, head_dim=16)), "final_logit_softcapping")]:
+        folder = data / type(model).__name__
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(towers / "language").save_pretrained(folder)
+        with pytest.raises(UserError, match=message):
+            build(towers / "vision", folder, settings())
+
+
+def test_a_kept_unused_token_stands_for_patches_and_a_chat_template_is_followed(towers, data):
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(towers / "language")
+    tokenizer.add_tokens(["<unused0>", "<|start|>"], special_tokens=True)
+    tokenizer.bos_token = "<|start|>"  # which this tokenizer does not add: its text begins with <s>
+    tokenizer.chat_template = "{% for m in messages %}<|start|>user {{ m['content'] }}</s>{% endfor %}<|start|>answer "
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                 num_attention_heads=2, num_key_value_heads=2)).save_pretrained(data / "qwen")
+    tokenizer.save_pretrained(data / "qwen")
+    run = Trainer(towers / "vision", data / "qwen", "llava", settings(stage1_epochs=0, stage2_epochs=1))
+    assert run.processor.image_token == "<unused0>" and "<image>" not in run.processor.tokenizer.get_vocab()
+    assert run.fit()
+    llava, picture = Llava(data / "llava"), Image.open(run.images[0].path).convert("RGB")
+    taught = run.collate([[Sample(0, "What colour is the dog?", "Red.")]])
+    asked = llava.inputs([picture], ["What colour is the dog?"])["input_ids"][0].tolist()
+    assert asked == taught["input_ids"][0, :len(asked)].tolist() and taught["labels"][0, len(asked)] != IGNORE
+    text = tokenizer.decode(asked)
+    assert text.count("<|start|>") == 2 and "<|start|>user" in text and text.endswith("answer ")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | lower }}{% endfor %}"
+    with pytest.raises(UserError, match="does not give a query as it is"):
+        query_form(tokenizer, "qwen2")
 
 
 def test_training_keeps_gradients_to_what_is_trained(towers):

@@ -267,6 +267,7 @@ def test_gemma_is_joined_and_converted(weights, gemma_wheels, gguf_file):
     tokenizer = AutoTokenizer.from_pretrained(weights / "gemma3_270m")
     ids = tokenizer(" a dog.", return_tensors="pt")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids[0]) == ["<bos>", "▁a", "▁dog", "."]
+    ids = ids.repeat(1, 6)  # longer than the sliding window
     with torch.inference_mode():
         torch.testing.assert_close(model.eval()(ids).logits, gguf_file[1](ids).logits, rtol=0, atol=0.05)
     config = json.loads((weights / "gemma3_270m" / "config.json").read_text())
@@ -292,12 +293,21 @@ def test_gemma_that_is_damaged_leaves_nothing(weights, gemma_wheels, monkeypatch
     assert list(weights.iterdir()) == []
 
 
-def test_small_llava_waits_for_the_terms_and_for_its_parts(weights, gemma_wheels, monkeypatch, capsys):
+def test_small_llava_waits_for_the_terms_and_its_parts_and_is_put_together(weights, gemma_wheels, monkeypatch, capsys):
+    import p4_align
+
     with pytest.raises(UserError, match="ai.google.dev/gemma/terms.*--accept_gemma_terms"):
         hw3_download.fetch_llava(False)
-    assert list(weights.iterdir()) == []
     with pytest.raises(UserError, match="vit_small.safetensors is missing"):
         hw3_download.fetch_llava(True)
+    assert list(weights.iterdir()) == []
+    for name in "vit_small", "llava_small":
+        (weights / f"{name}.safetensors").touch()
+    put_together = []
+    monkeypatch.setattr(p4_align, "assemble", lambda *paths: put_together.append([Path(path).name for path in paths]))
+    hw3_download.fetch_llava(True)
+    assert put_together == [["vit_small.safetensors", "gemma3_270m", "llava_small.safetensors", "llava_small"]]
+    assert (weights / "gemma3_270m" / "config.json").exists()
     (weights / "llava_small").mkdir()
     hw3_download.fetch_llava(False)
     assert capsys.readouterr().out.splitlines()[-1] == "weights/llava_small is already there"

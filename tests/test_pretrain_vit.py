@@ -396,9 +396,10 @@ def test_encoders_are_measured_by_themselves_and_with_each_signal_left_out(setti
     trained = []
 
     def train(command):
+        assert f"--data={data}" in command and command[command.index("--sizes"):][:4] == ["--sizes", "112", "--epochs", "1"]
         trained.append([part for part in command if part.endswith("=0")])
         output = next(part for part in command if part.startswith("--output=")).removeprefix("--output=")
-        Path(output).parent.mkdir(exist_ok=True)
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(len(trained))
         Student().save(output, {})
         return subprocess.CompletedProcess(command, 0)
@@ -407,7 +408,7 @@ def test_encoders_are_measured_by_themselves_and_with_each_signal_left_out(setti
     command = ["measure_encoders.py", f"--data={data}", "--signals", f"--work={work}", f"--results={tmp_path / 'found.json'}"]
     monkeypatch.setattr(sys, "argv", command)
     measure_encoders.main()
-    measure_encoders.train_without_each(data, work, "1")  # nothing is trained a second time
+    measure_encoders.train_without_each(data, work / "1_epochs", "1")  # nothing is trained a second time
     assert trained == [[], ["--distillation=0"], ["--contrast=0"], ["--caption=0"]]
     found = json.loads((tmp_path / "found.json").read_text())
     assert [*found["encoders"]] == ["all", "without_distillation", "without_contrast", "without_caption"]

@@ -1,8 +1,10 @@
 """p4_questions.py keeps its promises: answers follow from captions that agree, and yes and no are balanced."""
 
 import json
+import os
 import random
 import re
+import subprocess
 import sys
 from collections import Counter
 
@@ -12,7 +14,7 @@ from PIL import Image
 
 import p4_questions
 from cli import UserError
-from dataset import CaptionedImage, read_captions
+from dataset import read_captions
 from p4_questions import WORDINGS, best_constants, derive, derive_all, thing_of
 
 
@@ -72,9 +74,19 @@ def test_yes_and_no_are_balanced_for_each_thing(flickr8k):
     assert {question.kind for _, question in pairs} == {*WORDINGS}
 
 
-def test_the_same_seed_asks_the_same():
-    images = [CaptionedImage(None, ["A brown dog runs.", "The brown dog on the beach."])] * 5
-    assert derive_all(images, 1) == derive_all(images, 1) != derive_all(images, 2)
+def test_the_same_seed_asks_the_same(tmp_path):
+    """In another process, too, where sets have another order."""
+    captions = ["A brown dog chases a white cat and a black horse.", "A brown dog, a white cat, a black horse and a red car."]
+    (tmp_path / "val.json").write_text(json.dumps({
+        "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(5)],
+        "annotations": [{"id": 2 * i + k, "image_id": i, "caption": text} for i in range(5) for k, text in enumerate(captions)]}))
+    written = []
+    for number, seed in ("1", 0), ("2", 0), ("2", 1):
+        subprocess.run([sys.executable, ROOT / "p4_questions.py", "val.json", "out.json", f"--seed={seed}"], cwd=tmp_path,
+                       env={**os.environ, "PYTHONHASHSEED": number}, check=True, capture_output=True)
+        written.append((tmp_path / "out.json").read_text())
+    assert written[0] == written[1] != written[2]
+    assert {"Brown.", "White.", "Black."} <= {entry["answer"] for entry in json.loads(written[0]) if entry["kind"] == "colour"}
 
 
 def test_a_blind_model_says_the_commonest_answer():
@@ -133,6 +145,22 @@ def test_a_model_is_scored_against_constants_and_other_pictures(tmp_path, monkey
     gain = found["gain of the own picture, 95%"]["over constant"]
     assert gain["value"] == pytest.approx(4 / 24) and 0 < gain["low"] <= gain["high"]
     assert found["answers"][0]["own picture"] == " BLUE " and "| all | 24 | 0.875 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("entries, options, message", [
+    ([{"image": "a.png", "kind": "colour", "query": "?"}], [], "not a list of"),
+    ({"a": 1}, [], "not a list of"),
+    ([{"image": "a.png", "kind": "count", "query": "?", "answer": "One."}] * 2, [], "fewer than two pictures"),
+    ([], ["--batch_size=0"], "at least 1"),
+])
+def test_mistakes_in_asking_are_named_before_a_model_is_loaded(tmp_path, monkeypatch, entries, options, message):
+    monkeypatch.syspath_prepend(str(ROOT / "report"))
+    import ask_llava
+
+    (tmp_path / "questions.json").write_text(json.dumps(entries))
+    monkeypatch.setattr(sys, "argv", ["ask_llava.py", str(tmp_path / "questions.json"), str(tmp_path), "--model=none", *options])
+    with pytest.raises(UserError, match=message):
+        ask_llava.main()
 
 
 def test_shuffling_leaves_no_question_its_picture(monkeypatch):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, stopping
+from conftest import stopping
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -383,10 +383,7 @@ def test_each_signal_can_be_had_alone_and_is_learned(settings, tmp_path, signal)
         assert names <= changed if other == signal else not names & changed
 
 
-def test_encoders_are_measured_by_themselves_and_with_each_signal_left_out(settings, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "report"))
-    import measure_encoders
-
+def test_encoders_are_measured_with_each_signal_left_out(measure_encoders, settings, tmp_path, monkeypatch, capsys):
     data, work = tmp_path / "data", tmp_path / "work"
     shutil.copy(data / "train.json", data / "val.json")
     (data / "images" / "val").symlink_to(data / "images" / "train")
@@ -494,12 +491,9 @@ def test_linear_projections_find_what_is_linear(measure_encoders):
     assert shuffled["text to image"][1] < 0.1
 
 
-def test_own_projections_are_read_where_there_are_any(measure_encoders, vit_file, monkeypatch):
-    monkeypatch.setattr(measure_encoders, "ROOT", vit_file.parent.parent)
-    (vit_file.parent.parent / "weights").mkdir(exist_ok=True)
-    target = vit_file.parent.parent / "weights" / "vit_small.safetensors"
-    target.write_bytes(vit_file.read_bytes())
-    first, second, _ = measure_encoders.own_heads("vit_small")
+def test_own_projections_are_read_where_there_are_any(measure_encoders, vit_file, tmp_path):
+    first, second, _ = measure_encoders.own_heads(vit_file)
     assert first.shape == (256, 384) and second.shape == (256, 384)
-    save_file({"cls_token": torch.zeros(1, 1, 384)}, target)
-    assert measure_encoders.own_heads("vit_small") is None
+    save_file({"cls_token": torch.zeros(1, 1, 384)}, tmp_path / "bare.safetensors")
+    assert measure_encoders.own_heads(tmp_path / "bare.safetensors") is None
+    assert measure_encoders.own_heads(tmp_path / "none.safetensors") is None

@@ -84,6 +84,14 @@ def load_image(path, side=None):
         raise ImageError(str(error).strip().split("\n")[0] or type(error).__name__) from None
 
 
+def load_picture(path, size):
+    """`load_image` for those who cannot do without the picture. Raises UserError, which names it."""
+    try:
+        return load_image(path, size)
+    except ImageError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
 def to_rgb(image):
     """Any PIL mode -> RGB."""
     if image.mode.startswith(("I", "F")):  # 16 and 32 bits, which PIL's own conversion clips at 255

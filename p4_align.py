@@ -23,7 +23,6 @@ import json
 import math
 import random
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,7 +35,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from cli import ArgumentParser, UserError, add_options, check_writable, read_json, run, take_options
-from dataset import IGNORE, ImageError, ahead, clean_captions, load_image, read_captions
+from dataset import IGNORE, ahead, clean_captions, load_picture, read_captions
 from p4_questions import derive_all
 from training import (Interruption, Processes, TrainingLog, adamw, autocast, check_settings, cosine, load_state, pick_precision,
                       save_state, step_optimizer, what_matters)
@@ -135,13 +134,13 @@ def build(vision_name, language_name, settings):
                               LlavaForConditionalGeneration, LlavaProcessor)
 
     try:
-        with ExitStack() as stack:
-            folder = vision_name
+        with TemporaryDirectory() as folder:
             if Path(vision_name).suffix == ".safetensors":
                 from p4_pretrain_vit import write_dinov2
 
-                folder = stack.enter_context(TemporaryDirectory())
                 write_dinov2(vision_name, folder, settings.image_size or 224)
+            else:
+                folder = vision_name
             vision = AutoModel.from_pretrained(folder, dtype=torch.float32)
             vision = getattr(vision, "vision_model", vision)  # of a CLIP, its vision half
             image_processor = AutoImageProcessor.from_pretrained(folder)
@@ -253,12 +252,9 @@ def fit_projection(model, pixel_values):
 def image_token(tokenizer):
     """The token that stands for a patch: <image>, or one that the vocabulary keeps unused, or else a new one."""
     vocabulary = tokenizer.get_vocab()
-    for token in "<image>", "<unused0>", "<|reserved_special_token_0|>":
-        if token in vocabulary:
-            tokenizer.add_special_tokens({"additional_special_tokens": [token]})
-            return token
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    return "<image>"
+    token = next((token for token in ("<image>", "<unused0>", "<|reserved_special_token_0|>") if token in vocabulary), "<image>")
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    return token
 
 
 def query_form(tokenizer, kind):
@@ -341,8 +337,7 @@ def attention_mask(config, branches, positions):
     if not window or types and "sliding_attention" not in types:
         return finish(seen)
     near = positions[:, None, :, None] - positions[:, None, None, :] < window
-    # Behind the end everything stays in sight: a row of the mask without any would give no number.
-    near = finish(seen & (near | (one < 0)))
+    near = finish(seen & near)
     return {"full_attention": finish(seen), "sliding_attention": near} if types else near
 
 
@@ -647,14 +642,6 @@ class Trainer:
         """Write the complete model with its processor, and what was trained alone, in fp16; whole or not at all."""
         trained = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in self.trained.items()}
         write_llava(*build(*self.names, self.settings), self.output, trained, self.same)
-
-
-def load_picture(path, size):
-    """An RGB PIL image of about `size` pixels or more. Raises UserError."""
-    try:
-        return load_image(path, size)
-    except ImageError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------

@@ -39,8 +39,7 @@ from tqdm import tqdm
 
 from captioner import EMBEDDED_DECODER, Captioner, CaptionerConfig
 from cli import ArgumentParser, UserError, add_options, run, take_options, write_whole
-from dataset import (FeatureCache, ImageError, clean_captions, collate, list_images, load_image, make_view, read_captions,
-                     squeeze)
+from dataset import FeatureCache, clean_captions, collate, list_images, load_picture, make_view, read_captions, squeeze
 from encoder import HEADS, OWN, WEIGHTS_FOLDER, ImageEncoder
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import (Interruption, MovingAverage, TrainingLog, autocast, check_settings, cosine, load_state, pick_device,
@@ -120,10 +119,7 @@ def read_pixels(sources, size, views=1, side=None):
 
     def read(place):
         number, path = numbered[place]
-        try:
-            image = load_image(path, side or size)
-        except ImageError as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
+        image = load_picture(path, side or size)
         for view in range(views):
             pixels[place, view] = squeeze(make_view(image, view, number), size)
 

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cli import ArgumentParser, UserError, check_writable, read_json, run, write_json
-from p1_llava_infer import Llava, LlavaSettings, default_model, read_pictures
+from dataset import load_picture
+from p1_llava_infer import SIDE, Llava, LlavaSettings, default_model
 from p4_questions import Question, best_constants
 from significance import paired_bootstrap
 
@@ -73,11 +74,8 @@ def ask(model, questions, names, arguments):
     answers = []
     for start in tqdm(range(0, len(questions), arguments.batch_size), unit="batch", desc="asking"):
         some = slice(start, start + arguments.batch_size)
-        pictures = read_pictures([arguments.images / name for name in names[some]])
-        if unread := [f"{path} cannot be read: {picture}" for path, picture in pictures if isinstance(picture, str)]:
-            raise UserError(unread[0])
-        answers += model.answer([picture for _, picture in pictures], [question.query for question in questions[some]],
-                                LlavaSettings(max_new_tokens=12))
+        pictures = [load_picture(arguments.images / name, SIDE) for name in names[some]]
+        answers += model.answer(pictures, [question.query for question in questions[some]], LlavaSettings(max_new_tokens=12))
     return answers
 
 

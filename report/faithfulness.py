@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from captioner import Captioner
 from cli import ArgumentParser, UserError, check_writable, read_json, run, write_json
-from dataset import ImageError, load_image, read_captions
+from dataset import load_picture, read_captions
 from p2_infer import find_weights
 from p3_attention import of_words, p2_attention, peak, teacher_forced, upsample, word_maps
 from significance import paired_bootstrap
@@ -219,10 +219,7 @@ def main():
     model = Captioner.load(checkpoint, decoder_weights).to(pick_device())
     deleted, pointed, words = [], [], 0
     for number, image in enumerate(tqdm(images, unit="image")):
-        try:
-            picture = load_image(image.path, model.encoder.image_size)
-        except ImageError as error:
-            raise UserError(f"{image.path} cannot be read: {error}") from None
+        picture = load_picture(image.path, model.encoder.image_size)
         attention, = p2_attention(model, [picture])
         words += len(attention.content_words())
         deleted.append(deletion(model, picture, attention, np.random.default_rng((arguments.seed, number))))

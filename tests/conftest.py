@@ -1,7 +1,10 @@
-"""Put the repository's root on the path: the scripts are flat modules there. Where the data is; tiny data to train on."""
+"""Put the repository's root and report/ on the path: the scripts are flat modules there. Where the data is; tiny data to train on;
+scripts started as processes."""
 
 import json
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,9 +16,21 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = str(ROOT), str(ROOT / "report")
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (30, 40, 200), "yellow": (220, 210, 40)}
 VIT = "vit_tiny_patch16_224"
+DRIVER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+import encoder
+encoder.WEIGHTS_FOLDER = Path.cwd()
+import cli, {module}
+{before}
+cli.run({module}.main)
+"""
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +92,27 @@ def stopping(when):
     from training import Interruption
 
     return type("Stopping", (Interruption,), {"__bool__": lambda self: when()})
+
+
+def start(*arguments, processes=1, module="p2_train", before=""):
+    """Start a script in the current folder, with the folder's encoder weights: [process, …], as a launcher does."""
+    with open("driver.py", "w") as file:
+        file.write(DRIVER.format(root=str(ROOT), module=module, before=before))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes),
+              "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [subprocess.Popen([sys.executable, "driver.py", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else shared)
+            for rank in range(processes)]
+
+
+def finish(processes, status=0):
+    """What they wrote to stdout and to stderr, after an end with this status; the others' is 0."""
+    ends = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [status] + [0] * (len(processes) - 1), [err[-3000:] for _, err in ends]
+    return tuple("".join(texts) for texts in zip(*ends))
 
 
 def make_llava(folder, strategy):

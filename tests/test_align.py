@@ -2,15 +2,12 @@
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, stopping
+from conftest import finish, start, stopping
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -311,10 +308,7 @@ def test_what_was_trained_alone_makes_the_same_model_again(towers, data):
     for file in "config.json", "processor_config.json", "chat_template.jinja":
         assert (data / "llava" / file).read_text() == (data / "again" / file).read_text()
     changed = {name: value + 1 if "layer.0.mlp.fc1" in name else value for name, value in before.items()}
-    other = data / "other"
-    other.mkdir()
-    for file in (towers / "vision").iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
+    other = shutil.copytree(towers / "vision", data / "other")
     save_file(changed, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="other weights"):
         assemble(other, towers / "language", data / "llava" / "trained.safetensors", data / "third")
@@ -366,22 +360,11 @@ def test_stopping_changes_no_bit(towers, data, monkeypatch):
 
 
 def test_two_processes_align_as_one_with_the_language_model_sharded(towers, data):
-    with open("driver.py", "w") as file:
-        file.write(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch\ntorch.set_num_threads(1)\n"
-                   "import cli, p4_align\np4_align.LOG_STEPS = 1\ncli.run(p4_align.main)\n")
     options = ["--batch_size=4", "--stage1_epochs=1", "--stage2_epochs=1", "--instructions=questions.json",
                "--per_picture=2", "--head_sample=40", "--mix", "qa=0.5", "caption=0.5"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     for processes, more in (1, []), (2, ["--fsdp"]):
-        shared = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
-                  "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        command = [sys.executable, "driver.py", str(towers / "vision"), str(towers / "language"), f"out{processes}"]
-        started = [subprocess.Popen([*command, *options, *more], env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(processes)]
-        outputs = [process.communicate(timeout=300)[0] for process in started]
-        assert [process.returncode for process in started] == [0] * processes, outputs
+        finish(start(str(towers / "vision"), str(towers / "language"), f"out{processes}", *options, *more, processes=processes,
+                     module="p4_align", before="p4_align.LOG_STEPS = 1"))
     one, two = ([json.loads(line)["loss"] for line in open(f"out{n}.jsonl")] for n in (1, 2))
     assert len(one) == 4 and two == pytest.approx(one, abs=1e-4)
     whole, sharded = (load_file(f"out{n}/model.safetensors") for n in (1, 2))

@@ -16,8 +16,6 @@ from conftest import ROOT, make_llava
 from PIL import Image, ImageDraw
 from torch import nn
 
-sys.path.append(str(ROOT / "report"))
-
 import cli
 import faithfulness
 import p3_attention

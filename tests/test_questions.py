@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+import ask_llava
 import p4_questions
 from cli import UserError
 from dataset import read_captions
@@ -123,9 +124,6 @@ class Eyes:
 
 
 def test_a_model_is_scored_against_constants_and_other_pictures(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "report"))
-    import ask_llava
-
     entries = []
     for i in range(12):
         Image.new("RGB", (20, 20), (200, 0, 0) if i % 3 else (0, 0, 200)).save(tmp_path / f"{i}.png")
@@ -154,20 +152,14 @@ def test_a_model_is_scored_against_constants_and_other_pictures(tmp_path, monkey
     ([], ["--batch_size=0"], "at least 1"),
 ])
 def test_mistakes_in_asking_are_named_before_a_model_is_loaded(tmp_path, monkeypatch, entries, options, message):
-    monkeypatch.syspath_prepend(str(ROOT / "report"))
-    import ask_llava
-
     (tmp_path / "questions.json").write_text(json.dumps(entries))
     monkeypatch.setattr(sys, "argv", ["ask_llava.py", str(tmp_path / "questions.json"), str(tmp_path), "--model=none", *options])
     with pytest.raises(UserError, match=message):
         ask_llava.main()
 
 
-def test_shuffling_leaves_no_question_its_picture(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "report"))
-    from ask_llava import others
-
+def test_shuffling_leaves_no_question_its_picture():
     names = [f"{i // 3}.png" for i in range(30)]
     for seed in range(20):
-        dealt = others(names, seed)
+        dealt = ask_llava.others(names, seed)
         assert sorted(dealt) == sorted(names) and all(one != other for one, other in zip(dealt, names))

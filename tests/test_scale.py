@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 
@@ -13,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, VIT
+from conftest import ROOT, VIT, finish, start
 from safetensors.torch import load_file
 
+import compare
 import encoder
 import p2_train
 from captioner import CaptionerConfig, read_metadata
@@ -26,18 +25,6 @@ from training import Interruption, TrainingLog
 
 CONFIG = CaptionerConfig(encoder=VIT, image_size=32, projection_dim=64, lora_rank=2, dropout=0, projection_dropout=0,
                          patch_dropout=0)
-DRIVER = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
-import encoder
-encoder.WEIGHTS_FOLDER = Path.cwd()
-import cli, {module}
-{before}
-cli.run({module}.main)
-"""
 
 
 def settings(**changes):
@@ -58,27 +45,6 @@ def options(settings):
             else:
                 lines.append(f"--{name}={value}")
     return lines
-
-
-def start(*arguments, processes=1, module="p2_train", before=""):
-    """Start a script in the current folder, with the folder's encoder weights: [process, …], as a launcher does."""
-    with open("driver.py", "w") as file:
-        file.write(DRIVER.format(root=str(ROOT), module=module, before=before))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes),
-              "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [subprocess.Popen([sys.executable, "driver.py", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else shared)
-            for rank in range(processes)]
-
-
-def finish(processes, status=0):
-    """What they wrote to stdout and to stderr, after an end with this status; the others' is 0."""
-    ends = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [status] + [0] * (len(processes) - 1), [err[-3000:] for _, err in ends]
-    return tuple("".join(texts) for texts in zip(*ends))
 
 
 def lines(file):
@@ -461,9 +427,6 @@ def test_the_comparison_trains_scores_and_goes_on(workplace, monkeypatch, capsys
     if not (ROOT / "weights" / "tf_efficientnet_lite2.safetensors").exists():
         pytest.skip("run `bash hw3_download.sh` first")
     monkeypatch.setattr(encoder, "WEIGHTS_FOLDER", ROOT / "weights")
-    monkeypatch.syspath_prepend(str(ROOT / "report"))
-    import compare
-
     monkeypatch.setattr(compare, "STUDIES", {"peft": {"none": {"image_size": 32, "lora_rank": 0},
                                                       "lora4": {"image_size": 32, "lora_rank": 4}}})
     data = workplace / "data"

@@ -9,6 +9,7 @@ import warnings
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -314,7 +315,7 @@ class LiveFeatures:
 def fingerprint(path):
     """Size in bytes and a checksum of samples of the file: not its date, so that a copy of a dataset is the same."""
     size, checksum = path.stat().st_size, 0
-    with open(path, "rb") as file:
+    with suppress(OSError), open(path, "rb") as file:  # one that cannot be read is named when it is encoded
         for part in range(9):
             file.seek(part * max(0, size - 1024) // 8)
             checksum = zlib.crc32(file.read(1024), checksum)

@@ -34,9 +34,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from cli import ArgumentParser, UserError, add_options, check_writable, read_json, run, take_options
+from cli import ArgumentParser, UserError, add_options, check_writable, run, take_options
 from dataset import IGNORE, ahead, clean_captions, load_picture, read_captions
-from p4_questions import derive_all
+from p4_questions import derive_all, read_questions
 from training import (Interruption, Processes, TrainingLog, adamw, autocast, check_settings, cosine, load_state, pick_precision,
                       save_state, step_optimizer, what_matters)
 from weightfiles import content_hash, first_line, read_weights
@@ -201,7 +201,7 @@ def check_vision(model, name, settings):
     try:
         with torch.inference_mode():
             tokens = model(torch.zeros(1, 3, size, size)).last_hidden_state.shape[1]
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise UserError(f"{name} does not take {size} pixels: {first_line(error)}") from None
     prefix_tokens = tokens - (size // patch) ** 2
     if prefix_tokens not in (0, 1):
@@ -370,16 +370,11 @@ class Sample:
 def read_instructions(path, images):
     """An instructions file -> [(kind, Sample), …]. Raises UserError."""
     numbers, found = {image.path.name: number for number, image in enumerate(images)}, []
-    try:
-        for entry in read_json(path, "instructions file"):
-            kind, query, answer = (entry[key] for key in ("kind", "query", "answer"))
-            if not all(isinstance(text, str) for text in (kind, query, answer)):
-                raise TypeError(f"in {entry}")
-            query = " ".join(query.replace("<image>", " ").split())  # where LLaVA's own data has its picture: here it comes first
-            found.append((kind, Sample(numbers[entry["image"]], query, answer)))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a list of {{image, kind, query, answer}} about images of train.json: "
-                        f"{type(error).__name__} {first_line(error)}") from None
+    for name, question in read_questions(path):
+        if name not in numbers:
+            raise UserError(f"{path} asks about {name}, which is not in train.json")
+        query = " ".join(question.query.replace("<image>", " ").split())  # LLaVA's own data has it where the picture comes
+        found.append((question.kind, Sample(numbers[name], query, question.answer)))
     return found
 
 

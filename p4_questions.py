@@ -14,7 +14,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 
-from cli import ArgumentParser, UserError, check_writable, run, write_json
+from cli import ArgumentParser, UserError, check_writable, read_json, run, write_json
 from dataset import clean_caption, read_captions
 
 ANIMALS = {"dog", "cat", "horse", "cow", "sheep", "bird", "bear", "elephant", "goat", "camel", "duck", "monkey", "zebra", "giraffe"}
@@ -69,6 +69,17 @@ class Question:
     kind: str
     query: str
     answer: str
+
+
+def read_questions(path):
+    """A file of questions, as this script writes it -> [(file name of the image, Question), …]. Raises UserError."""
+    entries, keys = read_json(path, "questions file"), ("image", "kind", "query", "answer")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{path} is not a list of {{image, kind, query, answer}}")
+    for entry in entries:
+        if not all(isinstance(entry.get(key), str) for key in keys):
+            raise UserError(f"{path} is not a list of {{image, kind, query, answer}}, each a text: {str(entry)[:200]}")
+    return [(entry["image"], Question(*(entry[key] for key in keys[1:]))) for entry in entries]
 
 
 def words_of(caption):

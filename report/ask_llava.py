@@ -18,10 +18,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli import ArgumentParser, UserError, check_writable, read_json, run, write_json
+from cli import ArgumentParser, UserError, check_writable, run, write_json
 from dataset import load_picture
 from p1_llava_infer import SIDE, Llava, LlavaSettings, default_model
-from p4_questions import Question, best_constants
+from p4_questions import best_constants, read_questions
 from significance import paired_bootstrap
 
 
@@ -37,12 +37,8 @@ def main():
     if arguments.batch_size < 1:
         raise UserError("--batch_size must be at least 1")
     check_writable(arguments.results)
-    entries = read_json(arguments.questions, "questions file")
-    try:
-        questions = [Question(entry["kind"], entry["query"], entry["answer"]) for entry in entries]
-        names = [entry["image"] for entry in entries]
-    except (KeyError, TypeError):
-        raise UserError(f"{arguments.questions} is not a list of {{image, kind, query, answer}}") from None
+    found = read_questions(arguments.questions)
+    names, questions = [name for name, _ in found], [question for _, question in found]
     if len(set(names)) < 2:
         raise UserError(f"{arguments.questions} asks about fewer than two pictures")
     name = str(arguments.model or default_model())

@@ -50,13 +50,13 @@ def main():
     parser.add_argument("--views", type=int, default=2, help="in the cache; one is used, but compare.py's cache is found again")
     parser.add_argument("--signals", action="store_true", help="leave each signal out once, and measure what comes of it; --encoders, "
                         "--image_size and --views are given then")
-    parser.add_argument("--epochs", default="1", help="of each training, with --signals")
+    parser.add_argument("--epochs", type=float, default=1.0, help="of each training, with --signals")
     parser.add_argument("--work", type=Path, default=Path("output/signals"), help="folder for its ViTs, with --signals")
     parser.add_argument("--results", type=Path, help="the file to write; default: as above")
     arguments = parser.parse_args()
     device, data = pick_device(), arguments.data
     if arguments.signals:
-        arguments.encoders = train_without_each(data, arguments.work / f"{float(arguments.epochs):g}_epochs", arguments.epochs)
+        arguments.encoders = train_without_each(data, arguments.work / f"{arguments.epochs:g}_epochs", arguments.epochs)
         arguments.image_size, arguments.views = 112, 1
     results = arguments.results or ROOT / "report" / "results" / ("signals.json" if arguments.signals else "encoders_frozen.json")
     train = [image for image in read_captions(data / "train.json", data / "images" / "train")[:arguments.images]
@@ -70,10 +70,13 @@ def main():
     found = {"conditions": {"training_images": len(train), "validation_images": len(val),
                             "kinds": {kind: labels[1].count(kind) for kind in KINDS}}, "encoders": {}}
     if arguments.signals:
-        found["conditions"] |= {"epochs": float(arguments.epochs), "pixels": arguments.image_size}
-    for name in map(Path, arguments.encoders):
-        own_file = name if name.suffix else ROOT / "weights" / f"{name}.safetensors"
-        encoder = ImageEncoder(*(("vit_small", arguments.image_size, name) if name.suffix else (str(name), arguments.image_size)))
+        found["conditions"] |= {"epochs": arguments.epochs, "pixels": arguments.image_size}
+    for name in map(str, arguments.encoders):
+        if name.endswith(".safetensors"):
+            own_file, name = Path(name), Path(name).stem
+            encoder = ImageEncoder("vit_small", arguments.image_size, own_file)
+        else:
+            own_file, encoder = ROOT / "weights" / f"{name}.safetensors", ImageEncoder(name, arguments.image_size)
         vectors = [image_vectors(FeatureCache(encoder, [image.path for image in images], "cache", views, device=device), encoder)
                    for images, views in ((train, arguments.views), (val, 1))]
         heads = train_heads(vectors[0], texts[0], owners[0])
@@ -81,7 +84,7 @@ def main():
                  "linear": measure(heads, vectors[1], texts[1], owners[1])}
         if own := own_heads(own_file):
             entry["own"] = measure(own, vectors[1], texts[1], owners[1])
-        found["encoders"][name.stem] = entry
+        found["encoders"][name] = entry
         print(name, entry, flush=True)
     write_json(results, found)
     print_table(found["encoders"])
@@ -92,7 +95,7 @@ def train_without_each(data, work, epochs):
     files = []
     for signal in ("none", *LOSSES):
         files.append(work / f"without_{signal}.safetensors" if signal != "none" else work / "all.safetensors")
-        command = [sys.executable, str(ROOT / "p4_pretrain_vit.py"), f"--data={data}", "--sizes", "112", "--epochs", epochs,
+        command = [sys.executable, str(ROOT / "p4_pretrain_vit.py"), f"--data={data}", "--sizes", "112", "--epochs", f"{epochs:g}",
                    f"--output={files[-1]}", *([f"--{signal}=0"] if signal != "none" else [])]
         if files[-1].exists() and not files[-1].with_suffix(".state.pt").exists():
             continue

@@ -409,9 +409,10 @@ def test_instructions_that_are_none_are_refused(towers, data):
     (data / "questions.json").write_text(json.dumps([entry]))
     run = trainer(towers, mix=("qa=1",))
     assert run.batches[-1][0][0].query == "What is this?"
-    for wrong in {"image": "white.png"} | {"answer": 3}, {"image": "no.png"}, {"query": None}:
+    for wrong, message in [({"answer": 3}, "not a list of"), ({"query": None}, "not a list of"),
+                           ({"image": "no.png"}, "asks about no.png, which is not in train.json")]:
         (data / "questions.json").write_text(json.dumps([entry | wrong]))
-        with pytest.raises(UserError, match="not a list of"):
+        with pytest.raises(UserError, match=message):
             trainer(towers)
 
 
@@ -428,8 +429,9 @@ def test_vision_models_that_do_not_fit_are_refused(towers, data):
         BitImageProcessor().save_pretrained(data / name)
     with pytest.raises(UserError, match="5 tokens before those of its patches"):
         build(data / "registers", towers / "language", settings())
-    with pytest.raises(UserError, match="does not take 42 pixels"):
-        build(data / "clip", towers / "language", settings(image_size=42))
+    for name in "clip", "siglip":
+        with pytest.raises(UserError, match="does not take 42 pixels"):
+            build(data / name, towers / "language", settings(image_size=42))
     for name in "clip", "siglip":  # with a class token, and without one
         assert Trainer(data / name, towers / "language", f"{name}_llava", settings(stage1_epochs=1, stage2_epochs=0)).fit()
         answers = Llava(data / f"{name}_llava").answer([Image.new("RGB", (50, 40))], ["Well?"], LlavaSettings(max_new_tokens=3))

@@ -432,6 +432,10 @@ def test_unreadable_training_images_are_all_named_at_once(vit, photos, tmp_path)
     photos[6].write_bytes(b"")
     with pytest.raises(UserError, match="^2 images cannot be read, .*2.jpg: .*truncated.*6.jpg: the file is empty$"):
         cache_of(vit, photos, tmp_path / "cache")
+    photos[4].unlink()
+    photos[4].mkdir()  # which nobody may open
+    with pytest.raises(UserError, match="^3 images cannot be read, .*4.jpg: .*"):
+        cache_of(vit, photos, tmp_path / "cache")
 
 
 def test_two_runs_that_want_one_cache_build_it_once(vit, photos, tmp_path):

@@ -406,7 +406,7 @@ def test_encoders_are_measured_with_each_signal_left_out(settings, tmp_path, mon
     command = ["measure_encoders.py", f"--data={data}", "--signals", f"--work={work}", f"--results={tmp_path / 'found.json'}"]
     monkeypatch.setattr(sys, "argv", command)
     measure_encoders.main()
-    measure_encoders.train_without_each(data, work / "1_epochs", "1")  # nothing is trained a second time
+    measure_encoders.train_without_each(data, work / "1_epochs", 1.0)  # nothing is trained a second time
     assert trained == [[], ["--distillation=0"], ["--contrast=0"], ["--caption=0"]]
     found = json.loads((tmp_path / "found.json").read_text())
     assert [*found["encoders"]] == ["all", "without_distillation", "without_contrast", "without_caption"]

@@ -148,6 +148,7 @@ def test_a_model_is_scored_against_constants_and_other_pictures(tmp_path, monkey
 @pytest.mark.parametrize("entries, options, message", [
     ([{"image": "a.png", "kind": "colour", "query": "?"}], [], "not a list of"),
     ({"a": 1}, [], "not a list of"),
+    ([{"image": "a.png", "kind": "count", "query": "?", "answer": 1}] * 2, [], "each a text"),
     ([{"image": "a.png", "kind": "count", "query": "?", "answer": "One."}] * 2, [], "fewer than two pictures"),
     ([], ["--batch_size=0"], "at least 1"),
 ])

@@ -5,7 +5,7 @@
 
 Each question is asked about its picture, and about another question's; beside it stands the best that a constant answer for
 each kind of question can do, chosen with these very questions in hand. Intervals are of the paired bootstrap over questions.
-Writes report/results/llava_questions.json.
+Writes the accuracies to report/results/llava_questions.json, and every answer where --answers says.
 """
 
 import re
@@ -33,10 +33,12 @@ def main():
     parser.add_argument("--batch_size", type=int, default=8, help="questions at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffling")
     parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "llava_questions.json", help="to write")
+    parser.add_argument("--answers", type=Path, help="file for every question with its answers")
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         raise UserError("--batch_size must be at least 1")
-    check_writable(arguments.results)
+    for file in filter(None, (arguments.results, arguments.answers)):
+        check_writable(file)
     found = read_questions(arguments.questions)
     names, questions = [name for name, _ in found], [question for _, question in found]
     if len(set(names)) < 2:
@@ -49,9 +51,10 @@ def main():
     answers["constant"] = [constants[question.kind] for question in questions]
     right = {who: np.array([same(text, question.answer) for text, question in zip(texts, questions)], np.float64)
              for who, texts in answers.items()}
-    found = {"model": name, "questions": len(questions), "accuracy": {}, "gain of the own picture, 95%": {}, "answers": [
-        {"image": image} | vars(question) | {who: texts[i] for who, texts in answers.items()}
-        for i, (image, question) in enumerate(zip(names, questions))]}
+    if arguments.answers:
+        write_json(arguments.answers, [{"image": image} | vars(question) | {who: texts[i] for who, texts in answers.items()}
+                                       for i, (image, question) in enumerate(zip(names, questions))])
+    found = {"model": name, "questions": len(questions), "accuracy": {}, "gain of the own picture, 95%": {}}
     kinds = {"all": np.full(len(questions), True)}
     kinds |= {kind: np.array([question.kind == kind for question in questions]) for kind in sorted(constants)}
     print(f"| kind | questions | {' | '.join(answers)} |\n|{'---|' * (2 + len(answers))}")

@@ -132,7 +132,8 @@ def test_a_model_is_scored_against_constants_and_other_pictures(tmp_path, monkey
     (tmp_path / "questions.json").write_text(json.dumps(entries))
     monkeypatch.setattr(ask_llava, "Llava", Eyes)
     monkeypatch.setattr(sys, "argv", ["ask_llava.py", f"{tmp_path / 'questions.json'}", str(tmp_path), "--model=eyes",
-                                      "--batch_size=5", f"--results={tmp_path / 'found.json'}"])
+                                      "--batch_size=5", f"--results={tmp_path / 'found.json'}",
+                                      f"--answers={tmp_path / 'answers.json'}"])
     ask_llava.main()
     found = json.loads((tmp_path / "found.json").read_text())
     colour, count = found["accuracy"]["colour"], found["accuracy"]["count"]
@@ -142,7 +143,9 @@ def test_a_model_is_scored_against_constants_and_other_pictures(tmp_path, monkey
     assert found["accuracy"]["all"]["own picture"] == pytest.approx(21 / 24)
     gain = found["gain of the own picture, 95%"]["over constant"]
     assert gain["value"] == pytest.approx(4 / 24) and 0 < gain["low"] <= gain["high"]
-    assert found["answers"][0]["own picture"] == " BLUE " and "| all | 24 | 0.875 |" in capsys.readouterr().out
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert len(answers) == 24 and answers[0]["own picture"] == " BLUE " and answers[0]["answer"] == "Blue."
+    assert "| all | 24 | 0.875 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("entries, options, message", [

@@ -314,8 +314,8 @@ def fetch_llava(accepted):
         raise UserError(f"the small LLaVA speaks through Gemma 3 270M, which comes under the terms of {GEMMA_TERMS}: "
                         "read them, and if you accept them run `bash hw3_download.sh llava --accept_gemma_terms`")
     if lacking := [path.name for path in (vision, trained) if not path.exists()]:
-        raise UserError(f"weights/{lacking[0]} is missing, which is trained here and needed beside Gemma: see the README, "
-                        "\"A LLaVA of your own\"")
+        raise UserError(f"weights/{lacking[0]} is missing, which comes with this repository: `git checkout -- weights` brings it "
+                        "back")
     if (WEIGHTS / GEMMA).exists():
         print(f"weights/{GEMMA} is already there")
     else:

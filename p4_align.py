@@ -56,6 +56,7 @@ FIT_PICTURES = 32  # that a fresh projection is fitted to
 class Settings:
     data: str = "data"
     instructions: str = ""
+    init: str = ""
     mix: tuple = ("qa=0.6", "relation=0.2", "detail=0.2", "caption=0")
     projection: str = "mlp"
     image_size: int = 0
@@ -107,6 +108,7 @@ class Settings:
 HELP = dict(
     data="folder with train.json and images/train",
     instructions="JSON list of {image, kind, query, answer} for stage 2; default: derived from the captions (p4_questions.py)",
+    init="trained.safetensors of an earlier run of the same models and layers, to start from",
     mix="parts of stage 2: qa, relation, detail, caption, or other kinds of the instructions",
     projection="linear, or mlp: two layers",
     image_size="pixels a side; 0: the vision model's own", vision_layer="whose output the projection takes; -1: the last",
@@ -443,10 +445,15 @@ class Trainer:
         self.groups = instruction_samples(settings, self.images) if settings.stage2_epochs else {}
         self.model, self.processor = build(vision_name, language_name, settings)
         self.trained = trained_parameters(self.model, settings.train_vision_layers)
-        first = [load_picture(image.path, self.size()) for image in self.images[:FIT_PICTURES]]
-        fit_projection(self.model, self.processor.image_processor(first, return_tensors="pt")["pixel_values"])
-        self.before, self.after = query_form(self.processor.tokenizer, self.model.config.text_config.model_type)
         self.frozen = frozen_hash(self.model, self.trained)
+        if settings.init:
+            state, training = read_trained(settings.init)
+            check_trained(settings.init, state, training, self.trained, self.frozen, self.names)
+            self.model.load_state_dict(state, strict=False)
+        else:
+            first = [load_picture(image.path, self.size()) for image in self.images[:FIT_PICTURES]]
+            fit_projection(self.model, self.processor.image_processor(first, return_tensors="pt")["pixel_values"])
+        self.before, self.after = query_form(self.processor.tokenizer, self.model.config.text_config.model_type)
         if self.device == "cuda":  # what is frozen needs no more than half precision
             for name, parameter in self.model.named_parameters():
                 if name not in self.trained:
@@ -669,18 +676,30 @@ def check_folder(folder):
 def assemble(vision_name, language_name, trained_file, folder):
     """Write the LLaVA of two models and of the trained.safetensors that a run of this script left. Raises UserError."""
     check_folder(folder := Path(folder))
-    trained = read_weights(trained_file, "trained part of a LLaVA")
-    with safe_open(trained_file, "pt") as file:
-        training = json.loads((file.metadata() or {}).get("training", "{}"))
-    if "frozen weights" not in training:
-        raise UserError(f"{trained_file} is not the trained part of a LLaVA, as p4_align.py writes it")
+    trained, training = read_trained(trained_file)
     settings = Settings(**{field.name: training[field.name] for field in fields(Settings) if field.name in training})
     model, processor = build(vision_name, language_name, settings)
-    if trained.keys() != trained_parameters(model, settings.train_vision_layers).keys():
-        raise UserError(f"{trained_file} does not fit {vision_name} with {language_name}")
-    if frozen_hash(model, trained) != training["frozen weights"]:
-        raise UserError(f"{trained_file} was trained with other weights than those of {vision_name} with {language_name}")
+    check_trained(trained_file, trained, training, trained_parameters(model, settings.train_vision_layers),
+                  frozen_hash(model, trained), (vision_name, language_name))
     write_llava(model, processor, folder, trained, training)
+
+
+def read_trained(file):
+    """A trained.safetensors -> {name: tensor} and how it was trained. Raises UserError."""
+    state = read_weights(file, "trained part of a LLaVA")
+    with safe_open(file, "pt") as content:
+        training = json.loads((content.metadata() or {}).get("training", "{}"))
+    if "frozen weights" not in training:
+        raise UserError(f"{file} is not the trained part of a LLaVA, as p4_align.py writes it")
+    return state, training
+
+
+def check_trained(file, state, training, parameters, frozen, names):
+    """Raise UserError unless what `read_trained` gave is of these parameters, and was trained beside these frozen weights."""
+    if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in parameters.items()}:
+        raise UserError(f"{file} does not fit {names[0]} with {names[1]}, or other layers were trained")
+    if frozen != training["frozen weights"]:
+        raise UserError(f"{file} was trained with other weights than those of {names[0]} with {names[1]}")
 
 
 def frozen_hash(model, trained):

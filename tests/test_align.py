@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import finish, start, stopping
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import p4_align
@@ -316,6 +317,42 @@ def test_what_was_trained_alone_makes_the_same_model_again(towers, data):
         assemble(towers / "vision", towers / "language", data / "llava" / "trained.safetensors", data / "again")
     with pytest.raises(UserError, match="not the trained part"):
         assemble(towers / "vision", towers / "language", data / "llava" / "model.safetensors", data / "third")
+
+
+def test_a_run_starts_from_what_an_earlier_one_trained(towers, data):
+    first = trainer(towers, "first", train_vision_layers=1, stage1_epochs=40, stage2_epochs=0, batch_size=8, learning_rate=1e-2)
+    assert first.fit()
+    file = data / "first" / "trained.safetensors"
+    known, fresh = (trainer(towers, "second", train_vision_layers=1, stage1_epochs=0, stage2_epochs=1, init=init)
+                    for init in (str(file), ""))
+    trained = load_file(file)
+    assert all(torch.equal(value.detach(), trained[name].float()) for name, value in known.trained.items())
+    captions = [[Sample(number, "", CAPTIONS[name])] for number, name in enumerate(COLOURS)]
+    losses = [answer_loss(run.model, run.collate(captions)).item() for run in (first, known, fresh)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] < losses[2] / 2
+    assert known.fit()
+    further = load_file(data / "second" / "trained.safetensors")
+    assert not any(torch.equal(value, trained[name]) for name, value in further.items() if "projector" in name)
+    assemble(towers / "vision", towers / "language", data / "second" / "trained.safetensors", data / "again")
+    whole, again = (load_file(data / name / "model.safetensors") for name in ("second", "again"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_what_does_not_belong_to_a_run_is_no_start(towers, data):
+    trainer(towers, "first", stage1_epochs=1, stage2_epochs=0).fit()
+    file = str(data / "first" / "trained.safetensors")
+    for changes in {"train_vision_layers": 1}, {"projection": "linear"}:
+        with pytest.raises(UserError, match="does not fit"):
+            trainer(towers, init=file, **changes)
+    with pytest.raises(UserError, match="not the trained part"):
+        trainer(towers, init=str(data / "first" / "model.safetensors"))
+    with pytest.raises(UserError, match="does not exist"):
+        trainer(towers, init="nothing.safetensors")
+    with safe_open(file, "pt") as content:
+        training = json.loads(content.metadata()["training"]) | {"frozen weights": "others"}
+    save_file(load_file(file), "other.safetensors", {"training": json.dumps(training)})
+    with pytest.raises(UserError, match="other weights"):
+        trainer(towers, init="other.safetensors")
 
 
 def test_a_vit_of_this_repository_is_a_vision_tower(towers, data):

@@ -19,7 +19,7 @@ import io
 import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -520,7 +520,8 @@ def main():
     parser.add_argument("--decoder_weights", help="p2: GPT-2 weights (default: the embedded model's)")
     parser.add_argument("--checkpoint", help="p2: what p2_train.py wrote (default: the newest trained with the decoder)")
     parser.add_argument("--instruction", default=LlavaSettings.instruction, help="LLaVA: what it is told beside the picture")
-    parser.add_argument("--beam_size", type=int, default=3, help="beams of the search, 1: greedy")
+    parser.add_argument("--beam_size", type=int, help="beams of the search, 1: greedy; default: what captions are made with, "
+                        f"{GenerationConfig.beam_size} for p2 and {LlavaSettings.num_beams} for LLaVA")
     parser.add_argument("--layer", type=layer_or_head, default="mean", help="of the panels: its number, or mean")
     parser.add_argument("--head", type=layer_or_head, default="mean", help="its number, or mean")
     parser.add_argument("--rollout", action="store_true",
@@ -529,8 +530,10 @@ def main():
                         help="for patches that every word attends to: divide by, or subtract, the mean over words")
     parser.add_argument("--scale", choices=SCALES, default="panel", help="of the colours: each panel's own, or one for all")
     arguments = parser.parse_args()
-    generation = GenerationConfig(arguments.beam_size)
-    settings = LlavaSettings(arguments.instruction, num_beams=arguments.beam_size)
+    generation, settings = GenerationConfig(), LlavaSettings(arguments.instruction)
+    if arguments.beam_size is not None:
+        generation = replace(generation, beam_size=arguments.beam_size)
+        settings = replace(settings, num_beams=arguments.beam_size)
     llava = arguments.model != "p2"
     if llava and (arguments.rollout or arguments.decoder_weights or arguments.checkpoint):
         raise UserError("--rollout, --decoder_weights and --checkpoint are for p2's model, not for LLaVA")

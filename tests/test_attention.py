@@ -439,10 +439,16 @@ class Short(LlavaSettings):
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # it babbles control characters
 def test_llavas_figures_come_from_the_shell(llava, tmp_path, monkeypatch, capsys):
-    noise(3, (90, 60)).save(tmp_path / "a.png")
+    picture = noise(3, (90, 60))
+    picture.save(tmp_path / "a.png")
     monkeypatch.setattr(p3_attention, "Llava", lambda name, attention: llava)
     monkeypatch.setattr(p3_attention, "LlavaSettings", Short)
-    assert command(monkeypatch, p3_attention, tmp_path / "a.png", tmp_path / "out", "--model", "x", "--beam_size", 1) == 0
+    asked = []
+    monkeypatch.setattr(p3_attention, "llava_attention", lambda *arguments: asked.append(arguments[2]) or llava_attention(*arguments))
+    for more in [], ["--beam_size", 3]:
+        assert command(monkeypatch, p3_attention, tmp_path / "a.png", tmp_path / "out", "--model", "x", *more) == 0
+        assert capsys.readouterr().out == f"a.png  {llava.answer([picture], [Short.instruction], asked[-1])[0]}\n"
+    assert [settings.num_beams for settings in asked] == [1, 3]  # greedy, if nothing is said, as hw3_1.sh
     assert len(list((tmp_path / "out").iterdir())) == 6
 
 

@@ -66,6 +66,7 @@ class ImageEncoder(nn.Module):
         self.model = self._load(name, config, size, weights)
         self.model.eval().requires_grad_(False)
         self.is_vit = hasattr(self.model, "num_prefix_tokens")
+        self.resampled = self.is_vit and self.image_size != own_size
         if self.is_vit:
             self.grid = tuple(self.model.patch_embed.grid_size)
             patch = self.model.patch_embed.patch_size[0]
@@ -126,8 +127,12 @@ class ImageEncoder(nn.Module):
 
     @cached_property
     def weights_hash(self):
-        """Content hash of the backbone's weights; a checkpoint records it."""
-        return content_hash(self.model.state_dict())
+        """Content hash of the backbone's weights; a checkpoint records it.
+
+        Without position embeddings where they were resampled to another size: that gives other bits on another machine.
+        """
+        return content_hash({name: value for name, value in self.model.state_dict().items()
+                             if not (self.resampled and "pos_embed" in name)})
 
     def preprocess(self, image):
         """RGB PIL image of any size -> uint8 tensor (3, S, S): the whole picture, aspect ignored, bicubic."""

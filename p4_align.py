@@ -437,6 +437,7 @@ class Trainer:
         check_folder(self.output)
         self.state_file = self.output.with_name(f"{self.output.name}.state.pt")
         check_writable(self.state_file)
+        start = read_trained(settings.init) if settings.init else None
         data = Path(settings.data)
         self.images = [image for image in read_captions(data / "train.json", data / "images" / "train")
                        if clean_captions(image)]
@@ -446,10 +447,9 @@ class Trainer:
         self.model, self.processor = build(vision_name, language_name, settings)
         self.trained = trained_parameters(self.model, settings.train_vision_layers)
         self.frozen = frozen_hash(self.model, self.trained)
-        if settings.init:
-            state, training = read_trained(settings.init)
-            check_trained(settings.init, state, training, self.trained, self.frozen, self.names)
-            self.model.load_state_dict(state, strict=False)
+        if start:
+            check_trained(settings.init, *start, self.trained, self.frozen, self.names)
+            self.model.load_state_dict(start[0], strict=False)
         else:
             first = [load_picture(image.path, self.size()) for image in self.images[:FIT_PICTURES]]
             fit_projection(self.model, self.processor.image_processor(first, return_tensors="pt")["pixel_values"])

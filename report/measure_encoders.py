@@ -92,7 +92,8 @@ def main():
         entry = {"5-nearest-neighbour accuracy": neighbours(*vectors, *labels),
                  "linear": measure(heads, vectors[1], texts[1], owners[1])}
         if cifar10:
-            rows = [picture_vectors(pictures, encoder.to(device), device) for pictures, _ in cifar10]
+            encoder.to(device)
+            rows = [picture_vectors(pictures, encoder) for pictures, _ in cifar10]
             entry["CIFAR-10, 5-nearest-neighbour accuracy"] = neighbours(*rows, *(names for _, names in cifar10))
         if own := own_heads(own_file):
             entry["own"] = measure(own, vectors[1], texts[1], owners[1])
@@ -137,12 +138,12 @@ def kind_of(captions):
 
 def image_vectors(features, encoder):
     """One vector for each image (n, D), of cached features."""
-    return torch.stack([pooled(torch.from_numpy(rows[0].astype(np.float32)), encoder) for rows in features.data])
+    return torch.stack([torch.from_numpy(telling(rows[0], encoder).astype(np.float32)).mean(0) for rows in features.data])
 
 
-def pooled(tokens, encoder):
-    """Tokens (..., N, D) -> (..., D): the class token, or the mean over the map."""
-    return tokens[..., 0, :] if encoder.num_prefix_tokens else tokens.mean(-2)
+def telling(tokens, encoder):
+    """Of tokens (..., N, D) those whose mean is the image's vector: the class token alone, or a CNN's whole map."""
+    return tokens[..., :1, :] if encoder.num_prefix_tokens else tokens
 
 
 def read_cifar10(folder):
@@ -160,11 +161,13 @@ def read_cifar10(folder):
 
 
 @torch.inference_mode()
-def picture_vectors(pictures, encoder, device, batch_size=32):
+def picture_vectors(pictures, encoder, batch_size=32):
     """One vector for each PIL picture (n, D)."""
-    return torch.cat([pooled(encoder(torch.stack([encoder.preprocess(picture) for picture in pictures[start:start + batch_size]])
-                                     .to(device)), encoder).cpu()
-                      for start in tqdm(range(0, len(pictures), batch_size), desc="CIFAR-10", unit="batch")])
+    vectors = []
+    for start in tqdm(range(0, len(pictures), batch_size), desc="CIFAR-10", unit="batch"):
+        pixels = torch.stack([encoder.preprocess(picture) for picture in pictures[start:start + batch_size]])
+        vectors.append(telling(encoder(pixels.to(encoder.mean.device)), encoder).mean(-2).cpu())
+    return torch.cat(vectors)
 
 
 def train_heads(images, texts, owners, steps=600, batch=512):

@@ -87,7 +87,7 @@ def training_speed(data, steps, images_a_step=8):
         images = read_captions(folder / "data" / "train.json", folder / "data" / "images" / "train")
         captions = sum(len(image.captions) for image in images)
         seconds = {}
-        original, p2_train.ImageEncoder = p2_train.ImageEncoder, lambda *arguments: encoder
+        original, captioner.load_encoder = captioner.load_encoder, lambda *arguments: encoder
         try:
             for name, part, cache in (("warm", "few", ""), ("cached", "data", str(folder / "cache")), ("encoding", "data", "")):
                 trainer = p2_train.Trainer(config, p2_train.Settings(
@@ -95,7 +95,7 @@ def training_speed(data, steps, images_a_step=8):
                     decoder=str(EMBEDDED_DECODER), epochs=1, scst_epochs=0, selection=0, batch_size=images_a_step))
                 seconds[name], _ = timed(trainer.fit)
         finally:
-            p2_train.ImageEncoder = original
+            captioner.load_encoder = original
         del seconds["warm"]
         trained = trainer.model.num_trained()
         hugging_face, trained_there = hugging_face_trainer(images, images_a_step * 5, trainer.model.decoder.config, folder, device)

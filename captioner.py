@@ -20,7 +20,7 @@ from torch import nn
 from cli import UserError, write_whole
 from dataset import IGNORE, collate
 from decoder import ADAPTER_PLACES, Block, Cache, Decoder, DecoderConfig, LayerContext, init_weights
-from encoder import WEIGHTS_FOLDER, ImageEncoder
+from encoder import EMBEDDED, WEIGHTS_FOLDER, load_encoder
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import check_settings
 from weightfiles import first_line, read_weights
@@ -35,8 +35,9 @@ MAX_TRAINED = 35_000_000
 class CaptionerConfig:
     """What joins the encoder to the decoder. With the two weight files it rebuilds the model."""
 
-    encoder: str = "tf_efficientnet_lite2"
+    encoder: str = EMBEDDED
     image_size: int = 0  # 0: the encoder's own
+    encoder_levels: int = 0  # a CNN's feature maps that make a token; 0: the encoder's own number
     fusion: str = "cross"  # cross-attention, or "prefix": image tokens before the text
     projection_layers: int = 0  # transformer layers over the image tokens; 0: a linear projection
     projection_dim: int = 384  # under fusion "prefix", the decoder's width instead
@@ -58,6 +59,9 @@ class CaptionerConfig:
         # Lists on the command line and in a checkpoint.
         self.lora_targets, self.adapter_places = tuple(self.lora_targets), tuple(self.adapter_places)
         check_settings(self, (), ("projection_dropout", "patch_dropout", "dropout", "lora_dropout"))
+
+    def load_encoder(self, weights=None):
+        return load_encoder(self.encoder, self.image_size, self.encoder_levels, weights)
 
     def load_decoder(self, path):
         """The frozen decoder of a GPT-2 state dict, with what this configuration adds to it."""
@@ -150,7 +154,7 @@ class Captioner(nn.Module):
 
     def __init__(self, config, encoder, decoder, token_ids=None):
         super().__init__()
-        self.config = replace(config, image_size=encoder.image_size)
+        self.config = replace(config, image_size=encoder.image_size, encoder_levels=encoder.levels)
         self.decoder = decoder
         # Rows of zeros are tokens that the decoder itself never met: it cannot say them.
         known = decoder.wte.weight.any(1).nonzero().squeeze(1)
@@ -402,9 +406,9 @@ class Captioner(nn.Module):
         """
         metadata = read_metadata(checkpoint)
         state = read_weights(checkpoint, "checkpoint")
-        config = CaptionerConfig(**metadata["model"])
+        config = CaptionerConfig(**{"encoder_levels": 1} | metadata["model"])  # of checkpoints that say nothing of levels
         decoder = config.load_decoder(decoder_weights)
-        encoder = encoder or ImageEncoder(config.encoder, config.image_size)
+        encoder = encoder or config.load_encoder()
         check_hashes(checkpoint, metadata, decoder, decoder_weights, encoder)
         try:
             token_ids = state.pop("token_ids").long()

@@ -335,7 +335,7 @@ class FeatureCache:
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor() as pool:
             images = [(path.name, *found) for path, found in zip(paths, pool.map(fingerprint, paths))]
-        key = json.dumps([encoder.name, encoder.weights_hash, encoder.image_size, device, views, images])
+        key = json.dumps([encoder.name, encoder.weights_hash, encoder.image_size, encoder.dim, device, views, images])
         self.file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
         shape = (len(paths), views, encoder.num_tokens, encoder.dim)
         progress_file = self.file.with_suffix(".json")

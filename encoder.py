@@ -1,13 +1,14 @@
-"""The frozen image encoder: a timm ViT, or a timm CNN whose feature map is the patch grid.
+"""The frozen image encoder: a timm ViT, or a timm CNN whose feature map is the patch grid, or several side by side.
 
-    encoder = ImageEncoder("tf_efficientnet_lite2")
+    encoder = load_encoder("tf_efficientnet_lite2")
     tokens = encoder(torch.stack([encoder.preprocess(image) for image in images]))   # (B, N, D)
 
 The CNN gives the hybrid of Dosovitskiy et al. 2021, section 3.1 (https://arxiv.org/abs/2010.11929):
-each cell of its last feature map is one patch token.
+each cell of its last feature map is one patch token. Earlier maps, and other CNNs, add channels to it.
 """
 
 import copy
+import hashlib
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -24,12 +26,19 @@ from dataset import squeeze
 from weightfiles import content_hash, first_line, read_weights
 
 WEIGHTS_FOLDER = Path(__file__).resolve().parent / "weights"
+EMBEDDED = "tf_efficientnet_lite2+tf_efficientnet_lite1"  # the embedded captioner's, which hw3_download.py fetches
 # Pixels that a CNN takes at a time on a CPU, so that its feature maps stay in the cache: 8 images at 224², 4 at 288².
 CPU_PIXELS = 8 * 224**2
 # Models of this repository's own: the timm architecture that their weights fill, at 224 pixels.
 OWN = {"vit_small": "vit_small_patch14_dinov2",  # p4_pretrain_vit.py
        "vit_small_focus": "vit_small_patch14_dinov2"}  # what that starts from
 HEADS = "image_projection", "text_projection"  # in their files as well: they lead to the space that images share with texts
+
+
+def load_encoder(name, image_size=None, levels=0, weights=None):
+    """The encoder of that name: an ImageEncoder, or for names joined by `+` a JoinedEncoder. Raises UserError."""
+    encoders = [ImageEncoder(part, image_size, weights, levels) for part in name.split("+")]
+    return encoders[0] if len(encoders) == 1 else JoinedEncoder(encoders)
 
 
 class ImageEncoder(nn.Module):
@@ -42,13 +51,19 @@ class ImageEncoder(nn.Module):
             larger size than it was trained at (Touvron et al. 2019, https://arxiv.org/abs/1906.06423).
         weights: a file of timm's tensors; None: `weights/<name>.*` if there, else the model hub;
             "random": untrained (for tests).
+        levels: of a CNN, how many of its feature maps make a token, the last one and those at the ends of the stages
+            before it; 0: three, or as many as there are. Earlier maps are finer and know more of colour and texture; they
+            are averaged over the last one's cells and normalised there, since their scales differ (hypercolumns: Hariharan
+            et al. 2015, arXiv:1411.5752). A ViT has one level.
 
-    Attributes: `name`, `image_size`, `dim` (D), `grid` (rows, columns of patches), `num_prefix_tokens`
+    Attributes: `name`, `image_size`, `levels`, `dim` (D), `grid` (rows, columns of patches), `num_prefix_tokens`
     (class and register tokens, which stand before the patches).
     """
 
-    def __init__(self, name, image_size=None, weights=None):
+    def __init__(self, name, image_size=None, weights=None, levels=1):
         super().__init__()
+        if levels < 0:
+            raise UserError(f"encoder_levels is {levels}, but must be at least 0")
         architecture = OWN.get(name, name)
         try:
             config = timm.get_pretrained_cfg(architecture, allow_unregistered=False) if timm.is_model(architecture) else None
@@ -67,6 +82,7 @@ class ImageEncoder(nn.Module):
         self.model = self._load(name, config, size, weights)
         self.model.eval().requires_grad_(False)
         self.is_vit = hasattr(self.model, "num_prefix_tokens")
+        self.dim, self.stages = self.model.num_features, []
         if self.is_vit:
             self.grid = tuple(self.model.patch_embed.grid_size)
             patch = self.model.patch_embed.patch_size[0]
@@ -79,10 +95,16 @@ class ImageEncoder(nn.Module):
             if features.ndim != 4 or features.shape[1] != self.model.num_features:
                 raise UserError(f"{name} is neither a ViT nor a CNN with one feature map")
             self.grid = tuple(features.shape[2:])
+            if levels != 1:
+                channels = self.find_stages()
+                self.stages = list(channels)[:(levels or 3) - 1]
+                self.dim += sum(channels[stage] for stage in self.stages)
             if not features.is_meta:
                 self.weights_hash  # of the weights as they came
                 self.model = without_batch_norm(self.model, self.image_size)
-        self.dim = self.model.num_features
+        self.levels = 1 + len(self.stages)
+        if levels > self.levels:
+            raise UserError(f"encoder_levels is {levels}, but {name} has {self.levels}")
         self.num_prefix_tokens = self.model.num_prefix_tokens if self.is_vit else 0
         self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1) * 255, persistent=False)
@@ -92,8 +114,8 @@ class ImageEncoder(nn.Module):
         if weights is None:
             files = [WEIGHTS_FOLDER / f"{name}{suffix}" for suffix in (".safetensors", ".bin", ".pth")]
             weights = next((file for file in files if file.is_file()), None)
-        if weights is None and name == "tf_efficientnet_lite2":
-            raise UserError("the embedded encoder's weights are not here yet: run `bash hw3_download.sh`")
+        if weights is None and name in EMBEDDED.split("+"):
+            raise UserError(f"the embedded encoder's weights {name} are not here yet: run `bash hw3_download.sh`")
         if weights is None and name in OWN:
             raise UserError(f"{WEIGHTS_FOLDER / name}.safetensors is not here: run `bash hw3_download.sh vit`, and for "
                             "vit_small p4_pretrain_vit.py")
@@ -117,9 +139,24 @@ class ImageEncoder(nn.Module):
             raise UserError(f"{weights} does not hold the weights of timm's {name}: {first_line(error)}") from None
         return model
 
+    def find_stages(self):
+        """The stages whose maps come before the last one, last first, with their numbers of channels: {stage: channels}"""
+        if not hasattr(self.model, "forward_intermediates"):
+            return {}
+        with torch.inference_mode():
+            last, maps = self.model.forward_intermediates(torch.zeros(1, 3, self.image_size, self.image_size))
+        if maps[-1].shape == last.shape:  # no layer stands behind the last stage
+            maps.pop()
+        return {stage: maps[stage].shape[1] for stage in reversed(range(len(maps)))}
+
     def train(self, mode=True):
         """Frozen: dropout and batch statistics never switch on."""
         return super().train(False)
+
+    @property
+    def first(self):
+        """Itself; of a JoinedEncoder, the first part."""
+        return self
 
     @property
     def num_tokens(self):
@@ -146,8 +183,56 @@ class ImageEncoder(nn.Module):
         x = (images.to(self.mean.dtype) - self.mean) / self.std
         if self.is_vit:
             return self.model.forward_features(x)  # (B, N, D)
-        x = self.model.forward_features(x.contiguous(memory_format=torch.channels_last))  # (B, D, rows, columns)
-        return x.flatten(2).transpose(1, 2)
+        x = x.contiguous(memory_format=torch.channels_last)
+        if not self.stages:
+            return cells(self.model.forward_features(x))
+        last, maps = self.model.forward_intermediates(x, indices=self.stages[::-1])
+        earlier = (cells(F.adaptive_avg_pool2d(part, self.grid)) for part in reversed(maps))
+        return torch.cat([cells(last), *(F.layer_norm(part, part.shape[-1:]) for part in earlier)], -1)
+
+
+def cells(x):
+    """A feature map (B, D, rows, columns) -> its cells, row by row (B, N, D)"""
+    return x.flatten(2).transpose(1, 2)
+
+
+class JoinedEncoder(nn.Module):
+    """Several ImageEncoders that look at one picture: a token is all their channels of one patch, side by side.
+
+    Networks that learnt apart know different things, and a projection learns what to take from which.
+    Attributes, `preprocess` and `forward` are those of an ImageEncoder. Raises UserError unless their patches are the same.
+    """
+
+    def __init__(self, encoders):
+        super().__init__()
+        self.parts = nn.ModuleList(encoders)
+        first = self.first
+        for part in encoders[1:]:
+            if (part.image_size, part.grid, part.num_prefix_tokens) != (first.image_size, first.grid, first.num_prefix_tokens):
+                raise UserError(f"{first.name} and {part.name} cannot be joined: their patches are {first.grid} of "
+                                f"{first.image_size} pixels and {part.grid} of {part.image_size}, with "
+                                f"{first.num_prefix_tokens} and {part.num_prefix_tokens} prefix tokens")
+        self.name = "+".join(part.name for part in encoders)
+        self.dim = sum(part.dim for part in encoders)
+        self.image_size, self.levels, self.grid = first.image_size, first.levels, first.grid
+        self.num_prefix_tokens, self.num_tokens, self.preprocess = first.num_prefix_tokens, first.num_tokens, first.preprocess
+
+    @property
+    def first(self):
+        return self.parts[0]
+
+    @property
+    def mean(self):
+        return self.first.mean
+
+    @cached_property
+    def weights_hash(self):
+        """Content hash of the hashes of its parts."""
+        return hashlib.sha256(" ".join(part.weights_hash for part in self.parts).encode()).hexdigest()
+
+    def forward(self, images):
+        """uint8 images (B, 3, S, S) -> tokens (B, N, D)"""
+        return torch.cat([part(images) for part in self.parts], -1)
 
 
 def without_batch_norm(model, image_size):

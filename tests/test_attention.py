@@ -41,7 +41,7 @@ class Squares(nn.Module):
     Dark is as far from zero as bright: a normalisation then leaves the place as it is, and only who attends learns it.
     """
 
-    name, weights_hash, image_size, grid, dim, num_tokens, num_prefix_tokens = "squares", "", 32, (4, 4), 17, 16, 0
+    name, weights_hash, image_size, levels, grid, dim, num_tokens, num_prefix_tokens = "squares", "", 32, 1, (4, 4), 17, 16, 0
     preprocess = ImageEncoder.preprocess
 
     def forward(self, images):

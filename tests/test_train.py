@@ -4,12 +4,14 @@ import json
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import p2_infer
@@ -98,6 +100,36 @@ def test_training_starts_from_a_checkpoint_of_the_same_model(workplace, monkeypa
     for config, words in ((replace(CONFIG, lora_rank=4), "other model options"), (replace(CONFIG, image_size=48), "encoder")):
         with pytest.raises(UserError, match=words):
             p2_train.train(config, settings(init="checkpoints/first.safetensors", output="checkpoints/third.safetensors"), "cpu")
+
+
+def test_training_starts_from_a_checkpoint_with_a_smaller_encoder(workplace, monkeypatch):
+    """What earlier feature maps and a second CNN add changes nothing to begin with, and is learnt."""
+    torch.manual_seed(0)
+    for name in "test_efficientnet", "test_resnet":
+        save_file(timm.create_model(name, num_classes=0).state_dict(), workplace / f"{name}.safetensors")
+    small = replace(CONFIG, encoder="test_efficientnet", image_size=32, encoder_levels=1)
+    p2_train.train(small, settings(epochs=1, output="checkpoints/small.safetensors"), "cpu")
+    before = Captioner.load("checkpoints/small.safetensors", "decoder.safetensors")
+    first = load_file("checkpoints/small.safetensors")["projection.input.weight"]
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    grown = [replace(small, encoder_levels=2), replace(small, encoder="test_efficientnet+test_resnet", encoder_levels=2)]
+    for number, config in enumerate(grown):
+        output = f"checkpoints/{number}.safetensors"
+        start = settings(epochs=1, learning_rate=1e-3, average=0, init="checkpoints/small.safetensors", output=output)
+        p2_train.train(config, replace(start, learning_rate=1e-30), "cpu")
+        after = Captioner.load(output, "decoder.safetensors")
+        tokens = [model.projection(model.encoder(images)) for model in (after, before)]
+        torch.testing.assert_close(*tokens)
+        assert after.encoder.dim > before.encoder.dim and tokens[0].std() > 0.1
+        weight = load_file(output)["projection.input.weight"]
+        assert torch.equal(weight[:, :first.shape[1]], first) and not weight[:, first.shape[1]:].any()
+        Path(output).unlink()
+        p2_train.train(config, start, "cpu")
+        assert load_file(output)["projection.input.weight"][:, first.shape[1]:].any(0).float().mean() > 0.9
+    for config, words in ((replace(small, encoder="test_resnet+test_efficientnet"), "other encoder weights"),
+                          (replace(grown[1], encoder_levels=1), "other model options")):
+        with pytest.raises(UserError, match=words):
+            p2_train.train(config, settings(init="checkpoints/0.safetensors", output="checkpoints/third.safetensors"), "cpu")
 
 
 def test_trained_captioner_names_the_colours_of_new_pictures(workplace, monkeypatch):

@@ -37,7 +37,7 @@ class CaptionerConfig:
 
     encoder: str = EMBEDDED
     image_size: int = 0  # 0: the encoder's own
-    encoder_levels: int = 0  # a CNN's feature maps that make a token; 0: the encoder's own number
+    encoder_levels: int = 0  # a CNN's feature maps that make a token; 0: up to three
     fusion: str = "cross"  # cross-attention, or "prefix": image tokens before the text
     projection_layers: int = 0  # transformer layers over the image tokens; 0: a linear projection
     projection_dim: int = 384  # under fusion "prefix", the decoder's width instead
@@ -147,7 +147,7 @@ class Captioner(nn.Module):
 
     Args:
         config: CaptionerConfig.
-        encoder: ImageEncoder, frozen.
+        encoder: frozen, of `config.load_encoder`.
         decoder: Decoder, of `config.load_decoder`.
         token_ids: sorted tokens that may be generated (V), <|endoftext|> among them; None: all that the decoder knows.
     """
@@ -400,7 +400,7 @@ class Captioner(nn.Module):
         """Rebuild a captioner for inference from a checkpoint and the decoder weights it was trained with.
 
         Args:
-            encoder: an ImageEncoder, if one is there already; otherwise the checkpoint's is loaded.
+            encoder: if one is there already; otherwise the checkpoint's is loaded.
             all_tokens: score all tokens instead of those that the training captions held.
         Raises UserError where the encoder's or the decoder's weights are not those of the training.
         """

@@ -325,7 +325,7 @@ def fingerprint(path):
 class FeatureCache:
     """Frozen features of images, encoded once and read by memory map: fp16, (images, views, N, D).
 
-    The file's name is a digest of the encoder's weights, the images and the number of views, so a change of
+    The file's name is a digest of the encoder's weights and levels, the images and the number of views, so a change of
     any makes a new one. An interrupted build goes on where it stopped; of two runs that want the same features, one
     computes and the other waits.
     """
@@ -335,7 +335,8 @@ class FeatureCache:
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor() as pool:
             images = [(path.name, *found) for path, found in zip(paths, pool.map(fingerprint, paths))]
-        key = json.dumps([encoder.name, encoder.weights_hash, encoder.image_size, encoder.dim, device, views, images])
+        key = json.dumps([encoder.name, encoder.weights_hash, encoder.image_size,
+                          *([encoder.dim] if encoder.levels > 1 else []), device, views, images])
         self.file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
         shape = (len(paths), views, encoder.num_tokens, encoder.dim)
         progress_file = self.file.with_suffix(".json")

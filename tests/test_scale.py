@@ -427,8 +427,8 @@ def test_the_comparison_trains_scores_and_goes_on(workplace, monkeypatch, capsys
     if not (ROOT / "weights" / "tf_efficientnet_lite2.safetensors").exists():
         pytest.skip("run `bash hw3_download.sh` first")
     monkeypatch.setattr(encoder, "WEIGHTS_FOLDER", ROOT / "weights")
-    monkeypatch.setattr(compare, "STUDIES", {"peft": {"none": {"image_size": 32, "lora_rank": 0},
-                                                      "lora4": {"image_size": 32, "lora_rank": 4}}})
+    monkeypatch.setattr(compare, "STUDIES", {"peft": {
+        name: compare.HYBRID | {"image_size": 32, "lora_rank": rank} for name, rank in (("none", 0), ("lora4", 4))}})
     data = workplace / "data"
     shutil.copy(data / "train.json", data / "val.json")
     (data / "images" / "val").symlink_to(data / "images" / "train")

@@ -61,6 +61,7 @@ class CaptionerConfig:
         check_settings(self, (), ("projection_dropout", "patch_dropout", "dropout", "lora_dropout"))
 
     def load_encoder(self, weights=None):
+        """The frozen encoder; `weights`: None, or "random" for untrained ones."""
         return load_encoder(self.encoder, self.image_size, self.encoder_levels, weights)
 
     def load_decoder(self, path):

@@ -79,7 +79,7 @@ def digest_of(path, algorithm):
     return digest.hexdigest()
 
 
-# ---- the embedded encoders --------------------------------------------------------------------------------------
+# ---- the embedded encoders -------------------------------------------------------------------------------------
 
 HUB_PATIENCE = 5  # seconds for the hub's first answer, with the wheel at hand
 

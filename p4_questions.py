@@ -1,6 +1,7 @@
 """Questions and instructions derived from captions, to teach and to test a model that is asked about pictures.
 
     python3 p4_questions.py data/val.json questions.json [--number 300]
+    python3 p4_questions.py data/train.json instructions.json --each_thing 500
 
 Nobody wrote the answers: each follows from words that at least two of an image's captions share and none contradicts, so that
 they are right as often as captions are. Kinds: animal, count, colour, action, presence (yes and no in equal numbers,
@@ -95,8 +96,13 @@ def agreed(votes, captions=2):
     return word if count >= captions else None
 
 
-def derive(captions, rng):
-    """All that a picture's captions can be asked, as a list of Question. `rng`: random.Random, for the wordings."""
+def derive(captions, rng, things=1):
+    """All that a picture's captions can be asked, as a list of Question.
+
+    Args:
+        rng: random.Random, for the wordings and the things asked about.
+        things: so many that are there, and as many that are not, are asked about; None: all.
+    """
     captions = [text for text in map(clean_caption, captions) if text]
     rows = [words_of(text) for text in captions]
     said = set().union(*rows) if rows else set()
@@ -126,11 +132,10 @@ def derive(captions, rng):
         if place := most_said(places):
             ask("where", f"{place.capitalize()}.", actor)
     present = [thing for thing in THINGS if sum(thing in row or f"{thing}s" in row for row in rows) > 1]
-    if present:
-        ask("presence", "Yes.", rng.choice(present))
     absent = [thing for thing in THINGS if not said & {thing, f"{thing}s", *SAME.get(thing, "").split()}]
-    if absent:
-        ask("presence", "No.", rng.choice(absent))
+    for answer, some in ("Yes.", present), ("No.", absent):
+        for thing in some if things is None else rng.sample(some, min(things, len(some))):
+            ask("presence", answer, thing)
     if len(captions) > 1:
         ask("detail", told_together(captions))
     return found
@@ -166,10 +171,16 @@ def told_together(captions):
     return f"{longest} {max(others, key=lambda text: len(set(words_of(text)) - set(words_of(longest))))}"
 
 
-def derive_all(images, seed=0):
-    """Questions about CaptionedImages: [(number of the image, Question), …], the same for the same seed."""
+def derive_all(images, seed=0, each_thing=None):
+    """Questions about CaptionedImages: [(number of the image, Question), …], the same for the same seed.
+
+    Args:
+        each_thing: a number: every picture is asked about all things, and of each at most so many yes and as many no are kept;
+            None: every picture is asked about one thing that is there and one that is not.
+    """
     rng = random.Random(seed)
-    found = [(number, question) for number, image in enumerate(images) for question in derive(image.captions, rng)]
+    found = [(number, question) for number, image in enumerate(images)
+             for question in derive(image.captions, rng, 1 if each_thing is None else None)]
     # Yes and no balanced for each thing, so that the name of a thing tells nothing.
     answers = defaultdict(lambda: {"Yes.": [], "No.": []})
     for number, question in found:
@@ -178,6 +189,7 @@ def derive_all(images, seed=0):
     kept = [pair for pair in found if pair[1].kind != "presence"]
     for both in answers.values():
         count = min(map(len, both.values()))
+        count = count if each_thing is None else min(count, each_thing)
         for some in both.values():
             kept += rng.sample(some, count)
     return sorted(kept, key=lambda pair: pair[0])
@@ -185,7 +197,7 @@ def derive_all(images, seed=0):
 
 def thing_of(query):
     """What a presence question asks for."""
-    return next(thing for thing in THINGS if re.search(rf"\b{thing}\b", query))
+    return re.search(rf"\b({'|'.join(THINGS)})\b", query)[1]
 
 
 def best_constants(questions):
@@ -202,11 +214,16 @@ def main():
     parser.add_argument("output", help="JSON file to write")
     parser.add_argument("--number", type=int, help="so many, drawn from all; default: all")
     parser.add_argument("--kinds", nargs="+", default=[*WORDINGS], choices=[*WORDINGS], help="of these alone")
+    parser.add_argument("--each_thing", type=int, help="ask every picture whether each thing is there; at most so many yes, and as "
+                        "many no, of a thing; default: one thing that is there and one that is not")
     parser.add_argument("--seed", type=int, default=0, help="of wordings and of the drawing")
     arguments = parser.parse_args()
     check_writable(arguments.output)
+    if arguments.each_thing is not None and arguments.each_thing < 1:
+        raise UserError("--each_thing must be at least 1")
     images = read_captions(arguments.captions, None)
-    pairs = [(number, question) for number, question in derive_all(images, arguments.seed) if question.kind in arguments.kinds]
+    pairs = [(number, question) for number, question in derive_all(images, arguments.seed, arguments.each_thing)
+             if question.kind in arguments.kinds]
     if arguments.number is not None:
         if not 0 < arguments.number <= len(pairs):
             raise UserError(f"--number is {arguments.number}, but {len(pairs)} questions can be derived")

@@ -15,7 +15,7 @@ from PIL import Image
 import ask_llava
 import p4_questions
 from cli import UserError
-from dataset import read_captions
+from dataset import CaptionedImage, read_captions
 from p4_questions import WORDINGS, best_constants, derive, derive_all, thing_of
 
 
@@ -75,6 +75,20 @@ def test_yes_and_no_are_balanced_for_each_thing(flickr8k):
     assert {question.kind for _, question in pairs} == {*WORDINGS}
 
 
+def test_every_picture_is_asked_about_each_thing(tmp_path):
+    """Five pictures with a dog and a ball, three without either, one of which may show a dog: a cap and a balance."""
+    captions = [["A dog has a ball.", "The dog, the ball."]] * 5 + [["A man.", "A man."]] * 2 + [["A hound.", "An animal."]]
+    images = [CaptionedImage(tmp_path / f"{i}.jpg", texts) for i, texts in enumerate(captions)]
+    for each_thing, dogs, balls in (1, 1, 1), (2, 2, 2), (100, 2, 3):
+        pairs = [pair for pair in derive_all(images, each_thing=each_thing) if pair[1].kind == "presence"]
+        asked = Counter((thing_of(question.query), question.answer) for _, question in pairs)
+        assert asked["dog", "Yes."] == asked["dog", "No."] == dogs and asked["ball", "Yes."] == asked["ball", "No."] == balls
+        assert asked["man", "Yes."] == asked["man", "No."] == min(2, each_thing)
+        assert {thing for thing, _ in asked} == {"dog", "ball", "man"}  # each with a yes and a no
+        assert {number for number, question in pairs if question.answer == "Yes." and thing_of(question.query) == "dog"} <= {*range(5)}
+        assert all(number in (5, 6) for number, question in pairs if question.answer == "No." and thing_of(question.query) == "dog")
+
+
 def test_the_same_seed_asks_the_same(tmp_path):
     """In another process, too, where sets have another order."""
     captions = ["A brown dog chases a white cat and a black horse.", "A brown dog, a white cat, a black horse and a red car."]
@@ -103,9 +117,10 @@ def test_a_file_of_questions_is_written(workplace, monkeypatch, capsys):
     found = json.loads((workplace / "questions.json").read_text())
     assert len(found) == 3 and all(entry.keys() == {"image", "kind", "query", "answer"} for entry in found)
     assert {entry["kind"] for entry in found} == {"detail"} and "detail 3" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["p4_questions.py", str(captions), "questions.json", "--number", "1000000"])
-    with pytest.raises(UserError, match="can be derived"):
-        p4_questions.main()
+    for option, value, message in ("--number", "1000000", "can be derived"), ("--each_thing", "0", "at least 1"):
+        monkeypatch.setattr(sys, "argv", ["p4_questions.py", str(captions), "questions.json", option, value])
+        with pytest.raises(UserError, match=message):
+            p4_questions.main()
 
 
 # ---- a model that is asked -------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import ArgumentParser, UserError, check_writable, run, write_whole
+from cli import ArgumentParser, UserError, check_writable, make_ordinary, run, write_whole
 
 # torch, timm and huggingface_hub are imported where they are used: finding everything in place takes no second.
 
@@ -378,6 +378,7 @@ def convert_gguf(file, folder):
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(state)
     model.half().save_pretrained(folder)
+    make_ordinary(*folder.glob("*.safetensors"))
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
@@ -484,6 +485,7 @@ def rewrite(path, target):
     state = {name: tensor.contiguous() for name, tensor in read_weights(path).items()}
     if target.suffix == ".safetensors":
         save_file(state, target)
+        make_ordinary(target)
     else:
         torch.save(state, target)
     return target

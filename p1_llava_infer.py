@@ -12,7 +12,9 @@ With --settings every setting of the file is tried, its captions are written bes
 table gives CIDEr and CLIPScore for each.
 """
 
+import hashlib
 import json
+import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from cli import ArgumentParser, UserError, add_options, check_writable, run, take_options, write_json
@@ -32,7 +35,7 @@ from weightfiles import first_line
 
 BIG = WEIGHTS_FOLDER / "llava-1.5-7b-hf"
 SMALL = WEIGHTS_FOLDER / "llava_small"
-ROOM = {False: 16e9, True: 7e9}  # bytes that the 7B needs on a GPU, in half precision and in 4 bits
+ROOM = {False: 19e9, True: 8e9}  # bytes that the 7B needs on a GPU, in half precision and in 4 bits, to answer 8 at a time
 SIDE = 336  # pixels that LLaVA-1.5 sees; photographs are decoded at three times that or more
 
 
@@ -52,6 +55,8 @@ class LlavaSettings:
     seed: int = 0
 
     def __post_init__(self):
+        if not isinstance(self.instruction, str):
+            raise UserError(f"instruction must be a text, not {self.instruction!r}")
         if self.max_new_tokens < 1 or self.num_beams < 1 or self.seed < 0 or self.top_k < 0:
             raise UserError("max_new_tokens and num_beams must be at least 1, seed and top_k at least 0")
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
@@ -88,7 +93,7 @@ class Llava:
         if load_in_4bit:
             options |= four_bits(self.device)
         elif self.device == "cuda":
-            options["dtype"] = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            options["dtype"] = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         if self.device == "cuda":
             options["device_map"] = "auto" if torch.cuda.device_count() > 1 else 0
         try:
@@ -101,7 +106,9 @@ class Llava:
                 raise UserError(f"{name} is a model of the kind {kind}, not LLaVA")
             self.model = LlavaForConditionalGeneration.from_pretrained(name, **options).eval()
             self.processor = AutoProcessor.from_pretrained(name)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except torch.OutOfMemoryError:
+            raise UserError(f"the GPU has no room for {name}: --load_in_4bit needs a quarter of it") from None
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(f"{name} is no LLaVA that can be loaded ({first_line(error)}): `bash hw3_download.sh llava` "
                             "makes one") from None
         tokenizer = self.processor.tokenizer
@@ -111,10 +118,11 @@ class Llava:
 
     def prompt(self, instruction):
         """The text around a picture: the processor's chat template, or LLaVA-1.5's."""
+        instruction = instruction.replace(self.processor.image_token, " ").strip()
         if not self.processor.chat_template:
             return f"USER: {self.processor.image_token}\n{instruction} ASSISTANT:"
         said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": instruction}]}]
-        return self.processor.apply_chat_template(said, add_generation_prompt=True)
+        return without_bos(self.processor.apply_chat_template(said, add_generation_prompt=True), self.processor.tokenizer)
 
     def inputs(self, pictures, instructions):
         """RGB PIL images and as many instructions -> the tensors that the model takes, texts padded on the left."""
@@ -134,11 +142,20 @@ class Llava:
 
     @torch.inference_mode()
     def answer(self, pictures, instructions, settings, seed=0):
-        """Answers, and nothing but them: RGB PIL images (B) and an instruction for each -> B strings."""
-        inputs = self.inputs(pictures, instructions)
+        """Answers, and nothing but them: RGB PIL images (B) and an instruction for each -> B strings. Raises UserError."""
         torch.manual_seed(seed)
-        texts = self.texts(self.generate(inputs, settings))
+        try:
+            texts = self.texts(self.generate(self.inputs(pictures, instructions), settings))
+        except torch.OutOfMemoryError:
+            raise UserError(f"the GPU has no room for {len(pictures)} pictures at a time: lower --batch_size or --num_beams, or "
+                            "choose --load_in_4bit") from None
         return [*map(first_sentence, texts)] if settings.one_sentence else texts
+
+
+def without_bos(text, tokenizer):
+    """What a chat template gave, without the token of its start where tokenizing adds that anyway."""
+    added = tokenizer.bos_token and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+    return text.removeprefix(tokenizer.bos_token) if added else text
 
 
 def four_bits(device):
@@ -180,6 +197,8 @@ def default_model(load_in_4bit=False):
 class PartFile:
     """Answers to images so far, in lines of JSON beside the output, so that an interrupted run goes on.
 
+    Images that could not be read are tried again: someone may have mended them.
+
     Args:
         output: the file to be written in the end. what: all that the answers depend on; others are thrown away.
     """
@@ -190,7 +209,7 @@ class PartFile:
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         first, *rest = [entry for entry in map(self._entry, lines) if entry] or [None]
         if first == {"what": what}:
-            self.entries = {entry["stem"]: entry for entry in rest if "stem" in entry}
+            self.entries = {entry["stem"]: entry for entry in rest if "answer" in entry}
         elif lines:
             print(f"{self.path} is of other settings: starting again", file=sys.stderr)
         self.path.write_text("".join(f"{json.dumps(entry)}\n" for entry in [{"what": what}, *self.entries.values()]), "utf-8")
@@ -246,10 +265,9 @@ def caption_folder(model, images, settings, output, what, batch_size=8):
 
 
 def caption_to_file(model, images, settings, output, what, batch_size):
-    """caption_folder, then the predictions to `output`, whole; returns the same."""
+    """caption_folder, then the predictions to `output`, whole; returns the same. The answers stay in `output`.part, too."""
     captions, unread = caption_folder(model, images, settings, output, what, batch_size)
     write_json(output, captions)
-    Path(f"{output}.part").unlink()
     print(f"{len(captions)} captions in {output}"
           + (f"; {len(unread)} of {len(images)} images could not be read" if unread else ""), file=sys.stderr)
     return captions, unread
@@ -349,16 +367,21 @@ def main():
     name = arguments.model or default_model(arguments.load_in_4bit)
     print(f"with {name}", file=sys.stderr)
     model = Llava(name, arguments.load_in_4bit)
+    folder, written = Path(arguments.images).resolve(), []
+    same_images = hashlib.sha256(b"\0".join(os.fsencode(folder / path.name) for path in images.values())).hexdigest()
 
     def caption(settings, output):
         what = {"model": str(name), "4bit": arguments.load_in_4bit, "batch_size": arguments.batch_size,
-                "images": len(images)} | asdict(settings)
+                "images": same_images} | asdict(settings)
+        written.append(output)
         return caption_to_file(model, images, settings, output, what, arguments.batch_size)
 
     if arguments.settings:
         unread = compare_settings(every, arguments.output, images, references, clip, caption)
     else:
         _, unread = caption(settings, arguments.output)
+    for output in written:  # all of them are needed until the last is there
+        Path(f"{output}.part").unlink()
     return 3 if unread else 0
 
 

@@ -19,6 +19,7 @@ sample, on any number of processes.
 Shapes: B rows, N image tokens of each, T positions of a row, C the language model's width, V its vocabulary.
 """
 
+import hashlib
 import json
 import math
 import random
@@ -30,12 +31,13 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from cli import ArgumentParser, UserError, add_options, check_writable, run, take_options
+from cli import ArgumentParser, UserError, add_options, check_writable, make_ordinary, run, take_options
 from dataset import IGNORE, ahead, clean_captions, load_picture, read_captions
+from p1_llava_infer import without_bos
 from p4_questions import derive_all, read_questions
 from training import (Interruption, Processes, TrainingLog, adamw, autocast, check_settings, cosine, load_state, pick_precision,
                       save_state, step_optimizer, what_matters)
@@ -148,7 +150,7 @@ def build(vision_name, language_name, settings):
             image_processor = AutoImageProcessor.from_pretrained(folder)
         language = AutoModelForCausalLM.from_pretrained(language_name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(language_name)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{vision_name} with {language_name} cannot be loaded as a vision and a causal language model: "
                         f"{first_line(error)}") from None
     size, patch, prefix_tokens = check_vision(vision, vision_name, settings)
@@ -267,9 +269,7 @@ def query_form(tokenizer, kind):
     before, *after = said.split("QUERY")
     if len(after) != 1:
         raise UserError("the language model's chat template does not give a query as it is: delete it from the tokenizer")
-    if tokenizer.bos_token and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id:
-        before = before.removeprefix(tokenizer.bos_token)  # tokenizing adds it
-    return before, after[0] or "\n"
+    return without_bos(before, tokenizer), after[0] or "\n"
 
 
 def chat_template(tokenizer, kind, token):
@@ -470,7 +470,7 @@ class Trainer:
         self.batches, self.stages = sum((batches for batches, _ in plans), []), [len(batches) for batches, _ in plans]
         self.warmups = [max(1, min(len(batches) // 2, round(settings.warmup_epochs * epoch))) for batches, epoch in plans]
         self.same = what_matters(settings, "save_minutes", "max_hours", "accumulation", "fsdp") | {
-            "frozen weights": self.frozen, "images": len(self.images)}
+            "frozen weights": self.frozen, "samples": hashlib.sha256(repr(self.batches).encode()).hexdigest()}
         self.progress = load_state(self.state_file, self.same, self.optimizer, self.trained, self.device) or {
             "step": 0, "seconds": 0.0, "losses": []}
         self.likely, self.others = self.vocabulary() if settings.head_sample else (None, None)
@@ -657,6 +657,7 @@ def write_llava(model, processor, folder, trained, training):
     model.half().save_pretrained(staging)
     processor.save_pretrained(staging)
     save_file(trained, staging / "trained.safetensors", {"training": json.dumps(training)})
+    make_ordinary(*staging.glob("*.safetensors"))
     if folder.exists():
         folder.rmdir()  # it was empty
     staging.rename(folder)

@@ -38,7 +38,7 @@ from torchvision.transforms.functional import adjust_brightness, adjust_contrast
 from tqdm import tqdm
 
 from captioner import EMBEDDED_DECODER, Captioner, CaptionerConfig
-from cli import ArgumentParser, UserError, add_options, run, take_options, write_whole
+from cli import ArgumentParser, UserError, add_options, make_ordinary, run, take_options, write_whole
 from dataset import FeatureCache, clean_captions, collate, list_images, load_picture, make_view, read_captions, squeeze
 from encoder import HEADS, OWN, WEIGHTS_FOLDER, ImageEncoder
 from tokenizer import END_OF_TEXT, BPETokenizer
@@ -320,6 +320,7 @@ def write_dinov2(weights, folder, size=224):
     BitImageProcessor(size={"height": size, "width": size}, resample=3, do_center_crop=False,
                       image_mean=timm.data.IMAGENET_DEFAULT_MEAN, image_std=timm.data.IMAGENET_DEFAULT_STD).save_pretrained(folder)
     save_file({name: value.contiguous() for name, value in renamed.items()}, folder / "model.safetensors", {"format": "pt"})
+    make_ordinary(folder / "model.safetensors")
 
 
 # ---- how good it is --------------------------------------------------------------------------------------------

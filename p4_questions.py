@@ -20,14 +20,16 @@ from dataset import clean_caption, read_captions
 
 ANIMALS = {"dog", "cat", "horse", "cow", "sheep", "bird", "bear", "elephant", "goat", "camel", "duck", "monkey", "zebra", "giraffe"}
 THINGS = sorted(ANIMALS | {
-    "ball", "bike", "boat", "bench", "beach", "camera", "car", "child", "fence", "flag", "flower", "frisbee", "grass", "guitar",
+    "ball", "bike", "boat", "bench", "beach", "car", "child", "fence", "flag", "flower", "frisbee", "grass", "guitar",
     "hat", "helmet", "kayak", "man", "motorcycle", "mountain", "pool", "rock", "rope", "sand", "shirt", "skateboard", "snow",
-    "stick", "street", "surfboard", "swing", "table", "tree", "umbrella", "wall", "water", "wave", "woman"})
+    "stick", "street", "surfboard", "table", "tree", "umbrella", "wall", "water", "wave", "woman"})
+ANYONE = """person people someone somebody couple crowd group family friend team player worker athlete runner racer rider biker cyclist
+bicyclist motorcyclist climber hiker surfer swimmer diver skier skater skateboarder snowboarder sledder kayaker performer dancer
+musician artist tourist fan"""  # who may be a man, a woman or a child
 SAME = {  # words that name a thing, or that leave open whether it is there
     "dog": "dogs puppy puppies animal animals canine hound poodle retriever", "cat": "cats kitten animal", "horse": "horses pony animal",
-    "man": "men person people guy guys someone player worker adult he his male biker rider climber surfer skier couple crowd group",
-    "woman": "women person people lady ladies girl girls someone player adult she her female couple crowd group",
-    "child": "children kid kids boy boys girl girls toddler baby infant people person someone family group youth teenager",
+    "man": f"men guy adult he his him male boy {ANYONE}", "woman": f"women lady ladies adult she her female girl {ANYONE}",
+    "child": f"children kid boy girl toddler baby babies infant youth youngster teenager student {ANYONE}",
     "bike": "bikes bicycle bicycles biker bikers bicyclist cyclist cyclists motorcycle motorbike cycle biking riding",
     "motorcycle": "motorcycles motorbike motorbikes bike motorcyclist dirt biker racer rider", "car": "cars vehicle vehicles truck traffic suv taxi van race",
     "water": "ocean sea lake river pool wave waves surf surfer surfing swim swims swimming stream pond splash splashing beach wet creek fountain",
@@ -41,13 +43,13 @@ SAME = {  # words that name a thing, or that leave open whether it is there
     "surfboard": "surfboards surf surfer surfing board", "skateboard": "skateboards skateboarder skateboarding board skater",
     "bird": "birds duck ducks goose geese seagull pigeon pigeons", "boat": "boats kayak canoe raft ship sailboat", "kayak": "kayaker canoe boat kayaking",
     "rope": "ropes leash climber climbing swing", "table": "tables desk restaurant", "bench": "benches seat", "stick": "sticks branch log",
-    "fence": "fences gate railing", "flag": "flags banner", "flower": "flowers", "camera": "cameras photo picture photograph photographer",
-    "guitar": "guitars musician band instrument", "swing": "swings swinging playground", "umbrella": "umbrellas", "frisbee": "frisbees disc",
+    "fence": "fences gate railing", "flag": "flags banner", "flower": "flowers",
+    "guitar": "guitars musician band instrument", "umbrella": "umbrellas", "frisbee": "frisbees disc",
 }
 COLOURS = ["black", "white", "brown", "red", "blue", "green", "yellow", "orange", "pink", "purple", "gray"]
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
-COUNTED = {"dogs": "dog", "men": "man", "women": "woman", "people": "person", "children": "child", "boys": "boy", "girls": "girl",
-           "horses": "horse", "kids": "kid", "players": "player"}
+VERBS = {"sticks", "waves"}  # more often than not
+COUNTED = ["dogs", "men", "women", "people", "children", "boys", "girls", "horses", "kids", "players"]
 PLACES = ["beach", "water", "snow", "grass", "street", "field", "pool", "air", "rock", "mountain", "sand", "park", "road", "ocean",
           "lake", "river", "woods", "forest", "bench", "wall", "sidewalk", "hill"]
 ACTORS = ["dog", "man", "woman", "boy", "girl", "child", "person", "baby"]
@@ -105,12 +107,13 @@ def derive(captions, rng, things=1):
     """
     captions = [text for text in map(clean_caption, captions) if text]
     rows = [words_of(text) for text in captions]
-    said = set().union(*rows) if rows else set()
+    said = {form for row in rows for word in row for form in (word, word.removesuffix("s"))}
     found = []
 
     def ask(kind, answer, about=""):
         query = rng.choice(WORDINGS[kind]).format(about)
-        found.append(Question(kind, re.sub(r"\ba (?=(?:%s)\b)" % "|".join(MASS), "", query), answer))
+        query = re.sub(r"\ba (?=(?:%s)\b)" % "|".join(MASS), "", query)
+        found.append(Question(kind, re.sub(r"\ba (?=[aeiou])", "an ", query), answer))
 
     if animal := agreed([{word.removesuffix("s") for word in row} & ANIMALS for row in rows]):
         ask("animal", f"A {animal}." if animal != "elephant" else "An elephant.")
@@ -118,9 +121,9 @@ def derive(captions, rng, things=1):
         votes = [{a for a, b, c in zip(row, row[1:], row[2:] + [""]) if a in NUMBERS and plural in (b, c)} for row in rows]
         if number := agreed(votes):
             ask("count", f"{number.capitalize()}.", plural)
+    mixed = any(b in ("and", "with") and c in COLOURS for row in rows for a, b, c in zip(row, row[1:], row[2:]) if a in COLOURS)
     for thing in [*sorted(ANIMALS), "shirt", "hat", "jacket", "dress", "car", "ball", "bike", "helmet", "coat", "shorts"]:
         votes = [{a for a, b in zip(row, row[1:]) if a in COLOURS and b == thing} for row in rows]
-        mixed = any(b in ("and", "with") and c in COLOURS for row in rows for a, b, c in zip(row, row[1:], row[2:]) if a in COLOURS)
         if (colour := agreed(votes)) and not mixed:
             ask("colour", f"{colour.capitalize()}.", thing)
     for actor in ACTORS:
@@ -131,8 +134,9 @@ def derive(captions, rng, things=1):
         places = [{(" ".join(phrase)) for phrase in places_in(row)} for row in rows] if sum(actor in row for row in rows) > 1 else []
         if place := most_said(places):
             ask("where", f"{place.capitalize()}.", actor)
-    present = [thing for thing in THINGS if sum(thing in row or f"{thing}s" in row for row in rows) > 1]
-    absent = [thing for thing in THINGS if not said & {thing, f"{thing}s", *SAME.get(thing, "").split()}]
+    nouns = [{*row} - VERBS for row in rows]
+    present = [thing for thing in THINGS if sum(thing in row or f"{thing}s" in row for row in nouns) > 1]
+    absent = [thing for thing in THINGS if not said & {thing, *SAME.get(thing, "").split()}]
     for answer, some in ("Yes.", present), ("No.", absent):
         for thing in some if things is None else rng.sample(some, min(things, len(some))):
             ask("presence", answer, thing)

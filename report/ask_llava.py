@@ -43,6 +43,8 @@ def main():
     names, questions = [name for name, _ in found], [question for _, question in found]
     if len(set(names)) < 2:
         raise UserError(f"{arguments.questions} asks about fewer than two pictures")
+    if missing := [name for name in names if not (arguments.images / name).is_file()]:
+        raise UserError(f"{arguments.questions} asks about {missing[0]}, which is not in {arguments.images}")
     name = str(arguments.model or default_model())
     model = Llava(name)
     answers = {"own picture": ask(model, questions, names, arguments), "another's picture": ask(

@@ -118,7 +118,7 @@ def finish(processes, status=0):
 def make_llava(folder, strategy):
     """Write a tiny random LLaVA-1.5 with its processor; `strategy`: "full" keeps the class token."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import (CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
                               LlavaProcessor, PreTrainedTokenizerFast)
 
@@ -128,6 +128,7 @@ def make_llava(folder, strategy):
     bpe.train_from_iterator(["USER: ASSISTANT: Describe the picture in one sentence. A dog runs on the green grass."] * 9,
                             trainers.BpeTrainer(vocab_size=400, special_tokens=special,
                                                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])  # as Llama's
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     image_processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     LlavaProcessor(image_processor, tokenizer, patch_size=7, vision_feature_select_strategy=strategy,

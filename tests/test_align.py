@@ -96,6 +96,7 @@ def test_stage_1_overfits_eight_pairs_and_p1_reads_the_folder(towers, data):
     trained = load_file(data / "llava" / "trained.safetensors")
     assert trained.keys() == run.trained.keys()
     assert llava.processor.image_processor.size["height"] == 28 and not llava.processor.image_processor.do_center_crop
+    assert len({file.stat().st_mode for file in (data / "llava").iterdir()}) == 1  # weights can be read by whom configs can
 
 
 @pytest.mark.parametrize("changes, expected", [
@@ -396,6 +397,15 @@ def test_stopping_changes_no_bit(towers, data, monkeypatch):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_a_run_does_not_go_on_with_other_samples(towers, data):
+    assert not trainer(towers, max_hours=1e-9).fit()
+    questions = json.loads((data / "questions.json").read_text())
+    questions[0]["answer"] = "Another."
+    (data / "questions.json").write_text(json.dumps(questions))
+    with pytest.raises(UserError, match="unfinished run with another samples"):
+        trainer(towers)
+
+
 def test_two_processes_align_as_one_with_the_language_model_sharded(towers, data):
     options = ["--batch_size=4", "--stage1_epochs=1", "--stage2_epochs=1", "--instructions=questions.json",
                "--per_picture=2", "--head_sample=40", "--mix", "qa=0.5", "caption=0.5"]
@@ -435,6 +445,10 @@ def test_mistakes_are_named(towers, data, changes, message):
 def test_what_is_no_pair_of_models_is_refused(towers, data):
     with pytest.raises(UserError, match="cannot be loaded"):
         build(data, towers / "language", settings())
+    damaged = shutil.copytree(towers / "language", data / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        build(towers / "vision", damaged, settings())
     (data / "taken").mkdir()
     (data / "taken" / "file").touch()
     with pytest.raises(UserError, match="there already"):

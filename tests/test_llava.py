@@ -1,6 +1,7 @@
 """p1_llava_infer.py keeps its promises: what LLaVA is told, that batches change nothing, resuming, and what is refused."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -51,6 +52,20 @@ def call(monkeypatch, *arguments):
     return p1_llava_infer.main()
 
 
+def interrupt_after(monkeypatch, number):
+    """Let Llava answer so many batches, then interrupt it; 0: count alone. Returns the seeds of those answered, as they come."""
+    answered, answer = [], Llava.answer
+
+    def count(self, pictures, instructions, settings, seed=0):
+        if number and len(answered) == number:
+            raise KeyboardInterrupt
+        answered.append(seed)
+        return answer(self, pictures, instructions, settings, seed)
+
+    monkeypatch.setattr(Llava, "answer", count)
+    return answered
+
+
 # ---- what it is told -------------------------------------------------------------------------------------------
 
 
@@ -58,9 +73,17 @@ def test_prompt_is_llavas_own_without_a_template(llava):
     assert llava.prompt("What is this?") == "USER: <image>\nWhat is this? ASSISTANT:"
 
 
-def test_prompt_is_the_processors_template_where_it_has_one(llava, monkeypatch):
+def test_prompt_is_the_processors_template_where_it_has_one(llava, pictures, monkeypatch):
     monkeypatch.setattr(llava.processor, "chat_template", TEMPLATE)
+    assert llava.prompt("What is this?") == "[INST] <image> What is this? [/INST]"
+    ids = llava.inputs(open_pictures(pictures)[:1], ["What is this?"])["input_ids"][0].tolist()
+    assert ids[0] == 1 and ids.count(1) == 1  # the text's start, which the template and the tokenizer would both add
+    monkeypatch.setattr(llava.processor.tokenizer.backend_tokenizer, "post_processor", None)
     assert llava.prompt("What is this?") == "<s>[INST] <image> What is this? [/INST]"
+
+
+def test_one_picture_is_asked_about_whatever_the_instruction_says(llava):
+    assert llava.prompt("<image>\nWhat is this?") == llava.prompt("What is this?")
 
 
 def test_texts_are_padded_on_the_left_around_whole_pictures(llava, pictures):
@@ -105,6 +128,15 @@ def test_drawn_answers_follow_the_seed(llava, pictures):
     assert first == again != other
 
 
+def test_too_little_memory_is_said_in_a_line(llava, pictures, monkeypatch):
+    def fail(**options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(llava.model, "generate", fail)
+    with pytest.raises(UserError, match="2 pictures at a time: lower --batch_size"):
+        llava.answer(open_pictures(pictures)[:2], ["What?"] * 2, LlavaSettings())
+
+
 @pytest.mark.parametrize("text, first", [
     ("A dog runs. It is brown.", "A dog runs."),
     ("A dog", "A dog"),
@@ -143,26 +175,17 @@ def test_an_interrupted_run_goes_on(llava_folder, pictures, tmp_path, monkeypatc
     whole = (tmp_path / "out.json").read_bytes()
     (tmp_path / "out.json").unlink()
 
-    answered = []
-    answer = Llava.answer
-
-    def count(self, pictures, instructions, settings, seed=0):
-        if len(answered) == 2:
-            raise KeyboardInterrupt
-        answered.append(seed)
-        return answer(self, pictures, instructions, settings, seed)
-
-    monkeypatch.setattr(Llava, "answer", count)
-    with pytest.raises(KeyboardInterrupt):
-        call(monkeypatch, *arguments)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 2)
+        call(patch, *arguments)
     assert not (tmp_path / "out.json").exists()
     part = tmp_path / "out.json.part"
     assert len(part.read_text().splitlines()) == 1 + 4
     with open(part, "a") as file:
         file.write('{"stem": "4", "answ')  # as a killed run leaves it
-    answered[:] = [None]
+    answered = interrupt_after(monkeypatch, 0)
     assert call(monkeypatch, *arguments) == 0
-    assert answered == [None, 4]  # the last batch alone
+    assert answered == [4]  # the last batch alone
     assert (tmp_path / "out.json").read_bytes() == whole and not part.exists()
 
 
@@ -172,6 +195,35 @@ def test_answers_under_other_settings_are_not_taken_over(llava_folder, pictures,
     call(monkeypatch, pictures, tmp_path / "out.json", llava_folder, "--max_new_tokens", 3)
     assert json.loads((tmp_path / "out.json").read_text())["0"] != "stale"
     assert "other settings" in capsys.readouterr().err
+
+
+def test_answers_about_another_folder_are_not_taken_over(llava_folder, pictures, tmp_path, monkeypatch, capsys):
+    (pictures / "broken.jpg").unlink()
+    other = tmp_path / "other"
+    other.mkdir()
+    for i in range(5):
+        Image.new("RGB", (28, 28), (50 * i, 0, 0)).save(other / f"{i}.png")
+    arguments = tmp_path / "out.json", llava_folder, "--max_new_tokens", 6, "--batch_size", 2
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 2)
+        call(patch, other, *arguments)
+    answered = interrupt_after(monkeypatch, 0)
+    assert call(monkeypatch, pictures, *arguments) == 0
+    assert answered == [0, 2, 4] and "other settings" in capsys.readouterr().err
+
+
+def test_a_picture_mended_meanwhile_is_read(llava_folder, pictures, tmp_path, monkeypatch):
+    arguments = pictures, tmp_path / "out.json", llava_folder, "--max_new_tokens", 6, "--batch_size", 2
+    (pictures / "broken.jpg").rename(pictures / "0.jpg")
+    (pictures / "0.png").unlink()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 2)
+        call(patch, *arguments)
+    Image.new("RGB", (28, 28)).save(pictures / "0.jpg")
+    answered = interrupt_after(monkeypatch, 0)
+    assert call(monkeypatch, *arguments) == 0
+    assert answered == [0, 4]
+    assert [*json.loads((tmp_path / "out.json").read_text())] == ["0", "1", "2", "3", "4"]
 
 
 # ---- settings compared -----------------------------------------------------------------------------------------
@@ -202,7 +254,22 @@ def test_settings_are_compared_in_a_table(llava_folder, pictures, annotations, t
     assert "| short | What? |" in out and "CLIPScore needs CLIP's weights" in out
 
 
+def test_an_interrupted_comparison_goes_on_with_its_next_setting(llava_folder, pictures, annotations, tmp_path, monkeypatch):
+    (pictures / "broken.jpg").unlink()
+    (tmp_path / "settings.yaml").write_text("one:\n  seed: 1\ntwo:\n  seed: 2\n")
+    arguments = (pictures, tmp_path / "table.json", llava_folder, "--settings", tmp_path / "settings.yaml", "--annotation_file",
+                 annotations, "--batch_size", 5, "--max_new_tokens", 4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 1)
+        call(patch, *arguments)
+    answered = interrupt_after(monkeypatch, 0)
+    assert call(monkeypatch, *arguments) == 0
+    assert answered == [2 * 1_000_003]  # of the second alone
+    assert [*json.loads((tmp_path / "table.json").read_text())] == ["one", "two"] and not [*tmp_path.glob("*.part")]
+
+
 @pytest.mark.parametrize("text, message", [
+    ("one:\n  instruction:\n", "instruction must be a text"),
     ("- a\n- b\n", "not a list of `name:`"),
     ("one: text\n", "not a list of `name:`"),
     ("one:\n  instructions: x\n", "no option instructions"),
@@ -225,11 +292,15 @@ def test_the_courses_prompts_are_settings():
 # ---- what is refused -------------------------------------------------------------------------------------------
 
 
-def test_models_that_cannot_be_are_refused(tmp_path, pictures, monkeypatch):
+def test_models_that_cannot_be_are_refused(llava_folder, tmp_path, pictures, monkeypatch):
     from transformers import LlamaConfig
 
     with pytest.raises(UserError, match="is no LLaVA that can be loaded"):
         Llava(tmp_path)
+    shutil.copytree(llava_folder, tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match="is no LLaVA that can be loaded"):
+        Llava(tmp_path / "damaged")
     LlamaConfig().save_pretrained(tmp_path / "llama")
     with pytest.raises(UserError, match="of the kind llama, not LLaVA"):
         Llava(tmp_path / "llama")

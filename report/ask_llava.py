@@ -56,7 +56,8 @@ def main():
     if arguments.answers:
         write_json(arguments.answers, [{"image": image} | vars(question) | {who: texts[i] for who, texts in answers.items()}
                                        for i, (image, question) in enumerate(zip(names, questions))])
-    found = {"model": name, "questions": len(questions), "accuracy": {}, "gain of the own picture, 95%": {}}
+    found = {"model": name.removeprefix(f"{ROOT}/"), "questions": len(questions), "accuracy": {},
+             "gain of the own picture, 95%": {}}
     kinds = {"all": np.full(len(questions), True)}
     kinds |= {kind: np.array([question.kind == kind for question in questions]) for kind in sorted(constants)}
     print(f"| kind | questions | {' | '.join(answers)} |\n|{'---|' * (2 + len(answers))}")

@@ -36,6 +36,7 @@ from weightfiles import first_line
 BIG = WEIGHTS_FOLDER / "llava-1.5-7b-hf"
 SMALL = WEIGHTS_FOLDER / "llava_small"
 ROOM = {False: 19e9, True: 8e9}  # bytes that the 7B needs on a GPU, in half precision and in 4 bits, to answer 8 at a time
+LOADING_ERRORS = OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError  # of from_pretrained, for what is wrong
 SIDE = 336  # pixels that LLaVA-1.5 sees; photographs are decoded at three times that or more
 
 
@@ -108,7 +109,7 @@ class Llava:
             self.processor = AutoProcessor.from_pretrained(name)
         except torch.OutOfMemoryError:
             raise UserError(f"the GPU has no room for {name}: --load_in_4bit needs a quarter of it") from None
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        except LOADING_ERRORS as error:
             raise UserError(f"{name} is no LLaVA that can be loaded ({first_line(error)}): `bash hw3_download.sh llava` "
                             "makes one") from None
         tokenizer = self.processor.tokenizer

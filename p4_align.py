@@ -31,13 +31,13 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from cli import ArgumentParser, UserError, add_options, check_writable, make_ordinary, run, take_options
 from dataset import IGNORE, ahead, clean_captions, load_picture, read_captions
-from p1_llava_infer import without_bos
+from p1_llava_infer import LOADING_ERRORS, without_bos
 from p4_questions import derive_all, read_questions
 from training import (Interruption, Processes, TrainingLog, adamw, autocast, check_settings, cosine, load_state, pick_precision,
                       save_state, step_optimizer, what_matters)
@@ -150,7 +150,7 @@ def build(vision_name, language_name, settings):
             image_processor = AutoImageProcessor.from_pretrained(folder)
         language = AutoModelForCausalLM.from_pretrained(language_name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(language_name)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"{vision_name} with {language_name} cannot be loaded as a vision and a causal language model: "
                         f"{first_line(error)}") from None
     size, patch, prefix_tokens = check_vision(vision, vision_name, settings)

@@ -98,12 +98,12 @@ def agreed(votes, captions=2):
     return word if count >= captions else None
 
 
-def derive(captions, rng, things=1):
+def derive(captions, rng, all_things=False):
     """All that a picture's captions can be asked, as a list of Question.
 
     Args:
         rng: random.Random, for the wordings and the things asked about.
-        things: so many that are there, and as many that are not, are asked about; None: all.
+        all_things: ask about all that are there and all that are not; else about one of each.
     """
     captions = [text for text in map(clean_caption, captions) if text]
     rows = [words_of(text) for text in captions]
@@ -138,7 +138,7 @@ def derive(captions, rng, things=1):
     present = [thing for thing in THINGS if sum(thing in row or f"{thing}s" in row for row in nouns) > 1]
     absent = [thing for thing in THINGS if not said & {thing, *SAME.get(thing, "").split()}]
     for answer, some in ("Yes.", present), ("No.", absent):
-        for thing in some if things is None else rng.sample(some, min(things, len(some))):
+        for thing in some if all_things else rng.sample(some, min(1, len(some))):
             ask("presence", answer, thing)
     if len(captions) > 1:
         ask("detail", told_together(captions))
@@ -184,7 +184,7 @@ def derive_all(images, seed=0, each_thing=None):
     """
     rng = random.Random(seed)
     found = [(number, question) for number, image in enumerate(images)
-             for question in derive(image.captions, rng, 1 if each_thing is None else None)]
+             for question in derive(image.captions, rng, all_things=each_thing is not None)]
     # Yes and no balanced for each thing, so that the name of a thing tells nothing.
     answers = defaultdict(lambda: {"Yes.": [], "No.": []})
     for number, question in found:

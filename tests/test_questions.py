@@ -65,7 +65,7 @@ def test_what_is_absent_is_named_in_no_other_word():
     ("stick", ["He sticks out his tongue.", "A boy sticks out his tongue."]), ("wave", ["A man waves.", "The man waves."]),
     ("rock", ["A man on a rock.", "A climber."])])  # once is not enough
 def test_what_may_be_there_is_not_asked_about(thing, captions):
-    queries = [question.query for question in derive(captions, random.Random(0), things=None) if question.kind == "presence"]
+    queries = [question.query for question in derive(captions, random.Random(0), all_things=True) if question.kind == "presence"]
     assert queries and thing not in map(thing_of, queries)
 
 
@@ -73,7 +73,7 @@ def test_questions_read_well():
     for seed in range(40):
         for query, _ in asked("Two dogs in the snow.", "Two brown dogs in snow.", seed=seed)["presence"]:
             assert not re.search(r"\ba (snow|water|grass|sand)\b", query)
-    queries = [question.query for question in derive(["A man.", "A man."], random.Random(0), things=None)]
+    queries = [question.query for question in derive(["A man.", "A man."], random.Random(0), all_things=True)]
     assert any("an umbrella" in query for query in queries) and not any(re.search(r"\ba [aeiou]", query) for query in queries)
 
 

@@ -1,5 +1,12 @@
-"""OpenAI's CLIP (Radford et al. 2021): read from disk, and asked for embeddings of images and of texts."""
+"""Images and texts in one space (CLIP: Radford et al. 2021, https://arxiv.org/abs/2103.00020): OpenAI's CLIP, our own small
+one, or any dual encoder of transformers, behind one interface.
 
+    clip = load_clip()                              # OpenAI's where weights/ViT-B-32.pt is there, else clip_small
+    read, images, unread = clip.encode_images(paths)        # (n, D), or (n, Q, D) where an image has Q vectors
+    similarity(images, clip.encode_texts(["a dog"]))        # cosines (n, 1)
+"""
+
+import sys
 import warnings
 from pathlib import Path
 
@@ -9,36 +16,107 @@ from tqdm import tqdm
 
 from cli import UserError
 from dataset import load_ahead
+from encoder import EMBEDDED, WEIGHTS_FOLDER
 from weightfiles import first_line, read_weights
 
-CLIP_WEIGHTS = Path(__file__).resolve().parent / "weights" / "ViT-B-32.pt"
+CLIP_WEIGHTS = WEIGHTS_FOLDER / "ViT-B-32.pt"
+SMALL = "clip_small"  # our own, on the embedded encoder
+SMALL_WEIGHTS = WEIGHTS_FOLDER / f"{SMALL}.safetensors"
 NO_CLIP = "needs CLIP's weights: `bash hw3_download.sh full`, or --clip_weights FILE or ViT-B/32"
 
 
-class Clip:
-    """CLIP through OpenAI's `clip`, in fp32.
+class DualEncoder:
+    """What all of them share. A subclass embeds a batch of images and a batch of texts.
 
     Images are turned as their EXIF data says and transparency is shown on white, as everywhere here; the rest of the
-    preprocessing is `clip`'s.
+    preprocessing is the model's own.
+
+    Attributes: `name`; `preprocess`, RGB PIL image -> tensor; `logit_scale`, cosines times this are the logits of its
+    softmax; `limit`, the most tokens of a text that it reads, the special ones included; `pixels`, the side in pixels
+    that images are read for, or None.
+    """
+
+    is_openai = False  # CLIPScore is defined by OpenAI's CLIP
+    pixels = None
+    text_batch = 256
+
+    def __init__(self, name, device, batch_size):
+        self.name, self.device, self.batch_size = str(name), device, batch_size
+
+    def embed_images(self, images):
+        """A batch as `preprocess` makes it -> (B, D) or (B, Q, D), of any length."""
+        raise NotImplementedError
+
+    def embed_texts(self, texts):
+        """List of B strings -> (B, D), of any length."""
+        raise NotImplementedError
+
+    def count_tokens(self, text):
+        """Tokens of the text, the special ones included, were it not cut."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def encode_images(self, paths):
+        """Look at these images, with a progress bar on stderr.
+
+        Returns the paths that could be read, their normalised embeddings (n, D) or (n, Q, D), and {path: reason} of the
+        others.
+        """
+        read, unread, embeddings = [], {}, []
+        with tqdm(total=len(paths), unit="image", desc="looking") as bar:
+            for good, images, bad in load_ahead(paths, self.preprocess, self.pixels, self.batch_size):
+                if images is not None:
+                    embeddings.append(F.normalize(self.embed_images(images.to(self.device)).float(), dim=-1).cpu())
+                read += good
+                unread.update(bad)
+                bar.update(len(good) + len(bad))
+        return read, torch.cat(embeddings) if embeddings else torch.zeros(0, self.encode_texts([""]).shape[1]), unread
+
+    @torch.inference_mode()
+    def encode_texts(self, texts):
+        """Normalised embeddings (len(texts), D)."""
+        embeddings = [F.normalize(self.embed_texts(texts[start:start + self.text_batch]).float(), dim=-1).cpu()
+                      for start in range(0, len(texts), self.text_batch)]
+        return torch.cat(embeddings)
+
+    def too_long(self, texts):
+        """How many of these texts are longer than the tokens that the model reads, and are cut."""
+        return sum(self.count_tokens(text) > self.limit for text in texts)
+
+
+def similarity(images, texts):
+    """Cosines of normalised image embeddings (n, D) with text embeddings (m, D): (n, m). Of (n, Q, D), the greatest of Q."""
+    cosines = images @ texts.t()
+    return cosines.amax(1) if images.ndim == 3 else cosines
+
+
+def paired_similarity(images, texts):
+    """Cosines of each image with the text of the same number: (n, D) or (n, Q, D), (n, D) -> (n,)"""
+    return (images * texts).sum(-1) if images.ndim == 2 else (images * texts[:, None]).sum(-1).amax(1)
+
+
+class Clip(DualEncoder):
+    """CLIP through OpenAI's `clip`, in fp32.
 
     Args:
         weights: a name of `clip.available_models()`, or a file of CLIP's weights: a state dict, or the TorchScript
             archive that OpenAI publishes, of which the tensors alone are used.
     """
 
-    def __init__(self, weights, device="cpu", batch_size=64):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pkg_resources, which clip imports and setuptools wants gone
-            import clip  # slow to import, and only needed here
-            from clip.model import build_model
+    is_openai = True
+    limit = 77
 
-        self.clip, self.device, self.batch_size = clip, device, batch_size
-        if str(weights) in clip.available_models():
+    def __init__(self, weights, device="cpu", batch_size=64):
+        super().__init__(weights, device, batch_size)
+        self.clip = import_clip()
+        if str(weights) in self.clip.available_models():
             try:
-                model, _ = clip.load(str(weights), "cpu")
+                model, _ = self.clip.load(str(weights), "cpu")
             except (OSError, RuntimeError) as error:
                 raise UserError(f"CLIP {weights} cannot be had ({first_line(error)}); name a file of its weights") from None
         else:
+            from clip.model import build_model
+
             try:
                 state = read_weights(weights, "CLIP weights")
             except UserError as error:
@@ -50,37 +128,164 @@ class Clip:
             except (LookupError, RuntimeError, ValueError, ArithmeticError, AssertionError, TypeError) as error:
                 raise UserError(f"{weights} does not hold the weights of an OpenAI CLIP: {first_line(error)}") from None
         self.model = model.float().eval().to(device)
-        self.preprocess = clip.clip._transform(self.model.visual.input_resolution)
-        self.logit_scale = self.model.logit_scale.exp().item()  # cosines times this are the logits of its softmax
+        self.preprocess = self.clip.clip._transform(self.model.visual.input_resolution)
+        self.logit_scale = self.model.logit_scale.exp().item()
 
-    @torch.inference_mode()
-    def encode_images(self, paths):
-        """Look at these images, with a progress bar on stderr.
+    def embed_images(self, images):
+        return self.model.encode_image(images)
 
-        Returns the paths that could be read, their normalised embeddings (n, D), and {path: reason} of the others.
-        """
-        read, unread, embeddings = [], {}, [torch.zeros(0, self.model.text_projection.shape[1])]
-        with tqdm(total=len(paths), unit="image", desc="looking") as bar:
-            for good, images, bad in load_ahead(paths, self.preprocess, None, self.batch_size):
-                if images is not None:
-                    embeddings.append(F.normalize(self.model.encode_image(images.to(self.device)), dim=-1).cpu())
-                read += good
-                unread.update(bad)
-                bar.update(len(good) + len(bad))
-        return read, torch.cat(embeddings), unread
+    def embed_texts(self, texts):
+        return self.model.encode_text(self.clip.tokenize([*map(whole_characters, texts)], truncate=True).to(self.device))
 
-    @torch.inference_mode()
-    def encode_texts(self, texts):
-        """Normalised embeddings (len(texts), D)."""
-        embeddings = []
-        for start in range(0, len(texts), 4 * self.batch_size):
-            tokens = self.clip.tokenize(list(map(whole_characters, texts[start:start + 4 * self.batch_size])), truncate=True)
-            embeddings.append(F.normalize(self.model.encode_text(tokens.to(self.device)), dim=-1).cpu())
-        return torch.cat(embeddings)
+    def count_tokens(self, text):
+        return len(self.clip.clip._tokenizer.encode(whole_characters(text))) + 2
 
-    def too_long(self, texts):
-        """How many of these texts are longer than the 77 tokens that CLIP reads, and are cut."""
-        return sum(len(self.clip.clip._tokenizer.encode(whole_characters(text))) + 2 > 77 for text in texts)
+
+def import_clip():
+    """OpenAI's `clip`: slow to import, and only needed for its models."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pkg_resources, which clip imports and setuptools wants gone
+        import clip
+    return clip
+
+
+class TransformersClip(DualEncoder):
+    """A dual encoder of transformers: CLIP, SigLIP, … (`get_image_features` and `get_text_features`), or BLIP-2's
+    image-text matching model (Li et al. 2023, https://arxiv.org/abs/2301.12597), whose Q query outputs are an image's vectors.
+
+    Args:
+        name: a folder, or a name on the model hub.
+    """
+
+    def __init__(self, name, device="cpu", batch_size=64):
+        super().__init__(name, device, batch_size)
+        from transformers import AutoConfig, AutoModel, AutoProcessor, Blip2ForImageTextRetrieval
+
+        try:
+            config = AutoConfig.from_pretrained(name)
+            self.is_blip2 = "Blip2ForImageTextRetrieval" in (config.architectures or [])
+            kind = Blip2ForImageTextRetrieval if self.is_blip2 else AutoModel
+            model, found = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+            self.processor = AutoProcessor.from_pretrained(name)
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:  # as its client and its loaders raise
+            raise UserError(f"{name} is neither a dual encoder's folder nor to be had from the model hub: "
+                            f"{first_line(error)}") from None
+        if not self.is_blip2 and not hasattr(model, "get_image_features"):
+            raise UserError(f"{name} is a {type(model).__name__}, which does not embed images and texts in one space")
+        if found["missing_keys"]:
+            raise UserError(f"{name} lacks weights, the first is {min(found['missing_keys'])}: it would be partly random")
+        self.model = model.eval().to(device)
+        self.logit_scale = model.logit_scale.exp().item() if hasattr(model, "logit_scale") else 100.0
+        tokenizer = self.processor.tokenizer
+        text = getattr(config, "qformer_config" if self.is_blip2 else "text_config")
+        self.limit = min(tokenizer.model_max_length, getattr(text, "max_position_embeddings", tokenizer.model_max_length))
+
+    def preprocess(self, image):
+        return self.processor.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+    def embed_images(self, images):
+        if not self.is_blip2:
+            return pooled(self.model.get_image_features(pixel_values=images))
+        seen = self.model.vision_model(pixel_values=images).last_hidden_state
+        queries = self.model.query_tokens.expand(len(images), -1, -1)
+        outputs = self.model.qformer(query_embeds=queries, encoder_hidden_states=seen).last_hidden_state
+        return self.model.vision_projection(outputs)  # (B, Q, D)
+
+    def embed_texts(self, texts):
+        # SigLIP was trained on texts padded to its full length, and has no mask; for the others padding makes no difference.
+        rows = self.processor.tokenizer([*map(whole_characters, texts)], truncation=True, max_length=self.limit,
+                                        padding="max_length" if "siglip" in self.model.config.model_type else True,
+                                        return_tensors="pt").to(self.device)
+        if not self.is_blip2:
+            named = {name: rows[name] for name in ("input_ids", "attention_mask") if name in rows}
+            return pooled(self.model.get_text_features(**named))
+        embedded = self.model.embeddings(input_ids=rows["input_ids"])
+        outputs = self.model.qformer(query_embeds=embedded, query_length=0, attention_mask=rows["attention_mask"])
+        return self.model.text_projection(outputs.last_hidden_state[:, 0])
+
+    def count_tokens(self, text):
+        return len(self.processor.tokenizer(whole_characters(text))["input_ids"])
+
+
+def pooled(output):
+    """The embedding of `get_image_features`, which is an output with a pooler_output since transformers 5."""
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+class SmallClip(DualEncoder):
+    """Our own CLIP of weights/clip_small.safetensors (p4_clip.py): heads on the frozen embedded encoder and MiniLM.
+
+    Args:
+        weights: the file.
+        encoder: the frozen image encoder, if one is there already; else the one that the file names is loaded.
+    """
+
+    def __init__(self, weights=SMALL_WEIGHTS, device="cpu", batch_size=32, encoder=None):
+        from clip_small import ClipSmall
+
+        super().__init__(Path(weights).stem, device, batch_size)
+        self.model = ClipSmall.load(weights, encoder).to(device)
+        self.preprocess, self.pixels = self.model.encoder.preprocess, self.model.encoder.image_size
+        self.logit_scale = self.model.log_scale.exp().item()
+        self.limit = self.model.text.max_tokens
+
+    def embed_images(self, images):
+        return self.model.embed_images(self.model.encoder(images))
+
+    def embed_texts(self, texts):
+        return self.model.embed_texts([*map(whole_characters, texts)])
+
+    def count_tokens(self, text):
+        return self.model.text.count_tokens(whole_characters(text))
+
+
+def default_clip():
+    """What load_clip takes where none is named: OpenAI's weights if they are there, else "clip_small" if its parts are, else
+    None."""
+    from clip_small import TEXT_FOLDER
+
+    if CLIP_WEIGHTS.exists():
+        return CLIP_WEIGHTS
+    parts = [SMALL_WEIGHTS, TEXT_FOLDER, *(WEIGHTS_FOLDER / f"{name}.safetensors" for name in EMBEDDED.split("+"))]
+    return SMALL if all(part.exists() for part in parts) else None
+
+
+def load_clip(weights=None, device="cpu", batch_size=64):
+    """The dual encoder of that name. Raises UserError.
+
+    Args:
+        weights: None: default_clip's; that it is clip_small is said in a line on stderr. Else "clip_small", a file that
+            p4_clip.py wrote, a file or name of OpenAI's CLIP (`ViT-B/32`, `ViT-B-32.pt`), or a folder or hub name of a
+            dual encoder of transformers.
+    """
+    if weights is None:
+        weights = default_clip()
+        if weights is None:
+            raise UserError(f"this {NO_CLIP}; or `bash hw3_download.sh`, for our own small one")
+        if weights == SMALL:
+            print(f"with {SMALL}, our own CLIP, since {CLIP_WEIGHTS.name} is not in weights/", file=sys.stderr)
+    name, path = str(weights), Path(weights)
+    if name == SMALL:
+        return SmallClip(device=device)
+    if path.is_file() and is_small_clip(path):
+        return SmallClip(path, device)
+    is_a_file = path.is_file() or path.suffix in (".pt", ".pth", ".bin", ".safetensors")
+    if not path.is_dir() and (is_a_file or name in import_clip().available_models()):
+        return Clip(weights, device, batch_size)
+    return TransformersClip(name, device, batch_size)
+
+
+def is_small_clip(path):
+    """Whether p4_clip.py wrote this file."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return SMALL in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def whole_characters(text):

@@ -1,6 +1,5 @@
 """Images and captions: folders of pictures, COCO-format captions, collation, cached encoder features."""
 
-import fcntl
 import hashlib
 import json
 import re
@@ -9,8 +8,9 @@ import warnings
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +205,27 @@ def read_captions(annotation_file, images_root):
     return list(items.values())
 
 
+class Folder:
+    """A folder in the course's layout: its pictures that have captions, and which of them are kept aside.
+
+    Attributes: `path`; `images`, CaptionedImages in the file's order; `train`, how many of them, the first, are to train on;
+    `without_captions`, how many others there are.
+    """
+
+    def __init__(self, path, selection=0):
+        """Raises UserError unless pictures are left once the last `selection` are kept aside."""
+        self.path = Path(path)
+        images = read_captions(self.path / "train.json", self.path / "images" / "train")
+        self.images = [image for image in images if clean_captions(image)]
+        self.without_captions = len(images) - len(self.images)
+        self.train = len(self.images) - selection
+        if not 0 < self.train <= len(self.images):
+            raise UserError(f"{len(self.images)} images of {path} cannot be split into training and {selection} for selection")
+
+    def paths(self):
+        return [image.path for image in self.images]
+
+
 def write_subset(data, folder, count):
     """Write a folder in the course's layout with the first images of another's train.json alone."""
     data, folder = Path(data), Path(folder)
@@ -253,11 +274,11 @@ def bucketed_batches(lengths, batch_size, generator):
 
 
 def make_view(image, view, seed):
-    """View 0 is the picture, view 1 its mirror image, later ones random crops of at least 60%, every other mirrored.
+    """View 0 is the picture, later ones are random crops of at least 60%, every other, from the first on, mirrored.
 
     Returns an RGB PIL image; the same for the same (view, seed).
     """
-    if view >= 2:
+    if view:
         random = np.random.default_rng((seed, view))
         width, height = image.size
         w, h = (max(1, round(length * random.uniform(0.775, 1))) for length in (width, height))
@@ -282,6 +303,34 @@ def ahead(function, items, count=2):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+class SomeFeatures:
+    """Features of some images of several caches, numbered anew.
+
+    Args:
+        parts: FeatureCaches, or LiveFeatures, with as many views.
+        numbers: (part, its number there) of each image.
+    """
+
+    def __init__(self, parts, numbers):
+        self.parts, self.numbers = parts, np.array(numbers, int).reshape(-1, 2)
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, index_and_view):
+        """(image numbers, view numbers) -> features (B, N, D), fp16 tensor"""
+        index, view = np.broadcast_arrays(*map(np.asarray, index_and_view))
+        part, number = self.numbers[index].T
+        places = [(one, np.flatnonzero(part == one)) for one in np.unique(part)]
+        rows = [(place, self.parts[one][number[place], view[place]]) for one, place in places]
+        if len(rows) == 1:
+            return rows[0][1]
+        features = rows[0][1].new_empty(len(index), *rows[0][1].shape[1:])
+        for place, some in rows:
+            features[place] = some
+        return features
 
 
 class LiveFeatures:
@@ -323,11 +372,13 @@ def fingerprint(path):
 
 
 class FeatureCache:
-    """Frozen features of images, encoded once and read by memory map: fp16, (images, views, N, D).
+    """Frozen features of images, encoded once and read by memory map: fp16, for each view (images, N, D).
 
-    The file's name is a digest of the encoder's weights and levels, the images and the number of views, so a change of
-    any makes a new one. An interrupted build goes on where it stopped; of two runs that want the same features, one
-    computes and the other waits.
+    A view's file is named by a digest of the encoder's weights and levels, the images and the view, so a change of any
+    makes a new one, and more views of the same images add only theirs. An interrupted build goes on where it stopped; of
+    two runs that want the same features, one computes and the other waits.
+
+    Attributes: `files`, `data`, a file and its array (images, N, D) for each view.
     """
 
     def __init__(self, encoder, paths, folder, views=1, batch_size=32, device="cpu"):
@@ -335,35 +386,45 @@ class FeatureCache:
         folder.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor() as pool:
             images = [(path.name, *found) for path, found in zip(paths, pool.map(fingerprint, paths))]
-        key = json.dumps([encoder.name, encoder.weights_hash, encoder.image_size,
-                          *([encoder.dim] if encoder.levels > 1 else []), device, views, images])
-        self.file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
-        shape = (len(paths), views, encoder.num_tokens, encoder.dim)
-        progress_file = self.file.with_suffix(".json")
-        with open(self.file.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            done = read_json(progress_file, "cache")["done"] if progress_file.exists() and self.file.exists() else 0
-            if not done and (size := 2 * int(np.prod(shape))) > shutil.disk_usage(folder).free:
+        of_all = [encoder.name, encoder.weights_hash, encoder.image_size, *([encoder.dim] if encoder.levels > 1 else []),
+                  device, images]
+        self.files = [folder / f"{hashlib.sha256(json.dumps([view, *of_all]).encode()).hexdigest()[:16]}.npy"
+                      for view in range(views)]
+        shape = (len(paths), encoder.num_tokens, encoder.dim)
+        with ExitStack() as locks:
+            for file in self.files:  # in one order, so that no two runs wait for each other
+                flock(locks.enter_context(open(file.with_suffix(".lock"), "w")), LOCK_EX)
+            done = [self._done(file) for file in self.files]
+            missing = [view for view in range(views) if done[view] < len(paths)]
+            size = 2 * int(np.prod(shape)) * sum(not done[view] for view in missing)
+            if size > shutil.disk_usage(folder).free:
                 raise UserError(f"the features need {size / 1e9:.1f} GB in {folder}, more than is free there: name "
                                 "another --cache or fewer --views")
-            if done < len(paths):
-                data = np.lib.format.open_memmap(self.file, "r+" if done else "w+", np.float16, shape)
-                self._build(data, encoder.to(device), paths, done, max(1, batch_size // views), device, progress_file)
+            if missing:
+                data = {view: np.lib.format.open_memmap(self.files[view], "r+" if done[view] else "w+", np.float16, shape)
+                        for view in missing}
+                self._build(data, encoder.to(device), paths, min(done[view] for view in missing),
+                            max(1, batch_size // len(missing)), device)
                 del data
-        self.data = np.load(self.file, mmap_mode="r")
+        self.data = [np.load(file, mmap_mode="r") for file in self.files]
 
     def __len__(self):
-        return len(self.data)
+        return len(self.data[0])
 
     @staticmethod
+    def _done(file):
+        """How many images of this file are encoded."""
+        progress = file.with_suffix(".json")
+        return read_json(progress, "cache")["done"] if progress.exists() and file.exists() else 0
+
     @torch.inference_mode()
-    def _build(data, encoder, paths, done, batch_size, device, progress_file):
-        _, views, tokens, dim = data.shape
+    def _build(self, data, encoder, paths, done, batch_size, device):
+        """Encode the views that are the keys of `data`, from image number `done` on."""
         numbers = {path: number for number, path in enumerate(paths)}
 
         def read(path):
             try:
-                return read_views(path, encoder, range(views), numbers[path])
+                return read_views(path, encoder, data, numbers[path])
             except ImageError as error:
                 return f"{path.name}: {error}"
 
@@ -378,13 +439,19 @@ class FeatureCache:
                 with torch.autocast("cuda", torch.float16, enabled=device == "cuda"):
                     features = encoder(images.flatten(0, 1).to(device))
                 end = start + len(images)
-                data[start:end] = features.view(-1, views, tokens, dim).half().cpu().numpy()
+                features = features.unflatten(0, images.shape[:2]).half().cpu().numpy()
+                for number, rows in enumerate(data.values()):
+                    rows[start:end] = features[:, number]
                 bar.update(len(images))
                 if start // batch_size % 50 == 0 or end == len(paths):
-                    data.flush()
-                    write_json(progress_file, {"done": end})
+                    for view, rows in data.items():
+                        rows.flush()
+                        write_json(self.files[view].with_suffix(".json"), {"done": end})
 
     def __getitem__(self, index_and_view):
         """(image numbers, view numbers) -> features (B, N, D), fp16 tensor on the CPU"""
-        index, view = index_and_view
-        return torch.from_numpy(self.data[index, view])
+        index, view = np.broadcast_arrays(*map(np.asarray, index_and_view))
+        features = np.empty((len(index), *self.data[0].shape[1:]), np.float16)
+        for number in np.unique(view):
+            features[view == number] = self.data[number][index[view == number]]
+        return torch.from_numpy(features)

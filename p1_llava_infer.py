@@ -9,7 +9,7 @@ its answers wait in <captions.json>.part. Exit status: 0 all well; 2 nothing was
 images could not be read and are named.
 
 With --settings every setting of the file is tried, its captions are written beside the table (table.<name>.json), and the
-table gives CIDEr and CLIPScore for each.
+table gives CIDEr and CLIPScore, or our own CLIP's ImageTextScore, for each.
 """
 
 import hashlib
@@ -322,7 +322,7 @@ def compare_settings(every, output, images, references, clip, caption):
     if not scored:
         raise UserError("no image got an answer under every setting: there is nothing to score")
     found = evaluate(systems, scored, clip)
-    names = ["CIDEr"] + ["CLIPScore"] * bool(clip)
+    names = ["CIDEr"] + (clip.names[:1] if clip else [])
     table = {name: asdict(settings) | {"images": len(scored), "captions": file.name} | {of: corpus[of] for of in names}
              for (name, settings), file, (corpus, _, _) in zip(every.items(), files, found)}
     write_json(output, table)
@@ -345,7 +345,7 @@ def main():
     parser.add_argument("--limit", type=int, help="only the first so many images of the folder")
     parser.add_argument("--settings", help="YAML file of several settings to compare")
     parser.add_argument("--annotation_file", help="with --settings: captions in COCO's form, to score against")
-    parser.add_argument("--clip_weights", help="with --settings: CLIP's, for CLIPScore (default: weights/ViT-B-32.pt)")
+    parser.add_argument("--clip_weights", help="with --settings: CLIP's, for CLIPScore (default: weights/ViT-B-32.pt, else clip_small)")
     add_options(parser, LlavaSettings, **HELP)
     arguments = parser.parse_args()
     settings = take_options(arguments, LlavaSettings)

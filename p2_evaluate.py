@@ -4,7 +4,8 @@
         [--out scores.csv] [--compare other.json] [--rank 5 --rank_by CIDEr]
 
 Scores against the captions that people wrote: CIDEr, BLEU, METEOR, ROUGE-L, SPICE where its models are present, and with
-CLIP's weights CLIPScore and RefCLIPScore.
+OpenAI's CLIP CLIPScore and RefCLIPScore; without it, ImageTextScore and RefImageTextScore by our own small CLIP. CHAIR says how
+often captions make things up.
 """
 
 import csv
@@ -12,11 +13,12 @@ import io
 import textwrap
 from pathlib import Path
 
+from chair import Chair
 from cli import ArgumentParser, UserError, check_writable, read_json, run, write_json, write_whole
-from clip_model import CLIP_WEIGHTS, NO_CLIP, whole_characters
+from clip_model import CLIP_WEIGHTS, NO_CLIP, SMALL, default_clip, whole_characters
 from dataset import ImageError, load_image, read_captions
 from metrics import ClipScorer, text_metrics, text_scores, tokenize_all
-from significance import BLEU, DRAWS, bleu_statistics, compare
+from significance import BLEU, DRAWS, bleu_statistics, compare, paired_bootstrap
 from training import pick_device
 
 PICTURES = ".png", ".jpg", ".pdf", ".svg"
@@ -67,7 +69,7 @@ def some(keys):
 def evaluate(systems, images, clip=None):
     """Score each system's {key: caption} against {key: CaptionedImage} with the same keys.
 
-    `clip`: a ClipScorer, for CLIPScore and RefCLIPScore as well; the images must then be there.
+    `clip`: a ClipScorer, for its two scores as well; the images must then be there.
     Returns for each system {name: corpus score}, {name: scores of the images (n,)}, and bleu_statistics.
     """
     raw_references = {key: image.captions for key, image in images.items()}
@@ -83,12 +85,12 @@ def evaluate(systems, images, clip=None):
              bleu_statistics(references, candidates)) for scores, candidates in zip(found, tokens)]
 
 
-def write_scores(path, predictions, corpus, each, keys):
-    """The scores of every image: CSV, or JSON with the corpus scores, by the file's suffix."""
+def write_scores(path, predictions, corpus, each, keys, chair=None):
+    """The scores of every image: CSV, or JSON with the corpus scores and CHAIR's, by the file's suffix."""
     if Path(path).suffix == ".json":
         images = {key: {"caption": predictions[key]} | {name: float(values[i]) for name, values in each.items()}
                   for i, key in enumerate(keys)}
-        write_json(path, {"corpus": corpus, "images": images})
+        write_json(path, {"corpus": corpus} | ({"CHAIR": chair} if chair else {}) | {"images": images})
         return
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # a lone \r needs its quotes
@@ -131,22 +133,25 @@ def draw_ranking(path, name, scores, predictions, images, number):
 
 
 def clip_scorer(images_root, weights, prefix):
-    """A ClipScorer, or None and one line that says what it lacks."""
-    if weights is None:
-        if not CLIP_WEIGHTS.exists():
-            return None, f"CLIPScore {NO_CLIP}"
-        weights = CLIP_WEIGHTS
+    """A ClipScorer, or None, and a line that says what is lacking, or None."""
+    found = weights or default_clip()
+    line = None if weights or found == CLIP_WEIGHTS else f"CLIPScore {NO_CLIP}"
+    if found is None:
+        return None, line
     if images_root is None:
-        return None, "CLIPScore needs the images: --images_root FOLDER"
-    return ClipScorer(weights, prefix, pick_device()), None
+        return None, line or "CLIPScore needs the images: --images_root FOLDER"
+    if line:
+        line += f"; ImageTextScore is by {SMALL}, our own"
+    return ClipScorer(found, prefix, pick_device()), line
 
 
 def main():
     parser = ArgumentParser(description="Score captions against the captions that people wrote.")
     parser.add_argument("--pred_file", required=True, help='the predictions: {"file name without extension": "caption"}')
-    parser.add_argument("--images_root", help="the folder of images, for CLIPScore and --rank")
+    parser.add_argument("--images_root", help="the folder of images, for CLIPScore or ImageTextScore, and --rank")
     parser.add_argument("--annotation_file", required=True, help="the captions that people wrote, in COCO's form")
-    parser.add_argument("--clip_weights", help="file with CLIP's state dict, or a model's name (default: weights/ViT-B-32.pt)")
+    parser.add_argument("--clip_weights", help="CLIP's weights, or the name of a model "
+                        "(default: weights/ViT-B-32.pt, else clip_small)")
     parser.add_argument("--clip_prefix", default="", help='before each caption for CLIP; Hessel et al.: "A photo depicts "')
     parser.add_argument("--allow_partial", action="store_true", help="score the images that have a caption")
     parser.add_argument("--out", help="write the scores of every image: .csv or .json")
@@ -185,20 +190,27 @@ def main():
     if lacking:
         print(lacking)
     if clip and (cut := clip.too_long([systems[0][key] for key in images])):
-        print(f"{cut} captions are longer than CLIP's 77 tokens and were cut for it")
+        print(f"{cut} captions are longer than CLIP's {clip.clip.limit} tokens and were cut for it")
     if len(images) < len(references):
         print(f"scored {len(images)} of {len(references)} images")
+    width = max(13, 1 + max(map(len, corpus)))
     for name, value in corpus.items():
         if name not in ("CIDEr", "CLIPScore"):
-            print(f"{name:<13}{value:.4f}")
-    for _, other_each, other_statistics in others:
+            print(f"{name:<{width}}{value:.4f}")
+    chairs = [Chair([predictions[key] for key in images], [image.captions for image in images.values()]) for predictions in systems]
+    print(", ".join(f"{name} {value:.4f}" for name, value in chairs[0].scores().items())
+          + " (made-up things of COCO's 80 kinds, against these captions alone)")
+    for (_, other_each, other_statistics), other_chair in zip(others, chairs[1:]):
         print(f"\nminus {args.compare}, {len(images)} images, {DRAWS:,} bootstrap draws of them:")
         for name, difference in compare(each, other_each, statistics, other_statistics).items():
             kind = "corpus" if name in BLEU else "mean of images"
-            print(f"{name:<13}{difference.value:+.4f}  95% interval {difference.low:+.4f} to {difference.high:+.4f}  "
+            print(f"{name:<{width}}{difference.value:+.4f}  95% interval {difference.low:+.4f} to {difference.high:+.4f}  "
                   f"p = {difference.p:.4f}  ({kind})")
+        difference = paired_bootstrap(chairs[0].images - other_chair.images)
+        print(f"{'CHAIRs':<{width}}{difference.value:+.4f}  95% interval {difference.low:+.4f} to {difference.high:+.4f}  "
+              f"p = {difference.p:.4f}  (lower is better)")
     if args.out:
-        write_scores(args.out, systems[0], corpus, each, list(images))
+        write_scores(args.out, systems[0], corpus, each, list(images), chairs[0].scores())
     if args.rank:
         draw_ranking(args.rank_file, args.rank_by, each[args.rank_by], systems[0], images, args.rank)
 

@@ -1,11 +1,12 @@
 """Train the captioner: projection, cross-attention and PEFT on the features of the frozen encoder.
 
     python3 p2_train.py --data data --decoder weights/decoder_model.bin
+    python3 p2_train.py --data flickr8k coco --data_weights 1 0.5
     python3 p2_train.py --config configs/clip_large_lora8.yaml
     accelerate launch --num_processes 8 p2_train.py …
 
-`data` is in the course's layout: train.json in COCO's caption form and images/train. The last 500 images are split
-off; the epoch with the best CIDEr on them is the checkpoint. After the epochs of cross-entropy, `--scst_epochs` of
+`data` are folders in the course's layout: train.json in COCO's caption form and images/train. The last 500 images of each
+are split off; the epoch with the best CIDEr on them is the checkpoint. After the epochs of cross-entropy, `--scst_epochs` of
 self-critical training raise CIDEr itself.
 
 A run that was killed, or stopped by SIGTERM or --max_hours, goes on when the same command is given again, on any number
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from captioner import MAX_TRAINED, Captioner, CaptionerConfig, GenerationConfig, Projection, check_hashes, is_fusion, read_metadata
 from cider import CiderScorer
 from cli import ArgumentParser, UserError, add_options, run, take_options, with_config
-from dataset import IGNORE, FeatureCache, LiveFeatures, ahead, bucketed_batches, clean_captions, collate, read_captions
+from dataset import IGNORE, FeatureCache, Folder, LiveFeatures, SomeFeatures, ahead, bucketed_batches, clean_captions, collate
 from decoder import ADAPTER_PLACES, LORA_TARGETS, Decoder, DecoderConfig
 from metrics import cider, tokenize
 from tokenizer import END_OF_TEXT, BPETokenizer
@@ -39,7 +40,8 @@ LOG_STEPS = 20  # updates between lines of the log
 
 @dataclass
 class Settings:
-    data: str = "data"
+    data: tuple = ("data",)
+    data_weights: tuple = ()
     decoder: str = "weights/decoder_small.safetensors"
     output: str = "checkpoints/captioner.safetensors"
     cache: str = "cache"
@@ -63,7 +65,7 @@ class Settings:
     scst_learning_rate: float = 2e-4
     scst_samples: int = 5
     scst_temperature: float = 0.5
-    selection: int = 500
+    selection: tuple = (500,)
     selection_beam: int = 3
     seed: int = 0
     samples: int = 3
@@ -72,6 +74,13 @@ class Settings:
     tensorboard: str = ""
 
     def __post_init__(self):
+        self.data, self.data_weights = tuple(map(str, np.atleast_1d(self.data))), tuple(map(float, self.data_weights))
+        self.selection = tuple(map(int, np.atleast_1d(self.selection)))
+        if not self.data or len(self.data_weights) not in (0, len(self.data)) or any(
+                weight <= 0 for weight in self.data_weights):
+            raise UserError("--data names at least one folder, --data_weights none or one number above 0 for each")
+        if len(self.selection) not in (1, len(self.data)):
+            raise UserError("--selection is one number for every folder of --data, or one for each")
         check_settings(self, ("batch_size", "accumulation", "views", "selection_beam", "max_tokens"),
                        ("warmup", "label_smoothing", "average"))
         if self.learning_rate <= 0 or self.seed < 0:
@@ -84,7 +93,9 @@ class Settings:
 
 
 HELP = dict(
-    data="folder with train.json and images/train", decoder="GPT-2 weights, .bin or .safetensors",
+    data="folders with train.json and images/train",
+    data_weights="how often an epoch shows the images of each folder: 0.5, half of them; 2, each twice; default: once",
+    decoder="GPT-2 weights, .bin or .safetensors",
     output="the checkpoint to write; beside it the log (.jsonl) and its curves (.png)",
     cache="folder for the encoder's features; empty: encode in every step, which is far slower",
     init="checkpoint whose trained weights to start from; same model options, but its encoder may be the first part of this one",
@@ -92,7 +103,7 @@ HELP = dict(
     fusion_learning_rate="of the projection and cross-attention in both; 0: as learning_rate",
     scst_epochs="of self-critical training on CIDEr, after the others", scst_samples="captions drawn for each image",
     scst_temperature="of the drawing",
-    views="of each image in the cache: 1 as it is, 2 its mirror image as well, more: random crops too",
+    views="of each image in the cache: 1 as it is, more: random crops too, every other mirrored",
     batch_size="images of an update, over all processes, each with all its captions",
     accumulation="parts of a batch that go through the model one after the other, to save memory",
     precision="auto (bf16 on CUDA, else fp32), fp32, bf16 or fp16",
@@ -101,7 +112,8 @@ HELP = dict(
     samples="of the selection images, whose captions are shown after each epoch",
     warmup="part of all steps", clip="gradient norm",
     average="decay of the moving average of the weights, which is what is saved; 0: the last step's",
-    selection="images at the end of train.json, on which checkpoints are selected; 0: train on all, keep the last epoch",
+    selection="images at the end of each train.json, on which checkpoints are selected: one number, or one for each folder; 0: train "
+    "on all, keep the last epoch",
     selection_beam="beam size on them", save_minutes="minutes between states to resume from",
     image_size="0: the encoder's own", encoder="timm's name of a ViT or a CNN, or several joined by +",
     encoder_levels="how many of a CNN's feature maps make its tokens; 0: up to three",
@@ -163,7 +175,9 @@ class Trainer:
         if settings.tensorboard:
             TrainingLog.find_tensorboard()
         self.state_file = prepare_output(settings.output)
-        parts = self.read_images()
+        folders = self.read_folders()
+        parts = [[image for folder in folders for image in some(folder)]
+                 for some in (lambda folder: folder.images[:folder.train], lambda folder: folder.images[folder.train:])]
 
         torch.manual_seed(settings.seed)
         encoder = config.load_encoder()
@@ -183,29 +197,43 @@ class Trainer:
                                settings.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device) if self.dtype == torch.float16 else None
         self.average = MovingAverage(self.trained, settings.average)
-        self.steps = -(-len(self.images) // settings.batch_size)
+        self.shown = self.shown_in_an_epoch(folders)
+        self.steps = -(-sum(self.shown[0]) // settings.batch_size)
         if settings.fsdp:
             self.shard()
         self.restore()
         # Last, since it can take long: whatever is wrong above shows first.
+        features = [self.encode(encoder, folder.paths()) for folder in folders]
         self.data.features, self.selection_features = (
-            self.encode(encoder, [image.path for image in part], views)
-            for part, views in zip(parts, (settings.views, 1)))
+            SomeFeatures(features, [(number, i) for number, folder in enumerate(folders) for i in some(folder)])
+            for some in (lambda folder: range(folder.train), lambda folder: range(folder.train, len(folder.images))))
         self.references = tokenize({str(i): image.captions for i, image in enumerate(parts[1])}) if parts[1] else {}
 
     # ---- what it needs ----
 
-    def read_images(self):
-        """The images to train on, and those to select on."""
-        settings, data = self.settings, Path(self.settings.data)
-        images = read_captions(data / "train.json", data / "images" / "train")
-        found = len(images)
-        images = [image for image in images if clean_captions(image)]
-        self.without_captions = found - len(images)
-        if not 0 <= settings.selection < len(images):
-            raise UserError(f"{len(images)} images cannot be split into training and {settings.selection} for selection")
-        split = len(images) - settings.selection
-        return images[:split], images[split:]
+    def read_folders(self):
+        """The folders of images, each with some to train on and some to select on."""
+        selection = self.settings.selection * (len(self.settings.data) if len(self.settings.selection) == 1 else 1)
+        folders = [Folder(path, kept) for path, kept in zip(self.settings.data, selection)]
+        self.without_captions = sum(folder.without_captions for folder in folders)
+        return folders
+
+    def shown_in_an_epoch(self, folders):
+        """How many images of each folder an epoch shows, and the folder's image numbers."""
+        weights = self.settings.data_weights or [1.0] * len(folders)
+        ends = np.cumsum([folder.train for folder in folders])
+        return ([max(1, round(weight * folder.train)) for weight, folder in zip(weights, folders)],
+                [range(end - folder.train, end) for end, folder in zip(ends.tolist(), folders)])
+
+    def draw_epoch(self, generator):
+        """The image numbers that an epoch shows: every folder's as often as its weight says, the rest of it by chance."""
+        drawn = []
+        for count, numbers in zip(*self.shown):
+            whole, rest = divmod(count, len(numbers))
+            drawn += [*numbers] * whole
+            if rest:
+                drawn += [numbers[i] for i in torch.randperm(len(numbers), generator=generator)[:rest].tolist()]
+        return drawn
 
     def start_from(self, checkpoint, encoder, decoder):
         """Take a checkpoint's trained weights. Raises UserError unless it is of the same model.
@@ -228,11 +256,11 @@ class Trainer:
         except (KeyError, RuntimeError):
             raise UserError(f"the checkpoint {checkpoint} has other model options: {metadata['model']}") from None
 
-    def encode(self, encoder, paths, views):
+    def encode(self, encoder, paths):
         """The features of these images: cached, by one process for all, or worked out in every step."""
-        if not self.settings.cache or not paths:
-            return LiveFeatures(encoder, paths, views, self.device)
-        return FeatureCache(encoder, paths, self.settings.cache, views, device=self.device)
+        if not self.settings.cache:
+            return LiveFeatures(encoder, paths, self.settings.views, self.device)
+        return FeatureCache(encoder, paths, self.settings.cache, self.settings.views, device=self.device)
 
     def shard(self):
         """Spread the decoder's frozen layers over the processes (FSDP: Zhao et al. 2023, https://arxiv.org/abs/2304.11277).
@@ -285,7 +313,7 @@ class Trainer:
                 self.finish_epoch(epoch)
         if self.processes.main:
             history = progress["history"]
-            if settings.selection:
+            if self.selection:
                 best = max(history, key=lambda entry: entry["cider"])
                 print(f"best: CIDEr {best['cider']:.4f} after epoch {best['epoch']}, in {settings.output}")
             self.log.close(["loss", "reward", "CIDEr", "learning rate"])
@@ -319,7 +347,9 @@ class Trainer:
         warmup = max(1, int(settings.warmup * total))
 
         generator = torch.Generator().manual_seed(settings.seed * 1000 + epoch)
-        batches = bucketed_batches(self.data.lengths, settings.batch_size, generator)
+        drawn = self.draw_epoch(generator)
+        batches = [[drawn[i] for i in batch] for batch in
+                   bucketed_batches([self.data.lengths[i] for i in drawn], settings.batch_size, generator)]
         views = torch.randint(settings.views, (len(self.images),), generator=generator).numpy()
         todo = range(progress["step"], self.steps)
         bar = tqdm(total=self.steps, initial=progress["step"], desc=f"epoch {epoch + 1}/{len(schedule)}", unit="batch",

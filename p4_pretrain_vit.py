@@ -39,15 +39,16 @@ from tqdm import tqdm
 
 from captioner import EMBEDDED_DECODER, Captioner, CaptionerConfig
 from cli import ArgumentParser, UserError, add_options, make_ordinary, run, take_options, write_whole
+from clip_small import TextEncoder, contrastive_loss
 from dataset import FeatureCache, clean_captions, collate, list_images, load_picture, make_view, read_captions, squeeze
-from encoder import HEADS, OWN, WEIGHTS_FOLDER, ImageEncoder
+from encoder import HEADS, OWN, ImageEncoder
+from retrieval import recalls
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import (Interruption, MovingAverage, TrainingLog, autocast, check_settings, cosine, load_state, pick_device,
                       prepare_output, save_state, step_optimizer, what_matters)
 from weightfiles import dinov2_names, read_weights
 
 TEACHER = "tf_efficientnet_lite2"
-TEXT_FOLDER = WEIGHTS_FOLDER / "all-minilm-l6-v2"
 CROP_PIXELS = 256  # the square that fresh crops are taken from
 SHARED_DIM = 256  # width of the space that images share with texts
 LOG_STEPS = 20
@@ -170,34 +171,6 @@ def resize(images, size):
 # ---- the models ------------------------------------------------------------------------------------------------
 
 
-class TextEncoder:
-    """all-MiniLM-L6-v2 (Reimers and Gurevych 2019, https://arxiv.org/abs/1908.10084): sentences -> unit vectors (n, 384)."""
-
-    def __init__(self, folder=TEXT_FOLDER, device="cpu"):
-        from tokenizers import Tokenizer
-        from transformers import BertModel
-
-        if not Path(folder).is_dir():
-            raise UserError(f"{folder} is not here yet: run `bash hw3_download.sh vit`")
-        self.tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-        self.tokenizer.enable_padding()
-        self.tokenizer.enable_truncation(128)
-        self.model = BertModel.from_pretrained(folder).eval().to(device)
-
-    @torch.inference_mode()
-    def __call__(self, sentences, batch_size=128):
-        order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # little padding
-        vectors = torch.empty(len(sentences), self.model.config.hidden_size)
-        for start in tqdm(range(0, len(order), batch_size), desc="embedding captions", unit="batch"):
-            some = order[start:start + batch_size]
-            rows = self.tokenizer.encode_batch([sentences[i] for i in some])
-            ids, mask = (torch.tensor([getattr(row, part) for row in rows], device=self.model.device)
-                         for part in ("ids", "attention_mask"))
-            hidden = self.model(ids, mask).last_hidden_state * mask[:, :, None]
-            vectors[some] = F.normalize(hidden.sum(1) / mask.sum(1, keepdim=True), dim=-1).float().cpu()
-        return vectors
-
-
 class Student(nn.Module):
     """The ViT, and a head for each signal but the captions'.
 
@@ -274,14 +247,6 @@ def distillation_loss(student, tokens, pooled, cells):
             - F.cosine_similarity(student.map(patches), cells, dim=-1).mean())
 
 
-def contrastive_loss(images, texts, scale):
-    """CLIP's: cross-entropy of each image among the texts and of each text among the images; unit vectors (B, C)."""
-    with torch.autocast(images.device.type, enabled=False):  # half precision is too coarse for a scale of 100
-        logits = scale * images.float() @ texts.float().t()
-    labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
-
-
 def parameter_groups(student, others, layer_decay, weight_decay):
     """AdamW's groups: matrices decay, and each layer learns `layer_decay` times as fast as the one after it.
 
@@ -324,23 +289,6 @@ def write_dinov2(weights, folder, size=224):
 
 
 # ---- how good it is --------------------------------------------------------------------------------------------
-
-
-def recalls(images, texts, owners, ranks=(1, 5, 10)):
-    """Recall@k of retrieval, {"image to text": {k: part}, "text to image": {k: part}}, ties counted as lost.
-
-    Args:
-        images, texts: unit vectors (n, C) and (m, C). owners: (m), the number of each text's image.
-    A text is to find its image, an image any one of its texts.
-    """
-    similarity = texts @ images.t()  # (m, n)
-    own = similarity.gather(1, owners[:, None])
-    text_ranks = (similarity >= own).sum(1) - 1
-    best = torch.full((len(images),), -torch.inf, dtype=own.dtype).scatter_reduce(0, owners, own.squeeze(1), "amax")
-    foreign = owners[:, None] != torch.arange(len(images))
-    image_ranks = ((similarity >= best) & foreign).sum(0)
-    return {direction: {k: (found < k).float().mean().item() for k in ranks}
-            for direction, found in (("image to text", image_ranks), ("text to image", text_ranks))}
 
 
 @torch.inference_mode()

@@ -29,9 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from cli import ArgumentParser, UserError, read_json, run, write_json
+from clip_small import TextEncoder, contrastive_loss
 from dataset import FeatureCache, clean_captions, read_captions
 from encoder import HEADS, ImageEncoder
-from p4_pretrain_vit import LOSSES, SHARED_DIM, TextEncoder, contrastive_loss, recalls
+from p4_pretrain_vit import LOSSES, SHARED_DIM
+from retrieval import recalls
 from training import pick_device
 from weightfiles import read_weights
 
@@ -138,7 +140,7 @@ def kind_of(captions):
 
 def image_vectors(features, encoder):
     """One vector for each image (n, D), of cached features."""
-    return torch.stack([torch.from_numpy(telling(rows[0], encoder).astype(np.float32)).mean(0) for rows in features.data])
+    return torch.stack([torch.from_numpy(telling(tokens, encoder).astype(np.float32)).mean(0) for tokens in features.data[0]])
 
 
 def telling(tokens, encoder):

@@ -21,6 +21,7 @@ import faithfulness
 import p3_attention
 from captioner import Captioner, CaptionerConfig, GenerationConfig
 from cli import UserError
+from clip_model import default_clip
 from dataset import collate
 from decoder import Cache, Decoder, DecoderConfig
 from encoder import ImageEncoder
@@ -555,4 +556,5 @@ def test_the_notebook_takes_other_folders(notebook, flickr8k, tmp_path):
     settings["source"] = f"IMAGES, DATA, COUNT, LLAVA = {str(tmp_path)!r}, {str(flickr8k)!r}, 3, {str(tmp_path / 'llava')!r}"
     run_notebook(notebook)
     text = json.dumps(outputs(notebook))
-    assert "CIDEr" in text and "on the image: " in text and "left out" not in text
+    by = {None: "CIDEr", "clip_small": "ImageTextScore"}.get(default_clip(), "CLIPScore")
+    assert f"**, {by} " in text and "on the image: " in text and "left out" not in text

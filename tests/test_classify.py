@@ -42,7 +42,7 @@ def weights(clip_weights, tmp_path_factory):
 def place(tmp_path, monkeypatch):
     """Each test runs in a folder of its own, with 24 pictures in images/ and an id2label.json."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(p1_clip_classify, "CLIP_WEIGHTS", Path("/absent/ViT-B-32.pt"))
+    monkeypatch.setattr(p1_clip_classify, "default_clip", lambda: None)
     make_images("images", *NAMES)
     Path("id2label.json").write_text(json.dumps(CLASSES))
     return tmp_path

@@ -366,6 +366,15 @@ def test_every_embedded_encoder_is_fetched(weights, monkeypatch):
     assert list(load_file(weights / f"{second.name}.safetensors")) == ["anew"]
 
 
+def test_embedded_brings_the_text_encoder_too(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(hw3_download, "fetch_embedded", lambda: fetched.append("images"))
+    monkeypatch.setattr(hw3_download, "fetch_text_encoder", lambda: fetched.append("texts"))
+    monkeypatch.setattr(sys, "argv", ["hw3_download.py"])
+    hw3_download.main()
+    assert fetched == ["images", "texts"]
+
+
 # ---- models from the hub ---------------------------------------------------------------------------------------
 
 

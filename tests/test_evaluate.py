@@ -27,6 +27,7 @@ import p2_evaluate
 from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner
 from cider import CiderScorer
 from cli import UserError, run
+from clip_model import DualEncoder
 from dataset import CaptionedImage, load_image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +80,7 @@ def files_of(folder):
 @pytest.fixture(autouse=True)
 def no_weights_and_no_cache(monkeypatch, tmp_path_factory):
     """What a user has downloaded, and tokens kept by an earlier run, change no test."""
-    monkeypatch.setattr(p2_evaluate, "CLIP_WEIGHTS", Path("/absent/ViT-B-32.pt"))
+    monkeypatch.setattr(p2_evaluate, "default_clip", lambda: None)
     monkeypatch.setattr(metrics, "SPICE_MODELS", Path("/absent/models.jar"))
     monkeypatch.setattr(metrics, "TOKEN_CACHE", tmp_path_factory.mktemp("tokens"))
 
@@ -412,6 +413,7 @@ def test_differences_and_partial_predictions(reported, tmp_path, monkeypatch, ca
     lines = capsys.readouterr().out.splitlines()
     assert "scored 5 of 6 images" in lines
     table = {line.split()[0]: line for line in lines if "95% interval" in line}
+    assert "(lower is better)" in table.pop("CHAIRs")
     assert list(table) == NAMES
     assert all(float(line.split()[1]) > 0 and float(line.split()[4]) > 0 for line in table.values())
     assert "(corpus)" in table["BLEU-2"] and "(mean of images)" in table["METEOR"]
@@ -530,6 +532,49 @@ def test_clip_score_is_printed_as_the_course_does(reported, clip_weights, tmp_pa
     assert scores["corpus"]["CLIPScore"] == pytest.approx(np.mean(each))
     first = capsys.readouterr().out.splitlines()[0]
     assert first == f"CIDEr: {scores['corpus']['CIDEr']} | CLIPScore: {scores['corpus']['CLIPScore']}"
+
+
+class Colourful(DualEncoder):
+    """Stands for our own small CLIP: an image's vector is its mean colour, a text's the colours that it names."""
+
+    limit = 77
+
+    def __init__(self):
+        super().__init__("clip_small", "cpu", 2)
+        self.preprocess = lambda image: torch.from_numpy(np.asarray(image, np.float32)).mean((0, 1))
+
+    def embed_images(self, images):
+        return images
+
+    def embed_texts(self, texts):
+        return torch.tensor([[float(name in text) + 0.1 for name in ("red", "green", "blue")] for text in texts])
+
+    def count_tokens(self, text):
+        return len(text.split())
+
+
+def test_without_openais_clip_the_score_has_a_name_of_its_own(tmp_path, monkeypatch, capsys, without_meteor):
+    colours = {"red": (200, 10, 10), "green": (10, 200, 10), "blue": (10, 10, 200)}
+    for name, colour in colours.items():
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.jpg")
+    captions = write_coco(tmp_path / "captions.json", {name: [f"a {name} square", "something"] for name in colours})
+    (tmp_path / "good.json").write_text(json.dumps({"red": "a red thing", "green": "a blue thing", "blue": "so blue"}))
+    monkeypatch.setattr(p2_evaluate, "default_clip", lambda: "clip_small")
+    monkeypatch.setattr(metrics, "load_clip", lambda *arguments: Colourful())
+    arguments = ("--pred_file", tmp_path / "good.json", "--annotation_file", captions, "--images_root", tmp_path)
+    assert evaluate_main(monkeypatch, *arguments, "--out", tmp_path / "scores.json", "--rank", "1", "--rank_by", "ImageTextScore",
+                         "--rank_file", tmp_path / "rank.png") == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    out = capsys.readouterr().out
+    assert out.startswith(f"CIDEr: {scores['corpus']['CIDEr']} | CLIPScore: n/a\nCLIPScore needs") and "by clip_small, our own" in out
+    assert list(scores["corpus"]) == NAMES + ["ImageTextScore", "RefImageTextScore"] and (tmp_path / "rank.png").exists()
+    red = torch.cosine_similarity(torch.tensor([200.0, 10, 10]), torch.tensor([1.1, 0.1, 0.1]), dim=0).item()
+    assert scores["images"]["red"]["ImageTextScore"] == pytest.approx(red, abs=0.02)  # JPEG
+    assert scores["images"]["green"]["ImageTextScore"] < 0.3
+    assert scores["images"]["red"]["RefImageTextScore"] == pytest.approx(2 * red / (1 + red), abs=0.02)
+    # Without images there is nothing to compare, and that is said of CLIPScore alone.
+    assert evaluate_main(monkeypatch, *arguments[:4]) == 0
+    assert "ImageTextScore" not in capsys.readouterr().out
 
 
 def test_clip_that_cannot_be_had(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,33 @@ def test_resumed_training_equals_training_without_interruption(workplace, monkey
     whole, stopped = load_file("checkpoints/whole.safetensors"), load_file("checkpoints/stopped.safetensors")
     assert whole.keys() == stopped.keys() and all(torch.equal(whole[name], stopped[name]) for name in whole)
     assert history[1]["loss"] < history[0]["loss"]
+
+
+def test_several_folders_are_trained_on_each_as_often_as_its_weight_says(workplace, monkeypatch):
+    shutil.copytree("data", "other")
+    for path in Path("other/images/train").iterdir():
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    both = settings(data=("data", "other"), selection=(4, 2), data_weights=(1, 0.5), epochs=2, output="checkpoints/both.safetensors")
+    trainer = p2_train.Trainer(CONFIG, both, "cpu")
+    assert len(trainer.images) == 20 + 22 and len(trainer.selection) == 6 and trainer.steps == -(-(20 + 11) // 5)
+    drawn = [trainer.draw_epoch(torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    for numbers in drawn:
+        assert numbers[:20] == [*range(20)] and len(set(numbers[20:])) == 11 and set(numbers[20:]) <= {*range(20, 42)}
+    assert drawn[0] != drawn[1]
+    # Number 21 is the second picture of the other folder; the selection's fifth is the other folder's 23rd.
+    for features, number, path in ((trainer.data.features, 21, "other/images/train/1.png"), (trainer.data.features, 3, "data/images/train/3.png"),
+                                   (trainer.selection_features, 4, "other/images/train/22.png")):
+        assert (trainer.images + trainer.selection)[number if features is trainer.data.features else 42 + number].path == Path(path)
+        image = trainer.model.encoder.preprocess(Image.open(path).convert("RGB"))
+        torch.testing.assert_close(features[[number], [0]].float(), trainer.model.encoder(image[None]), atol=4e-3, rtol=2e-3)
+    mixed = trainer.data.features[[21, 3, 40], [0, 1, 1]]
+    assert torch.equal(mixed, torch.cat([trainer.data.features[[i], [view]] for i, view in ((21, 0), (3, 1), (40, 1))]))
+    assert trainer.fit() and len(trainer.progress["history"]) == 2
+    twice = p2_train.Trainer(CONFIG, replace(both, data_weights=(2, 1), output="checkpoints/twice.safetensors"), "cpu")
+    assert sorted(twice.draw_epoch(torch.Generator()))[:4] == [0, 0, 1, 1] and twice.steps == -(-(40 + 22) // 5)
+    for changes in {"data_weights": (1,)}, {"data_weights": (1, 0)}, {"selection": (1, 2, 3)}, {"data": ()}:
+        with pytest.raises(UserError):
+            replace(both, **changes)
 
 
 def test_the_fusion_trains_alone_before_peft(workplace):

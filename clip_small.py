@@ -1,0 +1,302 @@
+"""Our own small CLIP: what is trained stands on a frozen image encoder and a frozen sentence encoder (p4_clip.py trains it).
+
+    clip = ClipSmall.load("weights/clip_small.safetensors")
+    clip.embed_images(clip.encoder(images))         # uint8 (B, 3, S, S) -> (B, width)
+    clip.embed_texts(["two dogs in the snow"])      # (1, width)
+
+Both towers come pretrained and stay locked, as in LiT (Zhai et al. 2022, https://arxiv.org/abs/2111.07991), but for the last
+layers of the sentence encoder. Of a picture the head sees three things: mean and deviation of every channel over the
+patches, patches pooled by attention, and the names that the encoder's own ImageNet classifier gives it (ConSE: Norouzi et
+al. 2014, https://arxiv.org/abs/1312.5650).
+
+Shapes: B images or texts, N patches, D the encoder's width, R the width of a reduced patch, K classes, T text tokens.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+from tqdm import tqdm
+
+from cli import UserError, write_whole
+from encoder import EMBEDDED, WEIGHTS_FOLDER, load_encoder
+from weightfiles import content_hash, first_line, read_weights
+
+USUAL = "stats_mean", "stats_std", "cell_mean"  # of ImageHead; differences from them are small
+TEXT_FOLDER = WEIGHTS_FOLDER / "all-minilm-l6-v2"
+
+
+@dataclass
+class ClipConfig:
+    """With the weights of the two encoders it rebuilds the model."""
+
+    encoder: str = EMBEDDED
+    image_size: int = 0  # 0: the encoder's own
+    encoder_levels: int = 0  # a CNN's feature maps that make a token; 0: up to three
+    width: int = 512  # of the shared space
+    attention_heads: int = 4  # of the pooling over patches; 0: none
+    cell_dim: int = 160  # principal components of a patch that it sees
+    classes: bool = True  # names by the encoder's own classifier
+    text_layers: int = 0  # last layers of the sentence encoder that are trained
+    text_heads: int = 4  # of the pooling over its tokens, beside their mean; 0: none
+
+    def load_encoder(self, weights=None):
+        return load_encoder(self.encoder, self.image_size, self.encoder_levels, weights)
+
+
+class TextEncoder:
+    """all-MiniLM-L6-v2 (Reimers and Gurevych 2019, https://arxiv.org/abs/1908.10084): sentences -> unit vectors (n, 384)."""
+
+    def __init__(self, folder=None, device="cpu", max_tokens=128):
+        from tokenizers import Tokenizer
+        from transformers import BertModel
+
+        folder = folder or TEXT_FOLDER
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder} is not here yet: run `bash hw3_download.sh`")
+        self.tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        self.tokenizer.enable_padding()
+        self.tokenizer.enable_truncation(max_tokens)
+        self.max_tokens = max_tokens
+        self.model = BertModel.from_pretrained(folder).eval().to(device).requires_grad_(False)
+        self.dim = self.model.config.hidden_size
+
+    def tokenize(self, sentences):
+        """Token ids and mask (B, T), with the special tokens."""
+        rows = self.tokenizer.encode_batch(sentences)
+        return (torch.tensor([getattr(row, part) for row in rows], device=self.model.device) for part in ("ids", "attention_mask"))
+
+    def count_tokens(self, sentence):
+        """How many tokens the sentence has, the special ones included, before it is cut."""
+        self.tokenizer.no_truncation()
+        count = len(self.tokenizer.encode(sentence).ids)
+        self.tokenizer.enable_truncation(self.max_tokens)
+        return count
+
+    def lower(self, sentences, layers):
+        """What comes out below the last `layers` layers: hidden (B, T, 384) and mask (B, T)."""
+        ids, mask = self.tokenize(sentences)
+        return run_layers(self.model.embeddings(ids), mask, self.model.encoder.layer[:len(self.model.encoder.layer) - layers]), mask
+
+    @torch.inference_mode()
+    def __call__(self, sentences, batch_size=128):
+        order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))  # little padding
+        vectors = torch.empty(len(sentences), self.dim)
+        for start in tqdm(range(0, len(order), batch_size), desc="embedding captions", unit="batch"):
+            some = order[start:start + batch_size]
+            ids, mask = self.tokenize([sentences[i] for i in some])
+            hidden = self.model(ids, mask).last_hidden_state
+            vectors[some] = F.normalize(mean_of_tokens(hidden, mask), dim=-1).float().cpu()
+        return vectors
+
+
+def run_layers(hidden, mask, layers):
+    """Hidden states (B, T, C) through these layers of a BERT; tokens whose mask (B, T) is 0 are not looked at."""
+    shut = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(mask == 0, torch.finfo(hidden.dtype).min)[:, None, None]
+    for layer in layers:
+        hidden = layer(hidden, attention_mask=shut)
+    return hidden
+
+
+def mean_of_tokens(hidden, mask):
+    """(B, T, C), (B, T) -> (B, C)"""
+    return (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+class Summary(NamedTuple):
+    """What the head sees of B pictures."""
+
+    stats: torch.Tensor  # (B, 2 D), mean 0 and deviation 1 over the training pictures
+    cells: torch.Tensor  # (B, N, R)
+    classes: torch.Tensor  # (B, K), probabilities; K = 0 where the encoder has no classifier
+
+
+class ImageHead(nn.Module):
+    """A Summary -> image embeddings (B, width), of any length: a sum of what its three parts say."""
+
+    def __init__(self, config, dim, num_classes):
+        super().__init__()
+        self.config = config
+        for name, shape in {"stats_mean": 2 * dim, "stats_std": 2 * dim, "cell_mean": dim,
+                            "components": (dim, config.cell_dim if config.attention_heads else 0)}.items():
+            self.register_buffer(name, torch.zeros(shape))
+        self.stats = nn.Linear(2 * dim, config.width)
+        nn.init.normal_(self.stats.weight, std=(2 * dim) ** -0.5)
+        if config.attention_heads:
+            self.gates = nn.Linear(config.cell_dim, config.attention_heads)
+            self.values = nn.Linear(config.attention_heads * config.cell_dim, config.width, bias=False)
+            nn.init.normal_(self.values.weight, std=0.3 * (config.attention_heads * config.cell_dim) ** -0.5)
+        if config.classes and num_classes:
+            self.names = nn.Linear(num_classes, config.width, bias=False)
+            nn.init.zeros_(self.names.weight)
+        self.num_classes = num_classes if config.classes else 0
+
+    @torch.no_grad()
+    def measure(self, batches, encoder):
+        """Set, from tokens of the training pictures (B, N, D), what `summarize` subtracts and divides by, and the principal
+        components of their patches."""
+        sums = squares = outer = 0.0
+        count = 0
+        for features in batches:
+            patches, stats = statistics(features, encoder)
+            sums, squares, count = sums + stats.double().sum(0), squares + stats.double().square().sum(0), count + len(stats)
+            if self.config.attention_heads:
+                flat = patches.flatten(0, 1)
+                outer = outer + flat.t() @ flat / len(flat) * len(stats)
+        mean = sums / count
+        self.stats_mean.copy_(mean)
+        self.stats_std.copy_((squares / count - mean.square()).clamp(min=0).sqrt() + 1e-3)
+        self.cell_mean.copy_(mean[:len(self.cell_mean)])
+        if self.config.attention_heads:
+            values, vectors = torch.linalg.eigh(outer.double() / count - torch.outer(self.cell_mean, self.cell_mean).double())
+            best = values.argsort(descending=True)[:self.config.cell_dim]
+            # Whitened, so that no component is heard only because it varies most.
+            self.components.copy_(vectors[:, best] / values[best].clamp(min=1e-6).sqrt())
+
+    def summarize(self, features, encoder):
+        """Tokens of the encoder (B, N, D) -> Summary"""
+        patches, stats = statistics(features, encoder)
+        classes = encoder.class_probabilities(features.float()) if self.num_classes else patches.new_zeros(len(patches), 0)
+        return Summary((stats - self.stats_mean) / self.stats_std, (patches - self.cell_mean) @ self.components, classes)
+
+    def forward(self, summary, dropout=0.0):
+        """`dropout` is of the statistics, and half as much of the pooled patches."""
+        x = self.stats(F.dropout(summary.stats, dropout, dropout > 0))
+        if self.config.attention_heads:
+            weights = self.gates(summary.cells).softmax(1)  # (B, N, H)
+            seen = (weights.transpose(1, 2) @ summary.cells).flatten(1)  # (B, H R)
+            x = x + self.values(F.dropout(seen, dropout / 2, dropout > 0))
+        if self.num_classes:
+            x = x + self.names(summary.classes.sqrt())  # the root: a likely class is not all that there is
+        return x
+
+
+def statistics(features, encoder):
+    """Tokens (B, N, D) -> the patches among them, fp32, and mean and deviation of each channel over these (B, 2 D)"""
+    patches = features[:, features.shape[1] - encoder.grid[0] * encoder.grid[1]:].float()  # without class tokens
+    return patches, torch.cat([patches.mean(1), patches.std(1)], -1)
+
+
+class TextHead(nn.Module):
+    """Hidden states below the trained layers -> text embeddings (B, width), of any length: what the mean of the tokens says, and
+    tokens pooled by attention, since a caption's few nouns are what a picture shows."""
+
+    def __init__(self, config, text):
+        super().__init__()
+        layers = text.model.encoder.layer
+        self.layers = nn.ModuleList(layers[len(layers) - config.text_layers:] if config.text_layers else [])
+        self.layers.requires_grad_(True)
+        self.output = nn.Linear(text.dim, config.width, bias=False)
+        nn.init.normal_(self.output.weight, std=text.dim ** -0.5)
+        self.heads = config.text_heads
+        if self.heads:
+            self.gates = nn.Linear(text.dim, self.heads)
+            self.values = nn.Linear(self.heads * text.dim, config.width, bias=False)
+            nn.init.normal_(self.values.weight, std=0.3 * (self.heads * text.dim) ** -0.5)
+
+    def forward(self, hidden, mask, dropout=0.0):
+        """(B, T, 384), (B, T) -> (B, width); in training, a part `dropout` of the tokens is not looked at."""
+        if dropout:
+            kept = torch.rand(mask.shape, device=mask.device) >= dropout
+            kept[:, 0] = True
+            mask = mask * kept
+        hidden = run_layers(hidden, mask, self.layers)
+        vectors = F.normalize(mean_of_tokens(hidden, mask), dim=-1) * hidden.shape[-1] ** 0.5
+        x = self.output(F.dropout(vectors, dropout, dropout > 0))
+        if self.heads:
+            hidden = 3 * hidden  # its deviation is a third
+            weights = self.gates(hidden).masked_fill(mask[:, :, None] == 0, -torch.inf).softmax(1)  # (B, T, heads)
+            seen = (weights.transpose(1, 2) @ hidden).flatten(1)
+            x = x + self.values(F.dropout(seen, 2 * dropout, dropout > 0))
+        return x
+
+
+class ClipSmall(nn.Module):
+    """Two frozen encoders, `encoder` and `text`, and the two heads that are trained, `image_head` and `text_head`.
+
+    Args:
+        encoder: of `config.load_encoder`.
+        text: a TextEncoder; its last layers become the model's own where `config.text_layers` says so.
+    """
+
+    def __init__(self, config, encoder, text):
+        super().__init__()
+        self.config, self.encoder, self.text = config, encoder, text
+        self.image_head = ImageHead(config, encoder.dim, len(encoder.class_names))
+        self.text_head = TextHead(config, text)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def trained_parameters(self):
+        """All that training changes, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if not name.startswith("encoder.")}
+
+    def embed_images(self, features):
+        """Tokens of the encoder (B, N, D) -> (B, width), of any length"""
+        return self.image_head(self.image_head.summarize(features, self.encoder))
+
+    def embed_texts(self, texts):
+        """List of B strings -> (B, width), of any length"""
+        hidden, mask = self.text.lower(texts, self.config.text_layers)
+        return self.text_head(hidden, mask)
+
+    def save(self, path, training, scores=None):
+        """Write the heads in fp16, what is usual in fp32, and in the metadata all that `load` needs to rebuild the model."""
+        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()
+                 if not name.startswith("encoder.")}
+        tensors = {name: value if name.endswith(USUAL) else value.half() for name, value in state.items()}
+        metadata = {"model": asdict(self.config), "encoder_hash": self.encoder.weights_hash, "text_hash": self.hash_of(self.text, self.config),
+                    "training": training, "scores": scores or {}}
+        write_whole(path, save(tensors, {"clip_small": json.dumps(metadata)}))
+
+    @staticmethod
+    def hash_of(text, config):
+        """Content hash of what stays frozen of a sentence encoder."""
+        layers = len(text.model.encoder.layer)
+        trained = tuple(f"encoder.layer.{i}." for i in range(layers - config.text_layers, layers))
+        return content_hash({name: value for name, value in text.model.state_dict().items()
+                             if name.startswith(("embeddings.", "encoder.")) and not name.startswith(trained or "\0")})
+
+    @classmethod
+    def load(cls, path, encoder=None, text=None):
+        """Rebuild the model for inference. Raises UserError where the encoders' weights are not those of the training.
+
+        Args:
+            encoder, text: if they are there already; else they are loaded.
+        """
+        if not Path(path).is_file():
+            raise UserError(f"{path} is not here: it comes with this repository, `git checkout -- weights` brings it back")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = json.loads((file.metadata() or {})["clip_small"])
+            config = ClipConfig(**metadata["model"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged, or was not written by p4_clip.py: {first_line(error)}") from None
+        state = {name: value.float() for name, value in read_weights(path, "CLIP weights").items()}
+        model = cls(config, encoder or config.load_encoder(), text or TextEncoder())
+        for part, now, before in (("image", model.encoder.weights_hash, metadata["encoder_hash"]),
+                                  ("text", model.hash_of(model.text, config), metadata["text_hash"])):
+            if now != before:
+                raise UserError(f"{path} was trained with other weights of the {part} encoder than are here")
+        try:
+            missing = model.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            raise UserError(f"{path} does not fit its own description: it is damaged ({first_line(error)})") from None
+        if missing.unexpected_keys or any(not name.startswith("encoder.") for name in missing.missing_keys):
+            raise UserError(f"{path} does not fit its own description: it is damaged")
+        model.metadata = metadata
+        return model.eval().requires_grad_(False)
+
+
+def contrastive_loss(images, texts, scale):
+    """CLIP's: cross-entropy of each image among the texts and of each text among the images; unit vectors (B, C)."""
+    with torch.autocast(images.device.type, enabled=False):  # half precision is too coarse for a scale of 100
+        logits = scale * images.float() @ texts.float().t()
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2

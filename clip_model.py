@@ -70,14 +70,14 @@ class DualEncoder:
                 read += good
                 unread.update(bad)
                 bar.update(len(good) + len(bad))
-        return read, torch.cat(embeddings) if embeddings else torch.zeros(0, self.encode_texts([""]).shape[1]), unread
+        return read, torch.cat(embeddings) if embeddings else self.encode_texts([]), unread
 
     @torch.inference_mode()
     def encode_texts(self, texts):
         """Normalised embeddings (len(texts), D)."""
         embeddings = [F.normalize(self.embed_texts(texts[start:start + self.text_batch]).float(), dim=-1).cpu()
                       for start in range(0, len(texts), self.text_batch)]
-        return torch.cat(embeddings)
+        return torch.cat(embeddings) if embeddings else self.encode_texts([""])[:0]
 
     def too_long(self, texts):
         """How many of these texts are longer than the tokens that the model reads, and are cut."""

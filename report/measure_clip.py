@@ -17,6 +17,7 @@ image encoder's own classifier says, its classes mapped to CIFAR-10's by their n
 import random
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,9 @@ sys.path.insert(0, str(ROOT))
 
 from cli import ArgumentParser, UserError, read_json, run, write_json
 from clip_model import SmallClip, load_clip, paired_similarity, similarity
-from dataset import image_files, read_captions
+from dataset import FeatureCache, image_files, read_captions
 from p1_clip_classify import ASSIGNMENT_TEMPLATES, average, embed_classes
+from p4_clip import partial_sentences
 from retrieval import WAYS, Ranks
 from significance import DRAWS, paired_bootstrap, resampled_sums
 from training import pick_device
@@ -65,6 +67,7 @@ def main():
     parser.add_argument("--models", nargs="+", default=["clip_small"], help="names as load_clip takes them; the first is compared with")
     parser.add_argument("--cifar10", type=Path, help="folder with test_batch.png and test_lables.json")
     parser.add_argument("--stamps", type=Path, help="folder of Tux Paint's stamps")
+    parser.add_argument("--cache", default="cache", help="folder for features")
     parser.add_argument("--limit", type=int, default=10_000, help="pictures of CIFAR-10")
     parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "clip.json", help="the file to write")
     arguments = parser.parse_args()
@@ -77,8 +80,7 @@ def main():
         entry = found[Path(name).stem]
         embedded = {}
         for folder, images in sets.items():
-            embeddings = look(model, [image.path for image in images])
-            texts = model.encode_texts([caption for image in images for caption in image.captions])
+            embeddings, texts = embed(model, images, arguments.cache)
             owners = torch.arange(len(images)).repeat_interleave(torch.tensor([len(image.captions) for image in images]))
             ranks = Ranks.of(similarity(embeddings, texts).t().contiguous(), owners)
             rank_sets[name][folder] = ranks, owners
@@ -86,6 +88,7 @@ def main():
             entry[folder] = retrieval(ranks, owners, len(images))
             if name != arguments.models[0]:
                 entry[folder]["against the first"] = differences(ranks, rank_sets[arguments.models[0]][folder][0], owners, len(images))
+        entry["speed"] = speed(model, next(iter(sets.values())))
         entry["pairs"] = right_of_two(model, embedded, pairs)
         if arguments.cifar10:
             entry["CIFAR-10"] = zero_shot_cifar10(model, arguments.cifar10, arguments.limit)
@@ -93,6 +96,32 @@ def main():
             entry["stamps"] = zero_shot_stamps(model, arguments.stamps)
         print_entry(name, entry)
         write_json(arguments.results, found)
+
+
+@torch.inference_mode()
+def embed(model, images, cache):
+    """Normalised embeddings of CaptionedImages and of all their captions. Our own CLIP's frozen parts are asked once, for all of
+    its models, and remembered in the folder `cache`."""
+    captions = [caption for image in images for caption in image.captions]
+    paths = [image.path for image in images]
+    if not isinstance(model, SmallClip):
+        return look(model, paths), model.encode_texts(captions)
+    own = model.model
+    features = FeatureCache(own.encoder, paths, cache, device=model.device)
+    seen = [own.embed_images(features[range(start, min(start + 50, len(paths))), 0].to(model.device)) for start in range(0, len(paths), 50)]
+    sentences = partial_sentences(own.text, own.config, cache)(captions)
+    read = [own.text_head(*sentences.batch(some)) for some in torch.arange(len(captions)).split(128)]
+    return F.normalize(torch.cat(seen), dim=-1).cpu(), F.normalize(torch.cat(read), dim=-1).cpu()
+
+
+def speed(model, images, count=100):
+    """Images and texts a second, of the first `count` images and their captions, nothing remembered."""
+    started = time.monotonic()
+    look(model, [image.path for image in images[:count]])
+    looked = time.monotonic()
+    texts = model.encode_texts([caption for image in images[:count] for caption in image.captions])
+    return {"images per second": min(count, len(images)) / (looked - started),
+            "texts per second": len(texts) / (time.monotonic() - looked)}
 
 
 def look(model, paths):
@@ -167,7 +196,7 @@ def exchanged(caption, captions, draw):
 def right_of_two(model, embedded, pairs):
     """{kind: {"pairs": n, "right": part}}"""
     found = {}
-    for kind, rows in pairs.items():
+    for kind, rows in ((kind, rows) for kind, rows in pairs.items() if rows):
         true, wrong = (model.encode_texts([row[place] for row in rows]) for place in (2, 3))
         images = torch.stack([embedded[folder][number] for folder, number, *_ in rows])
         right = paired_similarity(images, true) > paired_similarity(images, wrong)
@@ -236,7 +265,7 @@ def print_entry(name, entry):
                 values = [ways[way][f"R@{at}"] for at in (1, 5, 10)]
                 print(f"| {folder} | {way} | " + " | ".join(f"{value:.3f} ({low:.3f}–{high:.3f})" for value, low, high in values)
                       + f" | {ways[way]['median rank']:g} |")
-    for kind in ("pairs", "CIFAR-10", "stamps"):
+    for kind in ("speed", "pairs", "CIFAR-10", "stamps"):
         if kind in entry:
             print(kind, entry[kind])
 

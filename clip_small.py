@@ -73,7 +73,8 @@ class TextEncoder:
     def tokenize(self, sentences):
         """Token ids and mask (B, T), with the special tokens."""
         rows = self.tokenizer.encode_batch(sentences)
-        return (torch.tensor([getattr(row, part) for row in rows], device=self.model.device) for part in ("ids", "attention_mask"))
+        return (torch.tensor([getattr(row, part) for row in rows], device=self.model.device)
+                for part in ("ids", "attention_mask"))
 
     def count_tokens(self, sentence):
         """How many tokens the sentence has, the special ones included, before it is cut."""
@@ -85,7 +86,8 @@ class TextEncoder:
     def lower(self, sentences, layers):
         """What comes out below the last `layers` layers: hidden (B, T, 384) and mask (B, T)."""
         ids, mask = self.tokenize(sentences)
-        return run_layers(self.model.embeddings(ids), mask, self.model.encoder.layer[:len(self.model.encoder.layer) - layers]), mask
+        below = self.model.encoder.layer[:len(self.model.encoder.layer) - layers]
+        return run_layers(self.model.embeddings(ids), mask, below), mask
 
     @torch.inference_mode()
     def __call__(self, sentences, batch_size=128):
@@ -147,10 +149,12 @@ class ImageHead(nn.Module):
         sums = squares = outer = 0.0
         count = 0
         for features in batches:
-            patches, stats = statistics(features, encoder)
+            patches, stats = statistics(features.to(self.stats_mean.device), encoder)
             sums, squares, count = sums + stats.double().sum(0), squares + stats.double().square().sum(0), count + len(stats)
             if self.config.attention_heads:
-                flat = patches.flatten(0, 1)[::8]  # neighbours are alike
+                # Some of the patches, since neighbours are alike; with such a step, of every place as many.
+                step = next(step for step in (8, 9, 7, 11, 13) if math.gcd(step, patches.shape[1]) == 1)
+                flat = patches.flatten(0, 1)[::step]
                 outer = outer + flat.t() @ flat / len(flat) * len(stats)
         mean = sums / count
         self.stats_mean.copy_(mean)
@@ -253,8 +257,8 @@ class ClipSmall(nn.Module):
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()
                  if not name.startswith("encoder.")}
         tensors = {name: value if name.endswith(USUAL) else value.half() for name, value in state.items()}
-        metadata = {"model": asdict(self.config), "encoder_hash": self.encoder.weights_hash, "text_hash": self.hash_of(self.text, self.config),
-                    "training": training, "scores": scores or {}}
+        metadata = {"model": asdict(self.config), "encoder_hash": self.encoder.weights_hash,
+                    "text_hash": self.hash_of(self.text, self.config), "training": training, "scores": scores or {}}
         write_whole(path, save(tensors, {"clip_small": json.dumps(metadata)}))
 
     @staticmethod

@@ -197,7 +197,8 @@ def main():
     for name, value in corpus.items():
         if name not in ("CIDEr", "CLIPScore"):
             print(f"{name:<{width}}{value:.4f}")
-    chairs = [Chair([predictions[key] for key in images], [image.captions for image in images.values()]) for predictions in systems]
+    captions = [image.captions for image in images.values()]
+    chairs = [Chair([predictions[key] for key in images], captions) for predictions in systems]
     print(", ".join(f"{name} {value:.4f}" for name, value in chairs[0].scores().items())
           + " (made-up things of COCO's 80 kinds, against these captions alone)")
     for (_, other_each, other_statistics), other_chair in zip(others, chairs[1:]):

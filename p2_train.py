@@ -112,8 +112,8 @@ HELP = dict(
     samples="of the selection images, whose captions are shown after each epoch",
     warmup="part of all steps", clip="gradient norm",
     average="decay of the moving average of the weights, which is what is saved; 0: the last step's",
-    selection="images at the end of each train.json, on which checkpoints are selected: one number, or one for each folder; 0: train "
-    "on all, keep the last epoch",
+    selection="images at the end of each train.json, on which checkpoints are selected: one number, or one for each folder; "
+    "0: train on all, keep the last epoch",
     selection_beam="beam size on them", save_minutes="minutes between states to resume from",
     image_size="0: the encoder's own", encoder="timm's name of a ViT or a CNN, or several joined by +",
     encoder_levels="how many of a CNN's feature maps make its tokens; 0: up to three",

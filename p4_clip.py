@@ -88,7 +88,8 @@ HELP = dict(
     captions="of each picture in a step, at most", text="files with a sentence a line, without pictures, for --keep",
     text_learning_rate="of the sentence encoder's last layers", warmup="part of all steps", clip="gradient norm",
     average="decay of the moving average of the weights, which is what is saved; 0: the last step's",
-    dropout="of the pictures' statistics", text_dropout="of a sentence's tokens", anchors="weight of that loss", keep="weight of that loss",
+    dropout="of the pictures' statistics", text_dropout="of a sentence's tokens", anchors="weight of that loss",
+    keep="weight of that loss",
     selection="pictures at the end of each train.json that are not trained on: one number, or one for each folder",
     save_minutes="between states to resume from", max_hours="stop then, ready to go on; 0: no limit",
     encoder="timm's name of a ViT or a CNN, or several joined by +", image_size="0: the encoder's own",
@@ -156,8 +157,10 @@ class Pictures:
         rows = []
         for cache in caches:
             for view in range(len(cache.data)):
-                parts = [head.summarize(part, encoder) for part in batches_of(cache, view, batch_size, "summarizing")]
-                rows.append(Summary(*(torch.cat([getattr(part, name) for part in parts]).half() for name in Summary._fields)))
+                parts = [head.summarize(part.to(head.stats_mean.device), encoder)
+                         for part in batches_of(cache, view, batch_size, "summarizing")]
+                rows.append(Summary(*(torch.cat([getattr(part, name).half().cpu() for part in parts])
+                                      for name in Summary._fields)))
         views = len(caches[0].data)
         self.parts = Summary(*(torch.stack([torch.cat([getattr(row, name) for row in rows[view::views]])
                                             for view in range(views)], 1) for name in Summary._fields))
@@ -166,7 +169,7 @@ class Pictures:
         return len(self.parts.stats)
 
     def batch(self, numbers, views):
-        """Picture numbers and views (B,) -> Summary, fp32"""
+        """Picture numbers and views (B,) -> Summary, fp32, on the CPU"""
         return Summary(*(part[numbers, views].float() for part in self.parts))
 
 
@@ -184,7 +187,7 @@ class VirtualPictures:
     summary is a picture of that class, whether or not one was among them.
     """
 
-    def __init__(self, pictures, sample=6000):
+    def __init__(self, pictures, sample=6000):  # on the CPU, as the pictures are
         some = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:sample]
         summary = pictures.batch(some, torch.zeros_like(some))
         logits = summary.classes.clamp(min=1e-8).log()
@@ -225,7 +228,7 @@ def multi_positive_loss(images, texts, owners, scale):
 def keep_loss(embeddings, vectors, scale):
     """How far the likenesses of sentences to each other, unit vectors (B, C), are from those that the sentence encoder sees
     (B, 384): cross-entropy of one softmax over the others to the other, less its entropy."""
-    own = torch.eye(len(vectors), dtype=torch.bool)
+    own = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
     target = (scale * vectors @ vectors.t()).masked_fill(own, -torch.inf).log_softmax(-1).masked_fill(own, 0)
     found = (scale * embeddings @ embeddings.t()).masked_fill(own, -torch.inf).log_softmax(-1).masked_fill(own, 0)
     return (target.exp().masked_fill(own, 0) * (target - found)).sum(-1).mean()
@@ -297,9 +300,9 @@ class Trainer:
         total = self.steps * settings.epochs
         log = TrainingLog(Path(settings.output).with_suffix(".jsonl"), progress["step"])
         started, saved, running = time.monotonic() - progress["seconds"], time.monotonic(), {}
+        trained = sum(parameter.numel() for parameter in self.model.trained_parameters().values())
         print(f"{len(self.train)} pictures with {int(self.counts[self.train].sum())} captions to train on, "
-              f"{sum(map(len, self.selection))} to select on; {sum(p.numel() for p in self.model.trained_parameters().values()) / 1e6:.2f}M "
-              "trained parameters", flush=True)
+              f"{sum(map(len, self.selection))} to select on; {trained / 1e6:.2f}M trained parameters", flush=True)
         with Interruption(settings.max_hours) as interruption, tqdm(
                 total=total, initial=progress["step"], unit="batch", desc="training") as bar:
             while progress["step"] < total:
@@ -336,7 +339,8 @@ class Trainer:
         torch.manual_seed((settings.seed << 32) + step)  # dropout
         losses = self.losses(numbers, generator)
         sum(weight * loss for weight, loss in losses.values()).backward()
-        step_optimizer(self.optimizer, settings.learning_rate * cosine(step, total, max(1, int(settings.warmup * total))), settings.clip)
+        warmup = max(1, int(settings.warmup * total))
+        step_optimizer(self.optimizer, settings.learning_rate * cosine(step, total, warmup), settings.clip)
         with torch.no_grad():
             self.model.log_scale.clamp_(max=math.log(100))  # as CLIP's
         self.average.update()
@@ -356,29 +360,35 @@ class Trainer:
         summary = self.pictures.batch(numbers, views)
         images = self.embed_images(summary)
         texts = self.embed_texts(self.sentences, torch.tensor(drawn))
-        losses = {"contrast": (1.0, multi_positive_loss(images, texts, torch.tensor(owners), scale))}
+        losses = {"contrast": (1.0, multi_positive_loss(images, texts, torch.tensor(owners, device=self.device), scale))}
         if self.virtual:
             classes = torch.randperm(len(self.names), generator=generator)[:len(numbers)]
             pictures = Summary(*(part[:len(classes)] for part in summary))
             virtual = self.embed_images(self.virtual.shift(pictures, classes, generator))
             random = torch.rand(2, len(classes), generator=generator)
-            of_name = [self.name_starts[c] + int(part * len(self.names[c])) for part, c in zip(random[0].tolist(), classes.tolist())]
+            of_name = [self.name_starts[c] + int(part * len(self.names[c]))
+                       for part, c in zip(random[0].tolist(), classes.tolist())]
             phrases = torch.tensor(of_name) * len(PHRASES) + (random[1] * len(PHRASES)).long()
             named = self.embed_texts(self.phrases, phrases)
-            losses["anchors"] = (settings.anchors, multi_positive_loss(virtual, named, torch.arange(len(classes)), scale))
+            numbered = torch.arange(len(classes), device=self.device)
+            losses["anchors"] = (settings.anchors, multi_positive_loss(virtual, named, numbered, scale))
         if self.extra:
             some = torch.randint(len(self.extra), (settings.batch_size,), generator=generator)
-            losses["keep"] = (settings.keep, keep_loss(self.embed_texts(self.extra, some), self.extra.vectors[some], 20.0))
+            vectors = self.extra.vectors[some].to(self.device)
+            losses["keep"] = (settings.keep, keep_loss(self.embed_texts(self.extra, some), vectors, 20.0))
         return losses
 
     def embed_images(self, summary, train=True):
+        """Summary -> unit vectors (B, width)"""
+        summary = Summary(*(part.to(self.device) for part in summary))
         return F.normalize(self.model.image_head(summary, self.settings.dropout if train else 0.0), dim=-1)
 
     def embed_texts(self, sentences, numbers, train=True):
-        """Sentences of these numbers (M,) -> unit vectors (M, width); those of alike length together, so that little is padding."""
+        """Sentences of these numbers (M,) -> unit vectors (M, width); alike lengths together, so that little is padding."""
         order = (sentences.starts[numbers + 1] - sentences.starts[numbers]).argsort(stable=True)
         dropout = self.settings.text_dropout if train else 0.0
-        rows = [self.model.text_head(*sentences.batch(some), dropout=dropout) for some in numbers[order].split(TEXTS)]
+        rows = [self.model.text_head(*(part.to(self.device) for part in sentences.batch(some)), dropout=dropout)
+                for some in numbers[order].split(TEXTS)]
         return F.normalize(torch.cat(rows)[order.argsort()], dim=-1)
 
     @torch.inference_mode()
@@ -393,7 +403,7 @@ class Trainer:
                 images = self.embed_images(self.pictures.batch(numbers, torch.zeros_like(numbers)), train=False)
                 captions = torch.tensor([i for number in numbers.tolist() for i in self.captions[number]])
                 texts = self.embed_texts(self.sentences, captions, train=False)
-                ranks = Ranks.of(texts @ images.t(), torch.arange(len(numbers)).repeat_interleave(self.counts[numbers]))
+                ranks = Ranks.of((texts @ images.t()).cpu(), torch.arange(len(numbers)).repeat_interleave(self.counts[numbers]))
                 entry |= {f"{folder.path.name}, {way}@{k}": value
                           for way, found in ranks.recalls().items() for k, value in found.items()}
         self.progress["history"].append(entry)
@@ -437,7 +447,8 @@ def read_lines(file):
 def main():
     parser = ArgumentParser(description="Train a small CLIP on frozen encoders.")
     for config in Settings, ClipConfig:
-        add_options(parser, config, **{key: text for key, text in HELP.items() if key in {field.name for field in fields(config)}})
+        names = {field.name for field in fields(config)}
+        add_options(parser, config, **{key: text for key, text in HELP.items() if key in names})
     arguments = parser.parse_args()
     Trainer(take_options(arguments, ClipConfig), take_options(arguments, Settings)).fit()
 

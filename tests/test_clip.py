@@ -165,14 +165,14 @@ def test_sentences_pass_the_encoder_in_two_parts_as_in_one(place):
 def test_summary_of_pictures_is_standardised(place):
     encoder = CONFIG.load_encoder()
     model = ClipSmall(CONFIG, encoder, TextEncoder(place / "bert"))
-    features = torch.randn(50, encoder.num_tokens, encoder.dim) * 3 + 1
-    model.image_head.measure(features.split(20), encoder)
+    features = torch.randn(6000, encoder.num_tokens, encoder.dim) * 3 + 1
+    model.image_head.measure(features.split(500), encoder)
     summary = model.image_head.summarize(features, encoder)
     torch.testing.assert_close(summary.stats.mean(0), torch.zeros(2 * encoder.dim), atol=1e-4, rtol=0)
     torch.testing.assert_close(summary.stats.std(0, correction=0), torch.ones(2 * encoder.dim), atol=2e-2, rtol=0)
     cells = summary.cells.flatten(0, 1)
-    torch.testing.assert_close(cells.t() @ cells / len(cells), torch.eye(8), atol=1e-2, rtol=0)
-    assert summary.classes.shape == (50, 1000)
+    torch.testing.assert_close(cells.t() @ cells / len(cells), torch.eye(8), atol=0.12, rtol=0)  # of a part of them
+    assert summary.classes.shape == (6000, 1000)
 
 
 def test_a_virtual_picture_is_of_its_class():
@@ -200,7 +200,7 @@ def test_a_small_clip_learns_which_caption_is_whose(place):
         colours = np.asarray(Image.open(path), np.int16) + noise.integers(-60, 60, (40, 50, 3))
         Image.fromarray(colours.clip(0, 255).astype(np.uint8)).save(path)
     history = Trainer(replace(CONFIG, classes=False), settings(epochs=40, anchors=0, dropout=0.1, output="clip.safetensors")).fit()
-    assert history[-1]["data, text to image@1"] > history[0]["data, text to image@1"] or history[-1]["data, text to image@1"] == 0.25
+    assert history[-1]["data, text to image@1"] == history[-1]["data, image to text@1"] == 1
     clip = SmallClip("clip.safetensors")
     _, images, _ = clip.encode_images([place / "data" / "images" / "train" / f"{i}.png" for i in range(4)])
     found = similarity(images, clip.encode_texts([f"A {name} picture." for name in COLOURS]))
@@ -280,8 +280,8 @@ def test_a_loaded_clip_embeds_as_the_trained_one(place, trained):
     torch.testing.assert_close(clip.encode_texts(["a red picture"]), words, atol=1e-2, rtol=0)
     _, alone, _ = clip.encode_images(paths[:1])
     torch.testing.assert_close(alone, images[:1], atol=1e-5, rtol=0)
-    torch.testing.assert_close(clip.encode_texts(["a red picture", "the colour blue is there ."])[:1], clip.encode_texts(["a red picture"]),
-                               atol=1e-5, rtol=0)
+    both = clip.encode_texts(["a red picture", "the colour blue is there ."])
+    torch.testing.assert_close(both[:1], clip.encode_texts(["a red picture"]), atol=1e-5, rtol=0)
     assert clip.too_long(["a " * 200, "a dog"]) == 1
 
 

@@ -41,7 +41,7 @@ def options(settings):
             if isinstance(value, bool):
                 lines.append(f"--{name}" if value else f"--no-{name}")
             elif isinstance(value, (tuple, list)):
-                lines += [f"--{name}", *value]
+                lines += [f"--{name}", *map(str, value)]
             else:
                 lines.append(f"--{name}={value}")
     return lines

@@ -165,7 +165,9 @@ def test_sentences_pass_the_encoder_in_two_parts_as_in_one(place):
 def test_summary_of_pictures_is_standardised(place):
     encoder = CONFIG.load_encoder()
     model = ClipSmall(CONFIG, encoder, TextEncoder(place / "bert"))
-    features = torch.randn(6000, encoder.num_tokens, encoder.dim) * 3 + 1
+    # Eight directions in which patches differ, and a little noise.
+    features = torch.randn(6000, encoder.num_tokens, 8) @ torch.randn(8, encoder.dim) + 1
+    features += 0.1 * torch.randn(features.shape)
     model.image_head.measure(features.split(500), encoder)
     summary = model.image_head.summarize(features, encoder)
     torch.testing.assert_close(summary.stats.mean(0), torch.zeros(2 * encoder.dim), atol=1e-4, rtol=0)

@@ -128,7 +128,7 @@ def read_kinds():
                 names[phrase] = kind
                 rest = rest.replace(f" {phrase} ", " ")
         names |= {word: kind for word in rest.split()}
-    # As a colour, "orange" is no fruit: only the plural is, or one that is named with an article of its own.
+    # As a colour, "orange" is no fruit: only the plural is counted.
     names.pop("orange")
     return names
 
@@ -147,7 +147,7 @@ def singular(word):
 
 
 def kinds_named(caption):
-    """The kinds of COCO's that a caption names: [kind, …], in its order, each name once."""
+    """The kinds of COCO's that a caption names: [kind, …], in its order, as often as it names them."""
     words = [singular(word) for word in re.findall(r"[a-z]+(?:'s)?", caption.lower().replace("-", " "))]
     found, place = [], 0
     while place < len(words):

@@ -217,14 +217,13 @@ class SmallClip(DualEncoder):
 
     Args:
         weights: the file.
-        encoder: the frozen image encoder, if one is there already; else the one that the file names is loaded.
     """
 
-    def __init__(self, weights=SMALL_WEIGHTS, device="cpu", batch_size=32, encoder=None):
+    def __init__(self, weights=SMALL_WEIGHTS, device="cpu", batch_size=32):
         from clip_small import ClipSmall
 
         super().__init__(Path(weights).stem, device, batch_size)
-        self.model = ClipSmall.load(weights, encoder).to(device)
+        self.model = ClipSmall.load(weights).to(device)
         self.preprocess, self.pixels = self.model.encoder.preprocess, self.model.encoder.image_size
         self.logit_scale = self.model.log_scale.exp().item()
         self.limit = self.model.text.max_tokens

@@ -230,7 +230,11 @@ class ClipScorer:
 
     def score(self, images, captions):
         """Of each image embedding with the caption of the same number: (n,)"""
-        return self.factor * paired_similarity(images, self.encode_captions(captions)).clamp(min=0)
+        return self.fit(images, self.encode_captions(captions))
+
+    def fit(self, images, texts):
+        """The same of embeddings of both."""
+        return self.factor * paired_similarity(images, texts).clamp(min=0)
 
     def scores(self, paths, systems, references):
         """Image paths, each system's list of captions, one for an image, and the images' references.
@@ -242,7 +246,7 @@ class ClipScorer:
         found = []
         for captions in systems:
             texts = self.encode_captions(captions)
-            score = self.factor * paired_similarity(images, texts).clamp(min=0)
+            score = self.fit(images, texts)
             closest = torch.stack([(group @ text).max().clamp(min=0) for group, text in zip(groups, texts)])
             both = score + closest
             of_references = torch.where(both > 0, 2 * score * closest / both, 0)

@@ -145,6 +145,12 @@ def clip_scorer(images_root, weights, prefix):
     return ClipScorer(found, prefix, pick_device()), line
 
 
+def print_difference(name, difference, kind, width):
+    """One line of a comparison; `width` of the name's column."""
+    print(f"{name:<{width}}{difference.value:+.4f}  95% interval {difference.low:+.4f} to {difference.high:+.4f}  "
+          f"p = {difference.p:.4f}  ({kind})")
+
+
 def main():
     parser = ArgumentParser(description="Score captions against the captions that people wrote.")
     parser.add_argument("--pred_file", required=True, help='the predictions: {"file name without extension": "caption"}')
@@ -205,11 +211,8 @@ def main():
         print(f"\nminus {args.compare}, {len(images)} images, {DRAWS:,} bootstrap draws of them:")
         for name, difference in compare(each, other_each, statistics, other_statistics).items():
             kind = "corpus" if name in BLEU else "mean of images"
-            print(f"{name:<{width}}{difference.value:+.4f}  95% interval {difference.low:+.4f} to {difference.high:+.4f}  "
-                  f"p = {difference.p:.4f}  ({kind})")
-        difference = paired_bootstrap(chairs[0].images - other_chair.images)
-        print(f"{'CHAIRs':<{width}}{difference.value:+.4f}  95% interval {difference.low:+.4f} to {difference.high:+.4f}  "
-              f"p = {difference.p:.4f}  (lower is better)")
+            print_difference(name, difference, kind, width)
+        print_difference("CHAIRs", paired_bootstrap(chairs[0].images - other_chair.images), "lower is better", width)
     if args.out:
         write_scores(args.out, systems[0], corpus, each, list(images), chairs[0].scores())
     if args.rank:

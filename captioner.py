@@ -3,7 +3,7 @@
     captioner = Captioner.load("weights/captioner.safetensors", "weights/decoder_small.safetensors")
     captioner.caption(images)          # uint8 (B, 3, S, S) -> list of B strings
 
-Shapes: B images, K captions or beams of each, N image tokens, D the encoder's width, T text tokens, V scored tokens.
+Shapes: B images, K captions or beams of each, N patches, D the encoder's width, T text tokens, V scored tokens.
 """
 
 import json
@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import nn
 
 from cli import UserError, write_whole
+from concepts import ClassWords, Concepts
 from dataset import IGNORE, collate
 from decoder import ADAPTER_PLACES, Block, Cache, Decoder, DecoderConfig, LayerContext, init_weights
 from encoder import EMBEDDED, WEIGHTS_FOLDER, load_encoder
@@ -39,6 +40,8 @@ class CaptionerConfig:
     image_size: int = 0  # 0: the encoder's own
     encoder_levels: int = 0  # a CNN's feature maps that make a token; 0: up to three
     fusion: str = "cross"  # cross-attention, or "prefix": image tokens before the text
+    concepts: int = 0  # likeliest classes of the encoder's classifier whose words the text sees beside the image; 0: none
+    concept_dropout: float = 0.2  # part of them that a training step leaves out
     projection_layers: int = 0  # transformer layers over the image tokens; 0: a linear projection
     projection_dim: int = 384  # under fusion "prefix", the decoder's width instead
     projection_dropout: float = 0.3
@@ -58,7 +61,9 @@ class CaptionerConfig:
     def __post_init__(self):
         # Lists on the command line and in a checkpoint.
         self.lora_targets, self.adapter_places = tuple(self.lora_targets), tuple(self.adapter_places)
-        check_settings(self, (), ("projection_dropout", "patch_dropout", "dropout", "lora_dropout"))
+        check_settings(self, (), ("projection_dropout", "patch_dropout", "concept_dropout", "dropout", "lora_dropout"))
+        if self.concepts < 0:
+            raise UserError(f"concepts is {self.concepts}, but must be at least 0")
 
     def load_encoder(self, weights=None):
         """The frozen encoder; `weights`: None, or "random" for untrained ones."""
@@ -95,17 +100,20 @@ class GenerationConfig:
 
 
 class Projection(nn.Module):
-    """Encoder tokens (B, N, D) -> image tokens (B, N, width), normalised.
+    """Encoder tokens (B, N, D) -> image tokens (B, N, width), normalised; after them a token for each concept.
 
     Args:
+        concept_dim: width of a concept's vector, if there are any.
         width: of the image tokens; None: `config.projection_dim`.
         scale: their root mean square to begin with; under fusion "prefix", that of the token embeddings.
     """
 
-    def __init__(self, config, encoder_dim, num_tokens, width=None, scale=1.0):
+    def __init__(self, config, encoder_dim, num_tokens, width=None, scale=1.0, concept_dim=0):
         super().__init__()
         width = width or config.projection_dim
         self.input = nn.Linear(encoder_dim, width)
+        if config.concepts:
+            self.concepts = nn.Linear(concept_dim, width)
         self.layers = nn.ModuleList()
         self.has_positions = config.projection_layers > 0 or config.fusion == "prefix"
         if self.has_positions:
@@ -114,16 +122,39 @@ class Projection(nn.Module):
             layer = DecoderConfig(n_embd=width, dropout=config.projection_dropout)
             self.layers.extend(Block(layer, causal=False) for _ in range(config.projection_layers))
         self.norm = nn.LayerNorm(width)
-        self.dropout, self.patch_dropout = config.projection_dropout, config.patch_dropout
+        self.dropout, self.patch_dropout, self.concept_dropout = (
+            config.projection_dropout, config.patch_dropout, config.concept_dropout)
         init_weights(self, max(1, config.projection_layers))
         nn.init.normal_(self.input.weight, std=encoder_dim**-0.5)
+        if config.concepts:
+            nn.init.normal_(self.concepts.weight, std=concept_dim**-0.5)
         nn.init.constant_(self.norm.weight, scale)
         for layer in self.layers:  # they start as the identity, since attention learns a linear projection sooner
             nn.init.zeros_(layer.attn.c_proj.weight)
             nn.init.zeros_(layer.mlp.c_proj.weight)
 
-    def forward(self, features, attentions=None):
-        """(B, N, D) -> (B, N, width); `attentions`: a list that receives each layer's weights (B, H, N, N)."""
+    def forward(self, features, concepts=None, attentions=None):
+        """Image tokens (B, N + K, width).
+
+        Args:
+            features: (B, N, D); None: of no image, where the concepts are all there is.
+            concepts: (B, K, concept_dim); None: none.
+            attentions: a list that receives each layer's weights (B, H, N + K, N + K).
+        """
+        parts = [] if features is None else [self.patches(features)]
+        if concepts is not None:
+            if self.training and self.concept_dropout:
+                kept = torch.rand(*concepts.shape[:2], 1, device=concepts.device) >= self.concept_dropout
+                concepts = concepts * kept
+            parts.append(self.concepts(concepts))
+        x = F.dropout(torch.cat(parts, 1), self.dropout, self.training)
+        all_of_them = LayerContext(image=slice(None))  # image tokens are all that a layer here attends to
+        for layer in self.layers:
+            x = layer(x, all_of_them, attentions=attentions)
+        return self.norm(x)
+
+    def patches(self, features):
+        """(B, N, D) -> (B, N, width), or in training those of them that patch dropout leaves."""
         x = self.input(features)
         if self.has_positions:
             x = x + self.positions.weight
@@ -131,11 +162,7 @@ class Projection(nn.Module):
             order = torch.rand(x.shape[:2], device=x.device).argsort(1)
             kept = order[:, :max(1, round(x.shape[1] * (1 - self.patch_dropout)))]
             x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
-        x = F.dropout(x, self.dropout, self.training)
-        all_of_them = LayerContext(image=slice(None))  # image tokens are all that a layer here attends to
-        for layer in self.layers:
-            x = layer(x, all_of_them, attentions=attentions)
-        return self.norm(x)
+        return x
 
 
 def is_fusion(name):
@@ -160,9 +187,13 @@ class Captioner(nn.Module):
         # Rows of zeros are tokens that the decoder itself never met: it cannot say them.
         known = decoder.wte.weight.any(1).nonzero().squeeze(1)
         scale = decoder.wte.weight[known].square().mean().sqrt().item() if config.fusion == "prefix" else 1.0
-        self.projection = Projection(config, encoder.dim, encoder.num_tokens, decoder.config.image_dim, scale)
+        self.projection = Projection(config, encoder.dim, encoder.num_tokens, decoder.config.image_dim, scale,
+                                     decoder.config.n_embd)
         self.encoder = encoder
         self.tokenizer = BPETokenizer()
+        self.words = ClassWords.of_encoder(encoder) if config.concepts else None
+        vectors = self.words and self.words.vectors(decoder.wte.weight, self.tokenizer.encode)
+        self.register_buffer("concept_vectors", vectors, persistent=False)  # (C, n_embd)
         token_ids = known if token_ids is None else token_ids[torch.isin(token_ids, known)]
         # Where each token stands among those scored; others, as targets, do not count.
         places = torch.full((self.decoder.config.vocab_size,), IGNORE)
@@ -190,17 +221,44 @@ class Captioner(nn.Module):
     def num_trained(self):
         return sum(parameter.numel() for parameter in self.trained_parameters().values())
 
+    # ---- what the text sees ----
+
+    @torch.no_grad()
+    def concepts(self, features):
+        """Features (B, N, D) -> the Concepts that the encoder's classifier sees in them; None for a model without."""
+        if self.words is None:
+            return None
+        return Concepts.likeliest(self.encoder.class_probabilities(features), self.config.concepts)
+
+    def image_tokens(self, features, concepts=None, attentions=None):
+        """What the text sees: a token for each patch, then one for each concept (B, N + K, width).
+
+        A concept's token comes of the mean of its words' embeddings, by the root of its probability (object tags: Li et al.
+        2020, arXiv:2004.06165; entity prompts: Fei et al. 2023, arXiv:2307.16525).
+
+        Args:
+            features: (B, N, D) from the encoder; None: of no image.
+            concepts: Concepts; None: those that the encoder's classifier sees.
+            attentions: as of Projection.
+        """
+        concepts = self.concepts(features) if concepts is None else concepts
+        vectors = None
+        if concepts is not None:
+            vectors = self.concept_vectors[concepts.numbers] * concepts.probabilities.sqrt()[..., None]
+        return self.projection(features, vectors, attentions)
+
     # ---- training ----
 
-    def loss(self, features, tokens, targets, label_smoothing=0.0, temperature=1.0, weights=None, reduction="mean"):
+    def loss(self, features, tokens, targets, label_smoothing=0.0, temperature=1.0, weights=None, reduction="mean",
+             concepts=None):
         """Cross-entropy at the target tokens that are among those scored: their mean, or "sum".
 
         Args:
-            features: (B, N, D) from the encoder.
+            features, concepts: as of `image_tokens`.
             tokens, targets: (B * K, T), an image's K captions adjacent; IGNORE where there is no target.
             weights: (B * K), what each caption's tokens count.
         """
-        hidden = self.decoder.hidden(tokens, self.decoder.context(self.projection(features)))
+        hidden = self.decoder.hidden(tokens, self.decoder.context(self.image_tokens(features, concepts)))
         places = torch.where(targets == IGNORE, IGNORE, self.places[targets.clamp(min=0)])
         used = places != IGNORE
         logits = F.linear(hidden[used], self.decoder.head_weight(self.token_ids)).float()  # (tokens used, V)
@@ -229,7 +287,7 @@ class Captioner(nn.Module):
         training = self.training
         self.eval()  # captions are drawn without dropout, and judged with it
         with torch.inference_mode():
-            rows = self.sample(self.projection(features), generation,
+            rows = self.sample(self.image_tokens(features), generation,
                                range(samples * len(features)) if numbers is None else numbers)
         self.train(training)
         torch.clear_autocast_cache()  # of casts that were made without gradients
@@ -249,19 +307,21 @@ class Captioner(nn.Module):
         return self.generate(self.encoder(images), generation, seeds)
 
     @torch.inference_mode()
-    def generate(self, features, generation=None, seeds=None):
+    def generate(self, features, generation=None, seeds=None, concepts=None):
         """Features (B, N, D) -> list of B captions.
+
+        `concepts`: those to see instead of what the encoder's classifier does.
 
         `seeds`: one number for each image, which with `generation.seed` decides its sample whatever the batch
         (default: 0 … B - 1); with K numbers for each image, K samples of each.
         """
-        return [self.text(row) for row in self.search(features, generation, seeds)]
+        return [self.text(row) for row in self.search(features, generation, seeds, concepts)]
 
     @torch.inference_mode()
-    def search(self, features, generation=None, seeds=None):
+    def search(self, features, generation=None, seeds=None, concepts=None):
         """As `generate`, but the captions as lists of token ids, without <|endoftext|>."""
         generation = generation or GenerationConfig()
-        image = self.projection(features)
+        image = self.image_tokens(features, concepts)
         return self.sample(image, generation, seeds) if generation.sample else self.beam_search(image, generation)
 
     def text(self, tokens):

@@ -190,9 +190,19 @@ class ImageEncoder(nn.Module):
     @property
     def class_names(self):
         """What its classifier tells apart, as ImageNet names it ("tabby, tabby cat"), or [] where it has none."""
+        return self.class_info.label_descriptions() if self.class_info else []
+
+    @property
+    def class_ids(self):
+        """The same classes by their WordNet ids ("n02123045")."""
+        return self.class_info.label_names() if self.class_info else []
+
+    @cached_property
+    def class_info(self):
+        """timm's description of the classes; None where it has no classifier."""
         if self.class_bias is None:
-            return []
-        return ImageNetInfo(infer_imagenet_subset({"num_classes": len(self.class_bias)})).label_descriptions()
+            return None
+        return ImageNetInfo(infer_imagenet_subset({"num_classes": len(self.class_bias)}))
 
     def class_probabilities(self, features):
         """Tokens (B, N, D) of `forward` -> (B, classes): what its classifier, which it was pretrained with, says of them."""
@@ -267,8 +277,15 @@ class JoinedEncoder(nn.Module):
     @property
     def class_names(self):
         """Those of the parts' classifiers, which must agree; [] where none has one."""
-        names = [part.class_names for part in self.parts if part.class_names]
-        return names[0] if names and names.count(names[0]) == len(names) else []
+        return self.agreed("class_names")
+
+    @property
+    def class_ids(self):
+        return self.agreed("class_ids")
+
+    def agreed(self, attribute):
+        found = [value for part in self.parts if (value := getattr(part, attribute))]
+        return found[0] if found and found.count(found[0]) == len(found) else []
 
     def class_probabilities(self, features):
         """Tokens (B, N, D) -> (B, classes): the mean of what the parts' classifiers say."""

@@ -2,12 +2,14 @@
 
     python3 p2_train.py --data data --decoder weights/decoder_model.bin
     python3 p2_train.py --data flickr8k coco --data_weights 1 0.5
+    python3 p2_train.py --concepts 8 --text captions.txt
     python3 p2_train.py --config configs/clip_large_lora8.yaml
     accelerate launch --num_processes 8 p2_train.py …
 
 `data` are folders in the course's layout: train.json in COCO's caption form and images/train. The last 500 images of each
 are split off; the epoch with the best CIDEr on them is the checkpoint. After the epochs of cross-entropy, `--scst_epochs` of
-self-critical training raise CIDEr itself.
+self-critical training raise CIDEr itself. Captions of `--text`, one a line, need no pictures: the captioner writes them from the
+concepts that pictures of such things would show it (CapDec: Nukrai et al. 2022, arXiv:2211.00575; ViECap).
 
 A run that was killed, or stopped by SIGTERM or --max_hours, goes on when the same command is given again, on any number
 of processes: exactly, if the number is the same.
@@ -27,7 +29,9 @@ from tqdm import tqdm
 from captioner import MAX_TRAINED, Captioner, CaptionerConfig, GenerationConfig, Projection, check_hashes, is_fusion, read_metadata
 from cider import CiderScorer
 from cli import ArgumentParser, UserError, add_options, run, take_options, with_config
-from dataset import IGNORE, FeatureCache, Folder, LiveFeatures, SomeFeatures, ahead, bucketed_batches, clean_captions, collate
+from concepts import ClassWords, Concepts
+from dataset import (IGNORE, FeatureCache, Folder, LiveFeatures, SomeFeatures, ahead, bucketed_batches, clean_caption,
+                     clean_captions, collate)
 from decoder import ADAPTER_PLACES, LORA_TARGETS, Decoder, DecoderConfig
 from metrics import cider, tokenize
 from tokenizer import END_OF_TEXT, BPETokenizer
@@ -36,12 +40,16 @@ from training import (Interruption, MovingAverage, Processes, TrainingLog, adamw
 from weightfiles import read_weights
 
 LOG_STEPS = 20  # updates between lines of the log
+SEEN = 1000  # pictures whose concepts are a pattern for those of captions without pictures
 
 
 @dataclass
 class Settings:
     data: tuple = ("data",)
     data_weights: tuple = ()
+    text: tuple = ()
+    text_batch_size: int = 40
+    text_weight: float = 1.0
     decoder: str = "weights/decoder_small.safetensors"
     output: str = "checkpoints/captioner.safetensors"
     cache: str = "cache"
@@ -75,13 +83,13 @@ class Settings:
 
     def __post_init__(self):
         self.data, self.data_weights = tuple(map(str, np.atleast_1d(self.data))), tuple(map(float, self.data_weights))
-        self.selection = tuple(map(int, np.atleast_1d(self.selection)))
+        self.selection, self.text = tuple(map(int, np.atleast_1d(self.selection))), tuple(map(str, np.atleast_1d(self.text)))
         if not self.data or len(self.data_weights) not in (0, len(self.data)) or any(
                 weight <= 0 for weight in self.data_weights):
             raise UserError("--data names at least one folder, --data_weights none or one number above 0 for each")
         if len(self.selection) not in (1, len(self.data)):
             raise UserError("--selection is one number for every folder of --data, or one for each")
-        check_settings(self, ("batch_size", "accumulation", "views", "selection_beam", "max_tokens"),
+        check_settings(self, ("batch_size", "text_batch_size", "accumulation", "views", "selection_beam", "max_tokens"),
                        ("warmup", "label_smoothing", "average"))
         if self.learning_rate <= 0 or self.seed < 0:
             raise UserError("--learning_rate must be above 0, --seed at least 0")
@@ -95,6 +103,10 @@ class Settings:
 HELP = dict(
     data="folders with train.json and images/train",
     data_weights="how often an epoch shows the images of each folder: 0.5, half of them; 2, each twice; default: once",
+    text="files of captions without pictures, one a line", text_batch_size="captions of them beside each batch of images",
+    text_weight="what the loss on them counts",
+    concepts="words of the likeliest classes of the encoder's classifier, beside the image; 0: none",
+    concept_dropout="part of the concepts left out of a step",
     decoder="GPT-2 weights, .bin or .safetensors",
     output="the checkpoint to write; beside it the log (.jsonl) and its curves (.png)",
     cache="folder for the encoder's features; empty: encode in every step, which is far slower",
@@ -142,19 +154,63 @@ class CaptionData:
         self.captions = max(map(len, self.rows), default=0)  # K; images with fewer get empty rows
         self.lengths = [max(map(len, rows), default=0) for rows in self.rows]
 
-    def token_ids(self):
-        """Sorted ids of all tokens that occur, <|endoftext|> among them: (V,)"""
-        return torch.tensor(sorted({token for rows in self.rows for row in rows for token in row} | {END_OF_TEXT}))
-
-    def count_targets(self, token_ids):
-        """How many target tokens each image has, of those scored: what a batch's loss is divided by."""
-        scored = set(token_ids.tolist())
-        return [sum(1 + sum(token in scored for token in row) for row in rows) for rows in self.rows]
-
     def batch(self, indices, views):
         """Image numbers and a view of each -> features (B, N, D), tokens and targets (B * K, T)"""
         rows = [row for i in indices for row in self.rows[i] + [[]] * (self.captions - len(self.rows[i]))]
         return self.features[np.array(indices), np.array(views)], *collate(rows)
+
+
+def token_ids(texts):
+    """Lists of token lists -> sorted ids of all tokens that occur, <|endoftext|> among them: (V,)"""
+    return torch.tensor(sorted({token for rows in texts for row in rows for token in row} | {END_OF_TEXT}))
+
+
+def count_targets(texts, token_ids):
+    """How many target tokens each list of token lists has, of those scored: what a batch's loss is divided by."""
+    scored = set(token_ids.tolist())
+    return [sum(1 + sum(token in scored for token in row) for row in rows) for rows in texts]
+
+
+class TextData:
+    """Captions without pictures, and the concepts that pictures of them might show.
+
+    Attributes: `rows`, the tokens of each caption; `seen`, Concepts of real pictures, which are what the classifier's
+    answers look like.
+    """
+
+    def __init__(self, files, tokenizer, max_tokens, words, without=()):
+        """Captions of these files, each once, less those of the CaptionedImages `without`. Raises UserError."""
+        self.words, self.seen = words, None
+        known = {clean_caption(line).lower(): clean_caption(line) for file in files for line in read_lines(file)}
+        for caption in (caption for image in without for caption in clean_captions(image)):
+            known.pop(caption.lower(), None)
+        known.pop("", None)
+        if not known:
+            raise UserError(f"{', '.join(files)}: no captions are there")
+        self.found = [words.find(caption) for caption in known.values()]
+        self.rows = [row[:max_tokens] for row in tokenizer.encode_batch(list(known.values()))]
+
+    def draw_epoch(self, count, batch_size, generator):
+        """`count` batches of captions, their lengths alike: lists of numbers."""
+        rounds = -(-count * batch_size // len(self.rows))
+        order = torch.cat([torch.randperm(len(self.rows), generator=generator) for _ in range(rounds)])
+        order = order[:count * batch_size].tolist()
+        return [[order[i] for i in batch] for batch in
+                bucketed_batches([len(self.rows[i]) for i in order], batch_size, generator)]
+
+    def batch(self, numbers, random):
+        """Caption numbers and a numpy Generator -> tokens and targets (B, T), and B Concepts"""
+        pictures = random.integers(len(self.seen.numbers), size=len(numbers))
+        seen = Concepts(self.seen.numbers[pictures], self.seen.probabilities[pictures])
+        return *collate([self.rows[i] for i in numbers]), self.words.imagine([self.found[i] for i in numbers], seen, random)
+
+
+def read_lines(path):
+    """The lines of a text file. Raises UserError."""
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
 
 
 class Trainer:
@@ -182,9 +238,13 @@ class Trainer:
         torch.manual_seed(settings.seed)
         encoder = config.load_encoder()
         decoder = config.load_decoder(settings.decoder)
-        self.data = CaptionData(parts[0], BPETokenizer(), min(settings.max_tokens, decoder.config.n_positions - 1))
-        self.model = Captioner(config, encoder, decoder, self.data.token_ids()).to(self.device)
-        self.targets = self.data.count_targets(self.model.token_ids)
+        max_tokens = min(settings.max_tokens, decoder.config.n_positions - 1)
+        self.data = CaptionData(parts[0], BPETokenizer(), max_tokens)
+        self.text = self.read_text(encoder, max_tokens, parts[1]) if settings.text else None
+        texts = [self.text.rows] if self.text else []
+        self.model = Captioner(config, encoder, decoder, token_ids(self.data.rows + texts)).to(self.device)
+        self.targets, self.text_targets = (count_targets(rows, self.model.token_ids) for rows in (
+            self.data.rows, [[row] for rows in texts for row in rows]))
         if settings.init:
             self.start_from(settings.init, encoder, decoder)
         self.images, self.selection = parts
@@ -208,8 +268,20 @@ class Trainer:
             SomeFeatures(features, [(number, i) for number, folder in enumerate(folders) for i in some(folder)])
             for some in (lambda folder: range(folder.train), lambda folder: range(folder.train, len(folder.images))))
         self.references = tokenize({str(i): image.captions for i, image in enumerate(parts[1])}) if parts[1] else {}
+        if self.text:
+            random = np.random.default_rng(settings.seed)
+            some = np.sort(random.permutation(len(self.images))[:SEEN])
+            rows = [self.model.concepts(self.data.features[part, np.zeros_like(part)].float().to(self.device))
+                    for part in np.array_split(some, -(-len(some) // 100))]
+            self.text.seen = Concepts(*(torch.cat(part).cpu() for part in zip(*rows)))
 
     # ---- what it needs ----
+
+    def read_text(self, encoder, max_tokens, selection):
+        """Captions without pictures, those of the selection images left out."""
+        if not self.config.concepts:
+            raise UserError("--text needs --concepts: without a picture, they are all that a caption could be written from")
+        return TextData(self.settings.text, BPETokenizer(), max_tokens, ClassWords.of_encoder(encoder), selection)
 
     def read_folders(self):
         """The folders of images, each with some to train on and some to select on."""
@@ -239,7 +311,7 @@ class Trainer:
         """Take a checkpoint's trained weights. Raises UserError unless it is of the same model.
 
         Its encoder may have been this one with fewer levels, or the first of those that are joined here: the channels
-        that it had come first then, and what the others add counts nothing to begin with.
+        that it had come first then, and what the others add counts nothing to begin with. It may have known no concepts.
         """
         metadata = read_metadata(checkpoint)
         known = encoder.first if metadata["model"]["encoder"] == encoder.first.name else encoder
@@ -252,6 +324,9 @@ class Trainer:
                 if weight.shape[1] < encoder.dim and self.processes.main:
                     print(f"{checkpoint} knows {weight.shape[1]} of the encoder's {encoder.dim} channels: the others "
                           "count nothing to begin with", flush=True)
+            if not metadata["model"].get("concepts"):
+                state |= {name: value for name, value in self.model.trained_parameters().items()
+                          if name.startswith("projection.concepts.")}
             self.model.load_trained({name: value for name, value in state.items() if name != "token_ids"})
         except (KeyError, RuntimeError):
             raise UserError(f"the checkpoint {checkpoint} has other model options: {metadata['model']}") from None
@@ -279,7 +354,7 @@ class Trainer:
         # What is left out changes no result.
         self.same = what_matters(settings, "save_minutes", "cache", "max_hours", "tensorboard", "samples", "accumulation",
                                  "fsdp") | what_matters(self.config) | {
-            "captions": sum(map(len, self.data.rows)), "encoder's weights": self.model.encoder.weights_hash,
+            "captions": sum(map(len, self.data.rows)), "texts": len(self.text.rows) if self.text else 0, "encoder's weights": self.model.encoder.weights_hash,
             "decoder's weights": self.model.decoder.weights_hash}
         self.kept = self.trained | {f"average.{name}": value for name, value in self.average.values.items()}
         progress = load_state(self.state_file, self.same, self.optimizer, self.kept, self.device, self.scaler)
@@ -323,7 +398,8 @@ class Trainer:
 
     def announce(self):
         model, data = self.model, self.data
-        print(f"{len(self.images)} images to train on, {len(self.selection)} to select on, {len(model.token_ids)} tokens "
+        texts = f", and {len(self.text.rows)} captions without images" if self.text else ""
+        print(f"{len(self.images)} images to train on{texts}, {len(self.selection)} to select on, {len(model.token_ids)} tokens "
               f"occur; {model.num_trained() / 1e6:.2f}M trained parameters of "
               f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M; {self.processes.count} x {self.device}, "
               f"{str(self.dtype).removeprefix('torch.')}", flush=True)
@@ -351,13 +427,20 @@ class Trainer:
         batches = [[drawn[i] for i in batch] for batch in
                    bucketed_batches([self.data.lengths[i] for i in drawn], settings.batch_size, generator)]
         views = torch.randint(settings.views, (len(self.images),), generator=generator).numpy()
+        texts = self.text.draw_epoch(self.steps, settings.text_batch_size, generator) if self.text else None
         todo = range(progress["step"], self.steps)
         bar = tqdm(total=self.steps, initial=progress["step"], desc=f"epoch {epoch + 1}/{len(schedule)}", unit="batch",
                    disable=not processes.main)
         since, images, values = time.monotonic(), 0, []  # since the last line of the log
-        for step, batch in zip(todo, ahead(lambda step: self.local_batch(batches[step], views), todo)):
+
+        def prepare(step):
+            return self.local_batch(batches[step], views), texts and self.local_texts(texts[step], epoch, step)
+
+        for step, (batch, text) in zip(todo, ahead(prepare, todo)):
             seed = np.random.SeedSequence([settings.seed, epoch, step, processes.number])
             torch.manual_seed(int(seed.generate_state(1)[0]))
+            if text and stage != "scst":
+                self.text_cross_entropy(*text)
             value = objective(batches[step], batch, (settings.seed * 1000 + epoch) * self.steps + step)
             processes.add_gradients(self.trained.values())
             rate = peak * cosine(number * self.steps + step, total, warmup)
@@ -399,6 +482,23 @@ class Trainer:
             features, tokens, targets = self.data.batch(piece or indices[:1], views[piece or indices[:1]])
             pieces.append((piece, features, tokens, targets if piece else torch.full_like(targets, IGNORE)))
         return pieces
+
+    def local_texts(self, numbers, epoch, step):
+        """This process's part of a batch of texts, and how many target tokens the whole of it has."""
+        random = np.random.default_rng([self.settings.seed, epoch, step])
+        tokens, targets, concepts = self.text.batch(numbers, random)
+        total = sum(self.text_targets[i] for i in numbers)
+        mine = slice(self.processes.number, None, self.processes.count)
+        return tokens[mine], targets[mine], Concepts(*(part[mine] for part in concepts)), total
+
+    def text_cross_entropy(self, tokens, targets, concepts, total):
+        """Leave the gradients of the cross-entropy of captions without pictures, averaged over all their target tokens."""
+        if len(tokens):
+            with autocast(self.device, self.dtype):
+                concepts = Concepts(*(part.to(self.device) for part in concepts))
+                loss = self.model.loss(None, tokens.to(self.device), targets.to(self.device), self.settings.label_smoothing,
+                                       reduction="sum", concepts=concepts)
+            self.backward(loss * self.settings.text_weight / total)
 
     def cross_entropy(self, indices, pieces, seed):
         """Leave the gradients of a batch's cross-entropy, averaged over all its target tokens. Returns that average."""
@@ -532,7 +632,8 @@ def dry_run(config, settings):
     with torch.device("meta"):
         encoder = config.load_encoder("random")
         decoder = Decoder(DecoderConfig(**sizes, **config.decoder_options()))
-        projection = Projection(config, encoder.dim, encoder.num_tokens, decoder.config.image_dim)
+        projection = Projection(config, encoder.dim, encoder.num_tokens, decoder.config.image_dim,
+                                concept_dim=decoder.config.n_embd)
     pretrained = decoder.pretrained_names()
     parts = {"projection": sum(parameter.numel() for parameter in projection.parameters())}
     kinds = {".cross.": "cross-attention", ".ln_cross.": "cross-attention", ".lora_": "LoRA", ".adapter_": "adapters",

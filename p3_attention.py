@@ -65,22 +65,27 @@ class Attention:
     maps: np.ndarray  # (W, layers, heads, rows, columns): what the word's position gives each patch
     log_probs: np.ndarray  # (W,): of the word, given those before it; a sum over its tokens
     region: tuple = (0.0, 0.0, 1.0, 1.0)  # what of the picture the maps cover: left, top, right, bottom
+    concepts: tuple = ()  # names of the K concepts that stood beside the patches
+    shares: np.ndarray = None  # (W, layers, heads, K): what the word's position gives each of them
 
     @classmethod
-    def of_tokens(cls, caption, tokens, words, weights, log_probs, grid, region=(0.0, 0.0, 1.0, 1.0)):
+    def of_tokens(cls, caption, tokens, words, weights, log_probs, grid, region=(0.0, 0.0, 1.0, 1.0), concepts=()):
         """Merge tokens to words.
 
         Args:
             words: [(word, places of its tokens), …].
             weights: (T + 1, layers, heads, N), of the positions that predict the tokens and the end; class and register
-                tokens, if any, stand before the patches among the N and are left out.
+                tokens, if any, stand before the patches among the N and are left out; concepts stand behind them.
             log_probs: (T + 1,), or (T,) where there is no <end>.
             grid: rows and columns of patches.
+            concepts: names of those behind the patches.
         """
-        patches = weights[..., weights.shape[-1] - grid[0] * grid[1]:].unflatten(-1, grid).float().cpu().numpy()
         words, places = map(list, zip(*words))
-        maps = np.stack([patches[of_word].mean(0) for of_word in places])
-        return cls(caption, words, tokens, places, maps, of_words(log_probs, places).cpu().numpy(), region)
+        weights = torch.stack([weights[of_word].float().mean(0) for of_word in places]).cpu()
+        seen = weights.shape[-1] - len(concepts)
+        maps = weights[..., seen - grid[0] * grid[1]:seen].unflatten(-1, grid)
+        return cls(caption, words, tokens, places, maps.numpy(), of_words(log_probs, places).cpu().numpy(), region,
+                   tuple(concepts), weights[..., seen:].numpy())
 
     def content_words(self):
         """Places of the words that carry meaning: no stop words, no punctuation, no <end>."""
@@ -125,7 +130,7 @@ def teacher_forced(model, features, rows, attentions=None, mixing=None):
         attentions, mixing: lists that receive the decoder's weights (B, H, T, N) and the projection's (B, H, N, N).
     """
     inputs, targets = (part[:, :model.decoder.config.n_positions].to(features.device) for part in collate(rows))
-    context = model.decoder.context(model.projection(features, mixing))
+    context = model.decoder.context(model.image_tokens(features, attentions=mixing))
     hidden = model.decoder.hidden(inputs, context, attentions=attentions)
     log_probs = F.linear(hidden, model.decoder.head_weight(model.token_ids)).float().log_softmax(-1)
     places = model.places[targets.masked_fill(targets == IGNORE, END_OF_TEXT)]
@@ -144,7 +149,7 @@ def p2_attention(model, pictures, generation=None, through_projection=False):
         generation: GenerationConfig.
         through_projection: carry the maps back through the projection's transformer layers, by rollout.
     Returns an Attention for each. Under fusion "prefix" the maps are the image's part of self-attention, so that they
-    sum to less than one; with cross-attention to one, less the share of class and register tokens.
+    sum to less than one; with cross-attention to one, less the shares of class and register tokens and of concepts.
     """
     if through_projection and not len(model.projection.layers):
         raise UserError("this model's projection has no transformer layers to carry the maps back through: without "
@@ -152,6 +157,7 @@ def p2_attention(model, pictures, generation=None, through_projection=False):
     generation = generation or GenerationConfig()
     device = model.token_ids.device
     features = model.encoder(torch.stack([model.encoder.preprocess(picture) for picture in pictures]).to(device))
+    concepts = model.concepts(features)
     rows = model.search(features, generation)
     attentions, mixing = [], [] if through_projection else None
     log_probs = teacher_forced(model, features, rows, attentions, mixing)
@@ -163,7 +169,9 @@ def p2_attention(model, pictures, generation=None, through_projection=False):
     found = []
     for i, row in enumerate(rows):
         words = align_words(row, model.tokenizer.decode, ended=len(row) < longest)
-        found.append(Attention.of_tokens(model.text(row), row, words, weights[i], log_probs[i], model.encoder.grid))
+        names = [model.words.names[number] for number in concepts.numbers[i].tolist()] if concepts else ()
+        found.append(Attention.of_tokens(model.text(row), row, words, weights[i], log_probs[i], model.encoder.grid,
+                                         concepts=names))
     return found
 
 
@@ -228,16 +236,29 @@ def word_maps(attention, layer="mean", head="mean", correction="none"):
         correction: for patches that every word attends to: "divide" by the mean over words, or "subtract" it.
     Raises UserError for a layer or head that is not there.
     """
-    maps = attention.maps
-    for name, choice in (("layer", layer), ("head", head)):
-        count = maps.shape[1]
-        if choice != "mean" and not 1 <= choice <= count:
-            raise UserError(f"there is no {name} {choice}: the model has {count}, counted from 1")
-        maps = maps.mean(1) if choice == "mean" else maps[:, choice - 1]
+    maps = choose(attention.maps, layer, head)
     usual = maps.mean(0)
     if correction == "divide":
         return maps / usual.clip(1e-9)
     return maps - usual if correction == "subtract" else maps
+
+
+def choose(values, layer="mean", head="mean"):
+    """Of values (W, layers, heads, …) those of a layer and a head, counted from 1, or their "mean": (W, …)"""
+    for name, choice in (("layer", layer), ("head", head)):
+        count = values.shape[1]
+        if choice != "mean" and not 1 <= choice <= count:
+            raise UserError(f"there is no {name} {choice}: the model has {count}, counted from 1")
+        values = values.mean(1) if choice == "mean" else values[:, choice - 1]
+    return values
+
+
+def favourite_concepts(attention, layer="mean", head="mean"):
+    """For each word, the concept that its position attends to most, and its share: [(name, share), …]; [] without concepts."""
+    if not attention.concepts:
+        return []
+    shares = choose(attention.shares, layer, head)
+    return [(attention.concepts[best], float(row[best])) for row, best in zip(shares, shares.argmax(-1))]
 
 
 def upsample(values, size, region=(0.0, 0.0, 1.0, 1.0)):
@@ -289,7 +310,8 @@ def draw_grid(rows, aspect, width, labels=(), bar=None):
     columns = max(map(len, rows))
     tall = width * min(max(aspect, 0.35), 1.6)  # of a panel; a picture longer than that is fitted into it
     gap = 0.06
-    titles = [0.24 if any(text for text, _ in row) else gap for row in rows]  # their height
+    titles = [0.24 * lines if lines else gap for lines in  # their height
+              (max((len(text.splitlines()) for text, _ in row), default=0) for row in rows)]
     left, right = (0.75 if labels else gap), (0.85 if bar else gap)
     whole = left + columns * (width + gap) - gap + right, len(rows) * tall + sum(titles) + gap
     figure = Figure(figsize=whole)
@@ -306,7 +328,7 @@ def draw_grid(rows, aspect, width, labels=(), bar=None):
             axes.imshow(pixels)
             axes.axis("off")
             axes.annotate(text, (0.5, 1), (0, 2.5), xycoords="axes fraction", textcoords="offset points", ha="center",
-                          va="bottom", fontsize=min(9, 125 * width / max(len(text), 1)), parse_math=False)
+                          va="bottom", fontsize=min(9, 125 * width / max([1, *map(len, text.splitlines())])), parse_math=False)
         if labels:
             figure.text((left - 0.08) / whole[0], 1 - (y + tall / 2) / whole[1], labels[r], ha="right", va="center",
                         fontsize=9)
@@ -326,7 +348,8 @@ def shrink(picture, pixels):
 
 
 def draw_words(picture, attention, layer="mean", head="mean", correction="none", scale="panel", columns=7):
-    """The course's figure: the picture as <start>, then a panel a word with its map over the picture.
+    """The course's figure: the picture as <start>, then a panel a word with its map over the picture; below the word, the
+    concept that it attended to most.
 
     Args:
         layer, head, correction: as for word_maps.
@@ -336,9 +359,11 @@ def draw_words(picture, attention, layer="mean", head="mean", correction="none",
     picture = shrink(picture, 400)  # 1.3 inches in print
     maps = word_maps(attention, layer, head, correction)
     panels = [(START, np.asarray(picture))]
-    for word, values in zip(attention.words, maps):
+    titles = [f"{word}\n{name} {share:.0%}" for word, (name, share) in
+              zip(attention.words, favourite_concepts(attention, layer, head))] or attention.words
+    for title, values in zip(titles, maps):
         low, high = limits(maps if scale == "shared" else values, correction)
-        panels.append((word, heat(picture, values, attention.region, low, high)))
+        panels.append((title, heat(picture, values, attention.region, low, high)))
     names = {"none": "attention of a patch", "divide": "attention / its mean over words",
              "subtract": "attention − its mean over words"}
     columns = min(columns, len(panels))
@@ -384,10 +409,12 @@ def render(figure, kind, dpi=300):
 
 
 def write_maps(path, attention):
-    """The raw maps as .npz: maps (words, layers, heads, rows, columns), words, caption, log_probs, region."""
+    """The raw maps as .npz: maps (words, layers, heads, rows, columns), words, caption, log_probs, region, and of
+    concepts the names and shares (words, layers, heads, concepts)."""
     data = io.BytesIO()
     np.savez_compressed(data, maps=attention.maps, words=np.array(attention.words), caption=np.array(attention.caption),
-                        log_probs=attention.log_probs, region=np.array(attention.region))
+                        log_probs=attention.log_probs, region=np.array(attention.region),
+                        concepts=np.array(attention.concepts, dtype=str), shares=attention.shares)
     write_whole(path, data.getvalue())
 
 
@@ -399,7 +426,8 @@ def page_entry(name, picture, attention):
     maps = np.concatenate([maps.mean(1, keepdims=True), maps], 1).swapaxes(0, 1)
     maps = maps / maps.max((1, 2, 3), keepdims=True).clip(1e-12)  # so that 16 bits hold them, layer by layer
     left, top, right, bottom = (100 * edge for edge in attention.region)
-    return {"name": name, "words": attention.words, "layers": maps.shape[0] - 1, "rows": maps.shape[2],
+    concepts = [f"{name} {share:.0%}" for name, share in favourite_concepts(attention)]
+    return {"name": name, "words": attention.words, "concepts": concepts, "layers": maps.shape[0] - 1, "rows": maps.shape[2],
             "columns": maps.shape[3], "image": encode64(jpeg.getvalue()),
             "region": f"left:{left}%;top:{top}%;width:{right - left}%;height:{bottom - top}%",
             "maps": encode64((65535 * maps).round().astype("<u2").tobytes())}
@@ -435,7 +463,8 @@ small, label { color: #666; font-size: 14px; margin-right: 1em }
 </style>
 <h1>Where each word looked</h1>
 <p>Hover a word, or walk over the words with the Tab key. A word's map is the attention of the position that predicts it,
-heads averaged; each map has its own colours, from dark (least) to bright (most).</p>
+heads averaged; each map has its own colours, from dark (least) to bright (most). Where the captioner saw concept words, resting
+on a word names the one that it attended to most.</p>
 <p><label>Layer <select id="layer"></select></label>
 <label><input type="checkbox" id="usual"> less the mean over words</label></p>
 <main></main>
@@ -489,6 +518,7 @@ for (const entry of entries) {
     span.className = "word";
     span.textContent = word;
     span.tabIndex = 0;
+    if (entry.concepts.length) span.title = entry.concepts[i];
     span.onmouseenter = span.onfocus = () => show(i);
     span.onmouseleave = span.onblur = () => frame.classList.remove("on");
     caption.append(span, " ");

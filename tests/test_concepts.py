@@ -1,0 +1,332 @@
+"""Concept words: the table from WordNet, what captions and pictures are taken to show, and the captioner that sees them."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.data import ImageNetInfo
+
+import get_concepts
+import p2_train
+from captioner import Captioner, CaptionerConfig, GenerationConfig, Projection, read_metadata
+from cli import UserError
+from concepts import MISSING, ClassWords, Concepts
+from conftest import VIT
+from dataset import collate
+from p3_attention import p2_attention, teacher_forced
+from PIL import Image
+from test_captioner import FakeEncoder, save_decoder
+from test_train import Interrupted, interrupt_after
+from test_train import settings as train_settings
+from tokenizer import END_OF_TEXT
+
+IDS = ImageNetInfo("imagenet-1k").label_names()
+
+
+@pytest.fixture(scope="module")
+def words():
+    return ClassWords(IDS)
+
+
+def numbers_of(words, *names):
+    return [words.names.index(name) for name in names]
+
+
+# ---- words -----------------------------------------------------------------------------------------------------
+
+
+def test_every_class_of_imagenet_has_words(words):
+    names = ImageNetInfo("imagenet-1k").label_descriptions()
+    assert len(words.levels) == 1000 and all(words.words(number) for number in range(1000))
+    shared = [bool({part.strip().lower() for part in name.split(",")} & {own.lower() for own in levels[0]})
+              for name, levels in zip(names, words.levels)]
+    assert all(shared), [name for name, same in zip(names, shared) if not same]
+    number, = numbers_of(words, "golden retriever")
+    assert words.words(number)[0] == "golden retriever" and "dog" in words.words(number)
+
+
+def test_nouns_lead_to_classes(words):
+    found = words.find("Two zebras beside a golden retriever, 3 kitties and some buses; a red traffic light.")
+    assert found[:2] == [numbers_of(words, "zebra"), numbers_of(words, "golden retriever")]
+    assert set(numbers_of(words, "school bus", "trolleybus")) <= set(found[2]) and found[3] == numbers_of(words, "traffic light")
+    assert words.find("A man smiles at her") == [] == words.find("")
+    dogs, = words.find("Dogs")
+    assert len(dogs) > 100 and numbers_of(words, "golden retriever")[0] in dogs
+    assert [len(words.find(plural)) for plural in ("foxes", "wolves", "peaches", "lilies", "firemen")] == [1, 1, 0, 0, 0]
+
+
+def test_sisters_are_of_the_same_kind(words):
+    number, = numbers_of(words, "golden retriever")
+    names = {words.names[sister] for sister in words.sisters[number]}
+    assert "Labrador retriever" in names and "golden retriever" not in names and "tabby" not in names
+
+
+def test_a_class_vector_is_the_mean_of_its_words(words):
+    torch.manual_seed(0)
+    embeddings = torch.randn(50, 6)
+    embeddings[7] = 0  # never met
+    vocabulary = {}
+
+    def encode(text):
+        assert text[0] == " "
+        return [vocabulary.setdefault(word, len(vocabulary) % 50) for word in text.split()]
+
+    vectors = words.vectors(embeddings, encode)
+    number, = numbers_of(words, "golden retriever")
+    known = [[token for token in encode(f" {word}") if token != 7] for word in words.words(number)]
+    expected = torch.stack([embeddings[tokens].mean(0) for tokens in known if tokens]).mean(0)
+    torch.testing.assert_close(vectors[number] / vectors[number].norm(), expected / expected.norm())
+    assert vectors.shape == (1000, 6) and vectors.square().mean().sqrt() == pytest.approx(1)
+
+
+def test_what_is_imagined_of_a_caption_errs_as_a_classifier_does(words):
+    captions, count = ["Two zebras and a pizza", "A dog", "Nothing at all"], 400
+    seen = Concepts(torch.full((3 * count, 8), 5), torch.tensor([0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.01, 0.01]).expand(3 * count, -1))
+    found = [words.find(caption) for caption in captions for _ in range(count)]
+    concepts = words.imagine(found, seen, np.random.default_rng(0))
+    assert torch.equal(concepts.probabilities, seen.probabilities) and (seen.numbers == 5).all()
+    zebra, pizza = numbers_of(words, "zebra", "pizza")
+    of_two, of_dog, of_nothing = concepts.numbers.split(count)
+    assert (of_nothing == 5).all()
+    for number in zebra, pizza:
+        assert 1 - MISSING - 0.22 < (of_two == number).any(1).float().mean() < 1 - MISSING + 0.05
+    assert (of_two == zebra)[:, 0].float().mean() > 2 * (of_two == zebra)[:, 4].float().mean()
+    dogs = torch.isin(of_dog, torch.tensor(words.find("dog")[0])).sum(1)
+    assert dogs.unique().tolist()[:3] == [0, 1, 2] and of_dog.unique().numel() > 60
+    again = words.imagine(found, seen, np.random.default_rng(0))
+    assert torch.equal(again.numbers, concepts.numbers)
+
+
+def test_the_table_is_read_from_wordnet(tmp_path):
+    path = tmp_path / "data.noun"
+    path.write_text("  1 This software\n"
+                    "00000001 03 n 01 entity 0 000 | that which is\n"
+                    "00000002 03 n 02 cat 0 true_cat 0 002 @ 00000001 n 0000 #m 00000009 n 0000 | a feline; \"it purred\"\n"
+                    "00000003 03 n 01 tabby 0 001 @ 00000002 n 0000 | a striped cat; soft  \n")
+    synsets = get_concepts.read_synsets(path)
+    assert synsets["00000002"] == (["cat", "true cat"], ["00000001"], "a feline")
+    assert synsets["00000003"][2] == "a striped cat; soft"
+    assert get_concepts.kinds_of("00000003", synsets) == ["00000003", "00000002", "00000001"]
+    assert [get_concepts.depth(f"0000000{i}", synsets) for i in (1, 2, 3)] == [0, 1, 2]
+    with pytest.raises(UserError, match="no synset"):
+        get_concepts.find_classes(synsets, ImageNetInfo("imagenet-1k"))
+    path.write_text("nonsense | here\n")
+    with pytest.raises(UserError, match="data.noun"):
+        get_concepts.read_synsets(path)
+
+
+# ---- the captioner ---------------------------------------------------------------------------------------------
+
+
+class NamingEncoder(FakeEncoder):
+    """Its features' first channels are logits of classes."""
+
+    class_ids = IDS
+
+    def class_probabilities(self, features):
+        logits = torch.nn.functional.pad(8 * features.mean(1), (0, len(IDS) - features.shape[-1]), value=-4.0)
+        return logits.softmax(-1)
+
+
+def make_captioner(tmp_path, **config):
+    path = tmp_path / "decoder.bin"
+    if not path.exists():
+        save_decoder(path)
+    config = CaptionerConfig(**{"projection_dim": 64, "lora_rank": 2, "lora_targets": ("q", "v"), "concepts": 3} | config)
+    model = Captioner(config, NamingEncoder(), config.load_decoder(path)).eval()
+    torch.manual_seed(1)
+    for name, parameter in model.trained_parameters().items():
+        if not (config.fusion == "prefix" and "norm" in name):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("config", [{}, {"fusion": "prefix"}, {"projection_layers": 1}, {"fusion": "prefix", "prompt_length": 2}])
+def test_captions_with_concepts_are_the_same_in_any_batch_and_with_the_cache(tmp_path, config):
+    model = make_captioner(tmp_path, **config)
+    torch.manual_seed(2)
+    features = torch.randn(6, 4, 12)
+    generation = GenerationConfig(max_length=8)
+    together = model.search(features, generation)
+    assert [model.search(features[i:i + 1], generation)[0] for i in range(6)] == together
+    assert model.image_tokens(features).shape[:2] == (6, 4 + 3) and len({tuple(row) for row in together}) > 1
+    # Greedy with the cache, against the whole sequence at each step.
+    for i, row in enumerate(model.search(features, replace(generation, beam_size=1))):
+        inputs = torch.tensor([[END_OF_TEXT, *row[:-1]]])
+        with torch.inference_mode():
+            logits = model.decoder(inputs, model.image_tokens(features[i:i + 1]), model.token_ids)
+        assert model.token_ids[logits[0].argmax(-1)].tolist() == row
+
+
+def test_concepts_are_the_likeliest_classes_and_change_what_is_said(tmp_path):
+    model = make_captioner(tmp_path)
+    torch.manual_seed(2)
+    features = torch.randn(6, 4, 12)
+    own = model.concepts(features)
+    probabilities = model.encoder.class_probabilities(features)
+    assert torch.equal(own.probabilities, probabilities.gather(1, own.numbers)) and own.numbers.shape == (6, 3)
+    assert torch.equal(own.numbers[:, 0], probabilities.argmax(-1))
+    generation = GenerationConfig(max_length=8)
+    captions = model.generate(features, generation)
+    assert model.generate(features, generation, concepts=own) == captions
+    others = Concepts(own.numbers.flip(0), own.probabilities.flip(0))
+    none = Concepts(own.numbers, torch.zeros_like(own.probabilities))
+    assert model.generate(features, generation, concepts=others) != captions != model.generate(features, generation, concepts=none)
+    # Without a probability it does not matter whose words they are.
+    torch.testing.assert_close(model.image_tokens(features, none),
+                               model.image_tokens(features, Concepts(others.numbers, none.probabilities)))
+
+
+def test_a_caption_without_a_picture_is_learnt_from_its_concepts(tmp_path):
+    model = make_captioner(tmp_path)
+    concepts = Concepts(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.full((2, 3), 0.3))
+    rows = [[5, 6, 7], [8, 9]]
+    loss = model.loss(None, *collate(rows), concepts=concepts)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.projection.named_parameters()}
+    assert gradients["concepts.weight"].abs().sum() > 0 and gradients["input.weight"] is None
+    alone = [model.loss(None, *collate(rows[i:i + 1]), concepts=Concepts(*(part[i:i + 1] for part in concepts))) for i in range(2)]
+    torch.testing.assert_close(loss, (4 * alone[0] + 3 * alone[1]) / 7)
+
+
+def test_concept_dropout_leaves_whole_concepts_out():
+    torch.manual_seed(0)
+    config = CaptionerConfig(projection_dim=64, projection_dropout=0, patch_dropout=0, concepts=5, concept_dropout=0.4)
+    projection = Projection(config, 12, 10, concept_dim=6)
+    features, concepts = torch.randn(40, 10, 12), torch.randn(40, 5, 6)
+    whole, part = projection.eval()(features, concepts), projection.train()(features, concepts)
+    torch.testing.assert_close(whole[:, :10], part[:, :10])
+    nothing = projection.eval()(None, torch.zeros(1, 1, 6))
+    kept = torch.isclose(part[:, 10:], whole[:, 10:], atol=1e-5).all(-1)
+    assert (kept | torch.isclose(part[:, 10:], nothing, atol=1e-5).all(-1)).all() and 0.5 < kept.float().mean() < 0.7
+
+
+def test_an_encoder_without_a_classifier_says_so(tmp_path):
+    save_decoder(tmp_path / "decoder.bin")
+    config = CaptionerConfig(concepts=3, projection_dim=64)
+    for ids in [], ["n00000000"]:
+        encoder = NamingEncoder()
+        encoder.class_ids = ids
+        with pytest.raises(UserError, match="fake brings no classifier.*--concepts 0"):
+            Captioner(config, encoder, config.load_decoder(tmp_path / "decoder.bin"))
+
+
+def test_checkpoints_record_concepts_and_those_of_before_still_load(tmp_path):
+    features = torch.randn(3, 4, 12)
+    for concepts in 0, 3:
+        model = make_captioner(tmp_path, concepts=concepts)
+        for parameter in model.trained_parameters().values():
+            parameter.data = parameter.data.half().float()
+        path = tmp_path / f"{concepts}.safetensors"
+        model.save(path)
+        if not concepts:  # as checkpoints were written before there were any
+            metadata = read_metadata(path)
+            metadata["model"] = {name: value for name, value in metadata["model"].items() if "concept" not in name}
+            save_file(load_file(path), path, {"captioner": json.dumps(metadata)})
+        loaded = Captioner.load(path, tmp_path / "decoder.bin", NamingEncoder())
+        assert loaded.config.concepts == concepts and (loaded.concepts(features) is None) == (concepts == 0)
+        assert loaded.generate(features, GenerationConfig(max_length=6)) == model.generate(features, GenerationConfig(max_length=6))
+
+
+@pytest.mark.parametrize("config", [{}, {"fusion": "prefix"}])
+def test_attention_to_concepts_stands_beside_that_to_patches(tmp_path, config):
+    model = make_captioner(tmp_path, **config)
+    model.encoder.grid, model.encoder.preprocess = (2, 2), lambda picture: torch.zeros(3, 8, 8, dtype=torch.uint8)
+    features = torch.randn(1, 4, 12)
+    model.encoder.forward = lambda images: features
+    attention, = p2_attention(model, [Image.new("RGB", (8, 8))], GenerationConfig(max_length=6))
+    assert attention.concepts == tuple(model.words.names[number] for number in model.concepts(features).numbers[0].tolist())
+    assert attention.maps.shape[3:] == (2, 2) and attention.shares.shape == (*attention.maps.shape[:3], 3)
+    sums = attention.maps.sum((3, 4)) + attention.shares.sum(3)
+    assert np.allclose(sums, 1, atol=1e-5) if not config else (sums < 1).all() and (attention.shares > 0).all()
+    weights = []
+    with torch.inference_mode():
+        teacher_forced(model, features, [attention.tokens], weights)
+    first = weights[0][0, :, 0]  # (H, N + K), of the first layer and position
+    assert np.allclose(attention.shares[0, 0], first[:, 4:].numpy(), atol=1e-6) or len(attention.places[0]) > 1
+
+
+# ---- training --------------------------------------------------------------------------------------------------
+
+
+CONFIG = CaptionerConfig(encoder=VIT, image_size=32, projection_dim=64, lora_rank=2, concepts=4)
+
+
+def settings(**changes):
+    return train_settings(**{"epochs": 2, "text": ("text.txt",), "text_batch_size": 3} | changes)
+
+
+@pytest.fixture
+def place(workplace):
+    """The folder of data, with a classifier in the encoder's file and captions without pictures."""
+    torch.manual_seed(0)
+    save_file(timm.create_model(VIT, img_size=32).state_dict(), workplace / f"{VIT}.safetensors")
+    (workplace / "text.txt").write_text("Two zebras .\ntwo zebras\n\nA dog beside a pizza\na yellow picture\nAn old piano\n")
+    return workplace
+
+
+def test_captions_without_pictures_are_read_once_and_not_those_of_the_selection(place):
+    trainer = p2_train.Trainer(CONFIG, settings(output="o.safetensors"), "cpu")
+    decode = trainer.model.tokenizer.decode
+    # The selection's last four pictures hold one of each colour.
+    assert [decode(row) for row in trainer.text.rows] == ["Two zebras.", "A dog beside a pizza.", "An old piano."]
+    known = trainer.model.token_ids.tolist()
+    assert all(token in known for row in trainer.text.rows for token in row)
+    assert trainer.text.seen.numbers.shape == (20, 4)
+    first = trainer.model.concepts(trainer.data.features[[0], [0]].float())
+    assert any(torch.equal(first.numbers[0], row) for row in trainer.text.seen.numbers)
+    drawn = trainer.text.draw_epoch(4, 3, torch.Generator().manual_seed(0))
+    assert [len(batch) for batch in drawn] == [3] * 4 and sorted(sum(drawn, [])) == sorted([0, 1, 2] * 4)
+    tokens, targets, concepts = trainer.text.batch([2, 0], np.random.default_rng(0))
+    assert tokens[1, 1:4].tolist() == trainer.text.rows[0][:3] and len(concepts.numbers) == 2
+    for changes, config, message in (({}, replace(CONFIG, concepts=0), "needs --concepts"),
+                                     ({"text": ("nowhere.txt",)}, CONFIG, "cannot read nowhere.txt")):
+        with pytest.raises(UserError, match=message):
+            p2_train.Trainer(config, settings(output="o.safetensors", **changes), "cpu")
+
+
+def test_training_with_text_resumes_exactly_and_changes_what_is_learnt(place, monkeypatch):
+    p2_train.train(CONFIG, settings(output="whole.safetensors"), "cpu")
+    original = interrupt_after(p2_train, monkeypatch, 5)
+    stopped = settings(output="stopped.safetensors", save_minutes=0.0)
+    with pytest.raises(Interrupted):
+        p2_train.train(CONFIG, stopped, "cpu")
+    monkeypatch.setattr(p2_train, "step_optimizer", original)
+    p2_train.train(CONFIG, stopped, "cpu")
+    p2_train.train(CONFIG, settings(output="without.safetensors", text=()), "cpu")
+    whole, again, without = (load_file(f"{name}.safetensors") for name in ("whole", "stopped", "without"))
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    assert len(without["token_ids"]) < len(whole["token_ids"])
+    assert not torch.equal(whole["projection.concepts.weight"], without["projection.concepts.weight"])
+
+
+def test_a_step_adds_the_gradients_of_both(place):
+    trainer = p2_train.Trainer(replace(CONFIG, concept_dropout=0, projection_dropout=0, patch_dropout=0, dropout=0),
+                               settings(output="o.safetensors", text_weight=0.5, label_smoothing=0.0), "cpu")
+    model = trainer.model.eval()
+    piece = trainer.local_batch([0, 1], np.zeros(20, int))
+    text = trainer.local_texts([0, 2], 0, 0)
+    trainer.text_cross_entropy(*text)
+    trainer.cross_entropy([0, 1], piece, 0)
+    found = {name: parameter.grad.clone() for name, parameter in trainer.trained.items() if parameter.grad is not None}
+    model.zero_grad()
+    (_, features, *captions), (*lines, concepts, total) = piece[0], text
+    loss = model.loss(features.float(), *captions) + 0.5 * model.loss(None, *lines, concepts=concepts)
+    loss.backward()
+    assert total == sum(len(trainer.text.rows[i]) + 1 for i in (0, 2))
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, trainer.trained[name].grad, atol=1e-6, rtol=1e-4)
+
+
+def test_concepts_are_added_to_a_captioner_that_knew_none(place):
+    p2_train.train(replace(CONFIG, concepts=0), settings(text=(), epochs=1, output="first.safetensors"), "cpu")
+    trainer = p2_train.Trainer(CONFIG, settings(init="first.safetensors", output="second.safetensors"), "cpu")
+    before = load_file("first.safetensors")
+    state = trainer.model.trained_parameters()
+    assert all(torch.equal(state[name].half(), before[name]) for name in before if name != "token_ids")
+    assert state.keys() - before.keys() == {"projection.concepts.weight", "projection.concepts.bias"}
+    assert state["projection.concepts.weight"].any()

@@ -8,6 +8,7 @@ Shapes: B images, K captions or beams of each, N patches, D the encoder's width,
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from safetensors.torch import save
 from torch import nn
 
 from cli import UserError, write_whole
-from concepts import ClassWords, Concepts
+from clip_small import SMALL_WEIGHTS, ClipSmall
+from concepts import ClassifierWords, ClassWords, ClipWords, RetrievedWords
 from dataset import IGNORE, collate
 from decoder import ADAPTER_PLACES, Block, Cache, Decoder, DecoderConfig, LayerContext, init_weights
 from encoder import EMBEDDED, WEIGHTS_FOLDER, load_encoder
@@ -30,6 +32,7 @@ EMBEDDED_DECODER = WEIGHTS_FOLDER / "decoder_small.safetensors"
 EMBEDDED_CHECKPOINT = WEIGHTS_FOLDER / "captioner.safetensors"
 CHECKPOINT_FOLDERS = Path("checkpoints"), Path(__file__).resolve().parent / "checkpoints"
 MAX_TRAINED = 35_000_000
+CONCEPT_SOURCES = "classifier", "clip"
 
 
 @dataclass
@@ -40,8 +43,9 @@ class CaptionerConfig:
     image_size: int = 0  # 0: the encoder's own
     encoder_levels: int = 0  # a CNN's feature maps that make a token; 0: up to three
     fusion: str = "cross"  # cross-attention, or "prefix": image tokens before the text
-    concepts: int = 0  # likeliest classes of the encoder's classifier whose words the text sees beside the image; 0: none
-    concept_dropout: float = 0.2  # part of them that a training step leaves out
+    concepts: int = 0  # things recognised in the image whose words the text sees beside it; 0: none
+    concept_source: str = "classifier"  # or "clip": the nouns nearest to the image in our CLIP's space
+    concept_dropout: float = 0.2  # part of the concepts that a training step leaves out
     projection_layers: int = 0  # transformer layers over the image tokens; 0: a linear projection
     projection_dim: int = 384  # under fusion "prefix", the decoder's width instead
     projection_dropout: float = 0.3
@@ -64,6 +68,14 @@ class CaptionerConfig:
         check_settings(self, (), ("projection_dropout", "patch_dropout", "concept_dropout", "dropout", "lora_dropout"))
         if self.concepts < 0:
             raise UserError(f"concepts is {self.concepts}, but must be at least 0")
+        if self.concept_source not in CONCEPT_SOURCES:
+            raise UserError(f"unknown concept_source {self.concept_source}: choose from {', '.join(CONCEPT_SOURCES)}")
+
+    def concept_words(self, encoder):
+        """The ClassWords that concepts are numbered by; None without concepts. Raises UserError where there is no source."""
+        if not self.concepts:
+            return None
+        return ClassWords.of_imagenet() if self.concept_source == "clip" else ClassWords.of_encoder(encoder)
 
     def load_encoder(self, weights=None):
         """The frozen encoder; `weights`: None, or "random" for untrained ones."""
@@ -85,6 +97,7 @@ class GenerationConfig:
 
     beam_size: int = 3
     length_penalty: float = 0.0  # a hypothesis of n tokens scores log p / n ** length_penalty
+    clip_weight: float = 0.0  # what the cosine of image and text in our CLIP's space counts beside a hypothesis' score
     max_length: int = 40  # tokens, the closing <|endoftext|> included
     sample: bool = False
     temperature: float = 1.0
@@ -97,6 +110,8 @@ class GenerationConfig:
             raise UserError("beam_size and max_length must be at least 1, seed at least 0")
         if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise UserError("temperature must be above 0, top_p in (0, 1] and top_k at least 0")
+        if self.sample and self.clip_weight:
+            raise UserError("clip_weight chooses among beams: it goes without sample")
 
 
 class Projection(nn.Module):
@@ -191,9 +206,8 @@ class Captioner(nn.Module):
                                      decoder.config.n_embd)
         self.encoder = encoder
         self.tokenizer = BPETokenizer()
-        self.words = ClassWords.of_encoder(encoder) if config.concepts else None
-        vectors = self.words and self.words.vectors(decoder.wte.weight, self.tokenizer.encode)
-        self.register_buffer("concept_vectors", vectors, persistent=False)  # (C, n_embd)
+        self.words = config.concept_words(encoder)
+        self.register_buffer("concept_vectors", self.vectors_of_concepts(config.concept_source == "clip"), persistent=False)
         token_ids = known if token_ids is None else token_ids[torch.isin(token_ids, known)]
         # Where each token stands among those scored; others, as targets, do not count.
         places = torch.full((self.decoder.config.vocab_size,), IGNORE)
@@ -223,12 +237,33 @@ class Captioner(nn.Module):
 
     # ---- what the text sees ----
 
+    def vectors_of_concepts(self, nouns):
+        """(C, n_embd), or with those of the nouns (C + L, n_embd); None for a model without concepts."""
+        return self.words and self.words.vectors(self.decoder.wte.weight, self.tokenizer.encode, nouns)
+
+    @cached_property
+    def source(self):
+        """What recognises concepts in an image's features."""
+        if self.config.concept_source == "clip":
+            return ClipWords(self.words, self.judge)
+        return ClassifierWords(self.words, self.encoder)
+
     @torch.no_grad()
     def concepts(self, features):
-        """Features (B, N, D) -> the Concepts that the encoder's classifier sees in them; None for a model without."""
-        if self.words is None:
-            return None
-        return Concepts.likeliest(self.encoder.class_probabilities(features), self.config.concepts)
+        """Features (B, N, D) -> the Concepts that are recognised in them; None for a model without."""
+        return self.source.recognise(features, self.config.concepts) if self.words else None
+
+    @cached_property
+    def judge(self):
+        """Our CLIP on the captioner's own encoder. Raises UserError where it is not here, or was made for another encoder."""
+        return ClipSmall.load(SMALL_WEIGHTS, self.encoder).to(self.token_ids.device)
+
+    def retrieve(self, captions, cache=None):
+        """From now on recognise also what captions of pictures like it name: a list of strings, which can be swapped at will."""
+        if not self.words:
+            raise UserError("this captioner was trained without concepts: retrieved captions can tell it nothing")
+        self.concept_vectors = self.vectors_of_concepts(nouns=True)
+        self.source = RetrievedWords(self.source, self.judge, captions, cache)
 
     def image_tokens(self, features, concepts=None, attentions=None):
         """What the text sees: a token for each patch, then one for each concept (B, N + K, width).
@@ -238,7 +273,7 @@ class Captioner(nn.Module):
 
         Args:
             features: (B, N, D) from the encoder; None: of no image.
-            concepts: Concepts; None: those that the encoder's classifier sees.
+            concepts: Concepts; None: those that are recognised in the features.
             attentions: as of Projection.
         """
         concepts = self.concepts(features) if concepts is None else concepts
@@ -310,7 +345,7 @@ class Captioner(nn.Module):
     def generate(self, features, generation=None, seeds=None, concepts=None):
         """Features (B, N, D) -> list of B captions.
 
-        `concepts`: those to see instead of what the encoder's classifier does.
+        `concepts`: those to see instead of what is recognised.
 
         `seeds`: one number for each image, which with `generation.seed` decides its sample whatever the batch
         (default: 0 … B - 1); with K numbers for each image, K samples of each.
@@ -322,7 +357,11 @@ class Captioner(nn.Module):
         """As `generate`, but the captions as lists of token ids, without <|endoftext|>."""
         generation = generation or GenerationConfig()
         image = self.image_tokens(features, concepts)
-        return self.sample(image, generation, seeds) if generation.sample else self.beam_search(image, generation)
+        if generation.sample:
+            return self.sample(image, generation, seeds)
+        if generation.clip_weight:
+            return self.choose(features, self.hypotheses(image, generation), generation.clip_weight)
+        return self.beam_search(image, generation)
 
     def text(self, tokens):
         """Token ids, without <|endoftext|> -> the caption, on one line, a capital first: CIDEr as a reward is blind to it."""
@@ -335,12 +374,16 @@ class Captioner(nn.Module):
         return (F.linear(hidden, head).float() / temperature).log_softmax(-1)
 
     def beam_search(self, image, generation):
-        """Image tokens (B, N, C) -> B lists of token ids, without <|endoftext|>.
+        """Image tokens (B, N, C) -> B lists of token ids, without <|endoftext|>: the best hypothesis of each."""
+        return [found[0][1] for found in self.hypotheses(image, generation)]
+
+    def hypotheses(self, image, generation):
+        """Image tokens (B, N, C) -> what beam search found for each image, best first: B lists of (score, token ids).
 
         Each image keeps K running beams. Of each step's 2K best continuations, those among the first K that end
         are finished hypotheses, and the K best that do not end run on. An image is done, and leaves the batch,
         when K hypotheses have finished (first come, first served: Kasai et al. 2022, arXiv:2204.05424) or
-        max_length is reached, where running beams count as they are.
+        max_length is reached, where its best running beam counts as it is.
         """
         K, alpha, max_length = generation.beam_size, generation.length_penalty, generation.max_length
         max_length = min(max_length, self.decoder.config.n_positions)
@@ -355,8 +398,9 @@ class Captioner(nn.Module):
         scores[:, 0] = 0  # one beam to begin with
         tokens = torch.full((images, K, max_length + 1), end, device=device)  # places, not ids
         finished = torch.zeros(images, dtype=torch.long, device=device)  # hypotheses, for each slot
-        best_score = torch.full((images,), -torch.inf, device=device)  # for each image
-        best = torch.full((images, max_length + 1), end, device=device)
+        # Of each image, in the order in which they were finished: below K before a step, and K more in it.
+        found_scores = torch.full((images, 2 * K), -torch.inf, device=device)
+        found = torch.full((images, 2 * K, max_length + 1), end, device=device)
 
         for length in range(1, max_length + 1):
             last = self.token_ids[tokens[:, :, length - 1]].view(-1, 1)
@@ -366,15 +410,15 @@ class Captioner(nn.Module):
             beam, token = flat // V, flat % V  # (B, 2K) each
             ends = token == end
 
-            # Those that end. Best first, so the first of them is the only one that can be the image's best.
+            # Those that end.
             ended = scores.masked_fill(~ends, -torch.inf)[:, :K] / length**alpha
-            top, at = ended.max(1)
-            better = (top > best_score[active]).nonzero().squeeze(1)
-            if len(better):
-                best_score[active[better]] = top[better]
-                best[active[better]] = tokens[better, beam[better, at[better]]]
-                best[active[better], length] = end
-            finished += (ended > -torch.inf).sum(1)
+            ending = ended > -torch.inf
+            slot, which = ending.nonzero(as_tuple=True)
+            if len(slot):
+                place = active[slot], (finished[:, None] + ending.cumsum(1) - 1)[slot, which]
+                found_scores[place] = ended[slot, which]
+                found[place] = tokens[slot, beam[slot, which]]
+            finished += ending.sum(1)
 
             # Those that run on.
             scores, pick = scores.masked_fill(ends, -torch.inf).topk(min(K, scores.shape[1]))
@@ -393,11 +437,27 @@ class Captioner(nn.Module):
             tokens[:, :, length] = token
             cache.select((going[:, None] * K + beam).flatten())
         else:
-            top = scores[:, 0] / max_length**alpha
-            better = (top > best_score[active]).nonzero().squeeze(1)
-            best[active[better]] = tokens[better, 0]
+            found_scores[active, finished] = scores[:, 0] / max_length**alpha
+            found[active, finished] = tokens[:, 0]
 
-        return [self.until_end(row) for row in best[:, 1:].tolist()]
+        order = found_scores.argsort(dim=1, descending=True, stable=True)
+        hypotheses = [[(score[i], self.until_end(rows[i][1:])) for i in best if score[i] > -torch.inf]
+                      for best, score, rows in zip(order.tolist(), found_scores.tolist(), found.tolist())]
+        if not all(hypotheses):
+            raise UserError("the model's probabilities are not numbers: its weights, or the encoder's, are damaged")
+        return hypotheses
+
+    def choose(self, features, hypotheses, weight):
+        """Of each image's hypotheses the token ids of the one that is best by its score and what the `judge` gives it."""
+        texts = [self.text(tokens) for found in hypotheses for _, tokens in found]
+        images = F.normalize(self.judge.embed_images(features), dim=-1)
+        counts = torch.tensor([len(found) for found in hypotheses], device=images.device)
+        of_clip = (images.repeat_interleave(counts, 0) * F.normalize(self.judge.embed_texts(texts), dim=-1)).sum(-1)
+        chosen = []
+        for found, values in zip(hypotheses, of_clip.split(counts.tolist())):
+            scores = [score + weight * value for (score, _), value in zip(found, values.tolist())]
+            chosen.append(found[scores.index(max(scores))][1])
+        return chosen
 
     def until_end(self, places):
         places = places[:places.index(self.end)] if self.end in places else places

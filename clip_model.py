@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cli import UserError
+from clip_small import SMALL_WEIGHTS, TEXT_FOLDER, ClipSmall
 from dataset import load_ahead
 from encoder import EMBEDDED, WEIGHTS_FOLDER
 from weightfiles import first_line, read_weights
 
 CLIP_WEIGHTS = WEIGHTS_FOLDER / "ViT-B-32.pt"
 SMALL = "clip_small"  # our own, on the embedded encoder
-SMALL_WEIGHTS = WEIGHTS_FOLDER / f"{SMALL}.safetensors"
 NO_CLIP = "needs CLIP's weights: `bash hw3_download.sh full`, or --clip_weights FILE or ViT-B/32"
 
 
@@ -220,8 +220,6 @@ class SmallClip(DualEncoder):
     """
 
     def __init__(self, weights=SMALL_WEIGHTS, device="cpu", batch_size=32):
-        from clip_small import ClipSmall
-
         super().__init__(Path(weights).stem, device, batch_size)
         self.model = ClipSmall.load(weights).to(device)
         self.preprocess, self.pixels = self.model.encoder.preprocess, self.model.encoder.image_size
@@ -241,8 +239,6 @@ class SmallClip(DualEncoder):
 def default_clip():
     """What load_clip takes where none is named: OpenAI's weights if they are there, else "clip_small" if its parts are, else
     None."""
-    from clip_small import TEXT_FOLDER
-
     if CLIP_WEIGHTS.exists():
         return CLIP_WEIGHTS
     parts = [SMALL_WEIGHTS, TEXT_FOLDER, *(WEIGHTS_FOLDER / f"{name}.safetensors" for name in EMBEDDED.split("+"))]

@@ -30,6 +30,7 @@ from encoder import EMBEDDED, WEIGHTS_FOLDER, load_encoder
 from weightfiles import content_hash, first_line, read_weights
 
 USUAL = "stats_mean", "stats_std", "cell_mean"  # of ImageHead; differences from them are small
+SMALL_WEIGHTS = WEIGHTS_FOLDER / "clip_small.safetensors"
 TEXT_FOLDER = WEIGHTS_FOLDER / "all-minilm-l6-v2"
 
 
@@ -260,6 +261,12 @@ class ClipSmall(nn.Module):
         metadata = {"model": asdict(self.config), "encoder_hash": self.encoder.weights_hash,
                     "text_hash": self.hash_of(self.text, self.config), "training": training, "scores": scores or {}}
         write_whole(path, save(tensors, {"clip_small": json.dumps(metadata)}))
+
+    @property
+    def text_digest(self):
+        """Content hash of all that embeds texts."""
+        return content_hash({**{f"text.{name}": value for name, value in self.text.model.state_dict().items()},
+                             **self.text_head.state_dict()})
 
     @staticmethod
     def hash_of(text, config):

@@ -1,11 +1,16 @@
-"""Words for what an image encoder's own classifier recognises, and how nouns of a caption lead back to its classes.
+"""Words for what is recognised in a picture: by the encoder's own classifier, by our CLIP, or in captions of pictures like it.
 
 `concepts.json`, which get_concepts.py makes from WordNet, says of every class of ImageNet what it is called, level by level:
 its own names, then those of the kinds that it belongs to ("tabby", "tabby cat"; "domestic cat"; "cat"; "feline").
 
-Shapes: B images or captions, K concepts of each, C classes, n_embd the decoder's width.
+A concept is a class, or one of the nouns that the table holds; concepts are numbered, classes first. Pictures come from three
+sources of them: `ClassifierWords`, `ClipWords` and `RetrievedWords`.
+
+Shapes: B images or captions, K concepts of each, C classes, L nouns, N patches, D the encoder's width, n_embd the decoder's.
 """
 
+import hashlib
+import json
 import re
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,6 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from timm.data import ImageNetInfo
+from tqdm import tqdm
 
 from cli import UserError, read_json
 
@@ -24,12 +32,13 @@ PLURALS = ("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("c
 MISSING = 0.2  # of a caption's things, those that a classifier does not name
 SISTER = 0.2  # of those that it names, those that it takes for another of their kind
 MORE = 0.4  # it goes on to one more class of that kind
+NEIGHBOURS = 20  # captions that are retrieved for a picture
 
 
 class Concepts(NamedTuple):
     """What was recognised in each of B pictures."""
 
-    numbers: torch.Tensor  # (B, K) classes, likeliest first
+    numbers: torch.Tensor  # (B, K), likeliest first
     probabilities: torch.Tensor  # (B, K)
 
     @classmethod
@@ -40,21 +49,23 @@ class Concepts(NamedTuple):
 
 
 class ClassWords:
-    """The words of some classes, by their WordNet ids.
+    """The words of some classes, by their WordNet ids, and all nouns for them.
 
-    Attributes: `names`, for each class the name to show; `levels`, for each its names and those of its kinds, from the
-    narrowest to the widest; `classes`, which of them a noun or noun phrase may mean: {"cat": [281, …], …}.
+    Attributes: `names`, for each concept the name to show; `levels`, for each class its names and those of its kinds, from the
+    narrowest to the widest; `classes`, which of them a noun or noun phrase may mean: {"cat": [281, …], …}; `nouns`, the number of
+    each noun: {"cat": 1123, …}.
     """
 
     def __init__(self, wordnet_ids):
         """Raises KeyError for a class that is not one of ImageNet's thousand."""
         table = read_json(TABLE, "table of concepts")
         self.levels = [table[name] for name in wordnet_ids]
-        self.names = [levels[0][0] for levels in self.levels]
         self.classes = {}
         for number, levels in enumerate(self.levels):
             for noun in {name.lower() for level in levels for name in level}:
                 self.classes.setdefault(noun, []).append(number)
+        self.nouns = {noun: number for number, noun in enumerate(sorted(self.classes), len(self.levels))}
+        self.names = [levels[0][0] for levels in self.levels] + list(self.nouns)
 
     @classmethod
     def of_encoder(cls, encoder):
@@ -65,10 +76,16 @@ class ClassWords:
         except KeyError:
             pass
         raise UserError(f"{encoder.name} brings no classifier of ImageNet's thousand classes, which concept words come from: "
-                        "say --concepts 0")
+                        "say --concepts 0, or --concept_source clip where our CLIP was made for it")
+
+    @classmethod
+    def of_imagenet(cls):
+        return cls(ImageNetInfo("imagenet-1k").label_names())
 
     def words(self, number):
-        """What a class is called: its own names, and the first name of each of the narrowest kinds that it belongs to."""
+        """What a concept is called: a noun itself; a class by its own names, and the first of each of its narrowest kinds."""
+        if number >= len(self.levels):
+            return [self.names[number]]
         own, *kinds = self.levels[number]
         return own + [kind[0] for kind in kinds[:KINDS]]
 
@@ -83,30 +100,31 @@ class ClassWords:
                 for number, levels in enumerate(self.levels)]
 
     def find(self, caption):
-        """The things that a caption names, in order: for each, the classes that it may be of. Longest phrases first."""
+        """The nouns of the table that a caption holds, in order, plurals as singulars. Longest phrases first."""
         words, found, at = re.findall(r"[a-z]+(?:['-][a-z]+)*", caption.lower()), [], 0
         while at < len(words):
             for length in range(min(LONGEST, len(words) - at), 0, -1):
-                if classes := self.meanings(" ".join(words[at:at + length])):
-                    found.append(classes)
+                if noun := self.singular(" ".join(words[at:at + length])):
+                    found.append(noun)
                     at += length
                     break
             else:
                 at += 1
         return found
 
-    def meanings(self, phrase):
-        """The classes that a noun phrase may mean, as it stands or as a plural."""
+    def singular(self, phrase):
+        """The noun that a phrase is, as it stands or as a plural; None where it is none of the table."""
         singular = (phrase.removesuffix(ending) + instead for ending, instead in PLURALS if phrase.endswith(ending))
-        return next((self.classes[form] for form in (phrase, *singular) if form in self.classes), [])
+        return next((form for form in (phrase, *singular) if form in self.classes), None)
 
-    def vectors(self, embeddings, encode):
-        """A vector for each class: the mean of its words' vectors, theirs the mean of their tokens' embeddings.
+    def vectors(self, embeddings, encode, nouns=False):
+        """A vector for each concept: the mean of its words' vectors, theirs the mean of their tokens' embeddings.
 
         Args:
             embeddings: (V, n_embd); a row of zeros is a token that the decoder never met, and does not count.
             encode: text -> token ids.
-        Returns (C, n_embd), of the embeddings' scale: the root mean square is one.
+            nouns: those of the nouns too.
+        Returns (C, n_embd), or (C + L, n_embd), where the classes' root mean square is one.
         """
         embeddings = embeddings.detach()
         known = embeddings.any(1)
@@ -118,18 +136,18 @@ class ClassWords:
             return embeddings[tokens].mean(0) if len(tokens) else None
 
         rows = [[vector for word in self.words(number) if (vector := of_word(word)) is not None]
-                for number in range(len(self.levels))]
+                for number in range(len(self.names if nouns else self.levels))]
         vectors = torch.stack([torch.stack(row).mean(0) if row else embeddings.new_zeros(embeddings.shape[1]) for row in rows])
-        return vectors / vectors.square().mean().sqrt().clamp(min=1e-12)
+        return vectors / vectors[:len(self.levels)].square().mean().sqrt().clamp(min=1e-12)
 
     def imagine(self, found, seen, random):
-        """What the classifier would say of pictures that show these things, errors included.
+        """What would be recognised in pictures of these captions, errors included.
 
-        A real picture's answer is taken, and the caption's things put into it, each at a rank drawn by the probabilities
-        there; some are missing, taken for another of their kind, or named as two or three of it.
+        A real picture's concepts are taken, and the caption's things put among them, each at a rank drawn by the probabilities
+        there; some are missing. What names classes takes some for others of their kind, or names two or three of it.
 
         Args:
-            found: for each of B captions, what `find` returned.
+            found: for each of B captions, of each of its things the concepts that it may be.
             seen: Concepts of real pictures, for each caption the one of a picture.
             random: numpy Generator.
         Returns Concepts of B rows.
@@ -142,8 +160,9 @@ class ClassWords:
                     continue
                 while True:
                     number = classes[random.integers(len(classes))]
-                    if random.random() < SISTER and self.sisters[number]:
-                        number = self.sisters[number][random.integers(len(self.sisters[number]))]
+                    sisters = self.sisters[number] if number < len(self.levels) else []
+                    if random.random() < SISTER and sisters:
+                        number = sisters[random.integers(len(sisters))]
                     shown.append(number)
                     if random.random() >= MORE:
                         break
@@ -153,3 +172,92 @@ class ClassWords:
             for rank, number in zip(np.sort(ranks), shown):
                 row[rank] = number
         return Concepts(numbers, seen.probabilities)
+
+
+class ClassifierWords:
+    """What the encoder's own classifier, which it was pretrained with, says of a picture."""
+
+    def __init__(self, words, encoder):
+        self.words, self.encoder = words, encoder
+
+    def recognise(self, features, count):
+        """Features (B, N, D) -> Concepts, `count` of each"""
+        return Concepts.likeliest(self.encoder.class_probabilities(features), count)
+
+    def meanings(self, noun):
+        """The concepts that a thing of this name would be recognised as."""
+        return self.words.classes[noun]
+
+
+class ClipWords:
+    """The nouns that are nearest to a picture in our CLIP's space.
+
+    Args:
+        words: ClassWords.
+        judge: a ClipSmall on the same encoder.
+        cache: folder for the nouns' embeddings; None: worked out anew.
+    """
+
+    def __init__(self, words, judge, cache=None):
+        self.words, self.judge = words, judge
+        self.vectors = embed_texts(judge, [f"a photo of a {noun}" for noun in words.nouns], cache)  # (L, width)
+
+    def recognise(self, features, count):
+        images = F.normalize(self.judge.embed_images(features), dim=-1)
+        similar = images @ self.vectors.to(images.device).t()
+        found = Concepts.likeliest((self.judge.log_scale.exp() * similar).softmax(-1), count)
+        return Concepts(found.numbers + len(self.words.levels), found.probabilities)
+
+    def meanings(self, noun):
+        return [self.words.nouns[noun]]
+
+
+class RetrievedWords:
+    """The nouns of the captions that are nearest to a picture in our CLIP's space (SmallCap: Ramos et al. 2023, arXiv:2209.15323),
+    beside what another source recognises.
+
+    Args:
+        source: ClassifierWords or ClipWords.
+        judge: a ClipSmall on the same encoder.
+        captions: list of strings.
+        cache: folder for their embeddings; None: worked out anew.
+    """
+
+    def __init__(self, source, judge, captions, cache=None):
+        self.source, self.words, self.judge = source, source.words, judge
+        self.vectors = embed_texts(judge, captions, cache)
+        self.found = [sorted({self.words.nouns[noun] for noun in self.words.find(caption)}) for caption in captions]
+
+    def recognise(self, features, count):
+        images = F.normalize(self.judge.embed_images(features), dim=-1)
+        nearest = (images @ self.vectors.to(images.device).t()).topk(min(NEIGHBOURS, len(self.found))).indices
+        shares = images.new_zeros(len(images), len(self.words.names))
+        for row, neighbours in zip(shares, nearest.tolist()):
+            for caption in neighbours:
+                row[self.found[caption]] += 1 / len(neighbours)
+        other = self.source.recognise(features, count)
+        return Concepts.likeliest(shares.scatter_reduce(1, other.numbers, other.probabilities, "amax"), count)
+
+    def meanings(self, noun):
+        return self.source.meanings(noun)
+
+
+@torch.inference_mode()
+def embed_texts(judge, texts, cache=None, batch_size=64):
+    """Unit vectors of texts in our CLIP's space (n, width), kept in the folder `cache` for the next time."""
+    digest = hashlib.sha256(json.dumps([texts, judge.text_digest]).encode()).hexdigest()[:16]
+    file = Path(cache) / f"vectors-{digest}.npy" if cache else None
+    if file and file.exists():
+        return torch.from_numpy(np.load(file)).float()
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
+    vectors = None
+    for start in tqdm(range(0, len(order), batch_size), desc="embedding texts", unit="batch", disable=len(texts) < 500):
+        some = order[start:start + batch_size]
+        rows = F.normalize(judge.embed_texts([texts[i] for i in some]), dim=-1).cpu()
+        vectors = rows.new_empty(len(texts), rows.shape[1]) if vectors is None else vectors
+        vectors[some] = rows
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, vectors.half().numpy())
+        return vectors.half().float()  # what the next time brings
+    return vectors

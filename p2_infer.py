@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner, GenerationConfig, newest_checkpoint
-from cli import ArgumentParser, UserError, add_options, check_writable, run, take_options, write_json
-from dataset import list_images, load_ahead
+from cli import ArgumentParser, UserError, add_options, check_writable, read_json, run, take_options, write_json
+from dataset import list_images, load_ahead, read_captions
 from decoder import read_gpt2
 from training import Processes
 from weightfiles import content_hash
@@ -32,6 +32,18 @@ def find_weights(decoder_weights=None, checkpoint=None):
         raise UserError(f"no checkpoint in checkpoints/ was trained with {decoder_weights}: train one with "
                         f"`python3 p2_train.py --decoder {decoder_weights}` or name one")
     return decoder_weights, checkpoint
+
+
+def read_datastore(path):
+    """The captions of a file in COCO's form, or {name: caption}. Raises UserError."""
+    data = read_json(path, "datastore")
+    if isinstance(data, dict) and "annotations" in data:
+        captions = [caption for image in read_captions(path, None) for caption in image.captions]
+    else:
+        captions = [*data.values()] if isinstance(data, dict) else []
+    if not captions or not all(isinstance(caption, str) for caption in captions):
+        raise UserError(f'{path} is neither a captions file in COCO\'s form nor {{"file name": "caption"}}')
+    return captions
 
 
 def caption_folder(model, images, generation, batch_size=32, device="cpu", processes=None):
@@ -67,9 +79,12 @@ def main():
     parser.add_argument("decoder_weights", nargs="?", help="GPT-2 weights, .bin or .safetensors")
     parser.add_argument("checkpoint", nargs="?", help="what p2_train.py wrote")
     parser.add_argument("--batch_size", type=int, default=32, help="images at a time")
+    parser.add_argument("--datastore", help="captions, COCO's captions file or predictions: what those of similar pictures name, "
+                        "by our CLIP, is recognised too")
+    parser.add_argument("--cache", default="cache", help="folder for the datastore's embeddings")
     parser.add_argument("--all_tokens", action="store_true", help="score all tokens, not only those of the training captions")
     add_options(parser, GenerationConfig, length_penalty="a hypothesis of n tokens scores log p / n ** this",
-                max_length="tokens", sample="draw tokens instead of searching", top_k="0: all")
+                clip_weight="what our CLIP's image-text cosine counts beside that score", max_length="tokens", sample="draw tokens instead of searching", top_k="0: all")
     arguments = parser.parse_args()
     generation = take_options(arguments, GenerationConfig)
     if arguments.batch_size < 1:
@@ -77,11 +92,15 @@ def main():
     # Cheap questions first: a mistake shows before a model is loaded.
     images = list_images(arguments.images)
     check_writable(arguments.output)
+    datastore = read_datastore(arguments.datastore) if arguments.datastore else None
     decoder_weights, checkpoint = find_weights(arguments.decoder_weights, arguments.checkpoint)
     model = Captioner.load(checkpoint, decoder_weights, all_tokens=arguments.all_tokens)
     if arguments.decoder_weights and not arguments.checkpoint:
         print(f"with the checkpoint {checkpoint}", file=sys.stderr)
     processes = Processes()
+    model.to(processes.device)
+    if datastore:
+        model.retrieve(datastore, arguments.cache)
     captions, unread = caption_folder(model, images, generation, arguments.batch_size, processes.device, processes)
     if processes.main:
         write_json(arguments.output, captions)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from captioner import MAX_TRAINED, Captioner, CaptionerConfig, GenerationConfig, Projection, check_hashes, is_fusion, read_metadata
 from cider import CiderScorer
 from cli import ArgumentParser, UserError, add_options, run, take_options, with_config
-from concepts import ClassWords, Concepts
+from concepts import Concepts
 from dataset import (IGNORE, FeatureCache, Folder, LiveFeatures, SomeFeatures, ahead, bucketed_batches, clean_caption,
                      clean_captions, collate)
 from decoder import ADAPTER_PLACES, LORA_TARGETS, Decoder, DecoderConfig
@@ -105,7 +105,8 @@ HELP = dict(
     data_weights="how often an epoch shows the images of each folder: 0.5, half of them; 2, each twice; default: once",
     text="files of captions without pictures, one a line", text_batch_size="captions of them beside each batch of images",
     text_weight="what the loss on them counts",
-    concepts="words of the likeliest classes of the encoder's classifier, beside the image; 0: none",
+    concepts="how many things recognised in the image stand as words beside it; 0: none",
+    concept_source="classifier: the encoder's own; clip: the nouns nearest in our CLIP's space",
     concept_dropout="part of the concepts left out of a step",
     decoder="GPT-2 weights, .bin or .safetensors",
     output="the checkpoint to write; beside it the log (.jsonl) and its curves (.png)",
@@ -174,20 +175,19 @@ def count_targets(texts, token_ids):
 class TextData:
     """Captions without pictures, and the concepts that pictures of them might show.
 
-    Attributes: `rows`, the tokens of each caption; `seen`, Concepts of real pictures, which are what the classifier's
-    answers look like.
+    Attributes: `rows`, the tokens of each caption. `look` has to be called before there are batches.
     """
 
     def __init__(self, files, tokenizer, max_tokens, words, without=()):
         """Captions of these files, each once, less those of the CaptionedImages `without`. Raises UserError."""
-        self.words, self.seen = words, None
+        self.words = words
         known = {clean_caption(line).lower(): clean_caption(line) for file in files for line in read_lines(file)}
         for caption in (caption for image in without for caption in clean_captions(image)):
             known.pop(caption.lower(), None)
         known.pop("", None)
         if not known:
             raise UserError(f"{', '.join(files)}: no captions are there")
-        self.found = [words.find(caption) for caption in known.values()]
+        self.nouns = [words.find(caption) for caption in known.values()]
         self.rows = [row[:max_tokens] for row in tokenizer.encode_batch(list(known.values()))]
 
     def draw_epoch(self, count, batch_size, generator):
@@ -198,11 +198,16 @@ class TextData:
         return [[order[i] for i in batch] for batch in
                 bucketed_batches([len(self.rows[i]) for i in order], batch_size, generator)]
 
+    def look(self, source, seen):
+        """Say how nouns are recognised, by this source of concepts, and what it sees in real pictures: Concepts."""
+        self.source, self.seen = source, seen
+
     def batch(self, numbers, random):
         """Caption numbers and a numpy Generator -> tokens and targets (B, T), and B Concepts"""
         pictures = random.integers(len(self.seen.numbers), size=len(numbers))
         seen = Concepts(self.seen.numbers[pictures], self.seen.probabilities[pictures])
-        return *collate([self.rows[i] for i in numbers]), self.words.imagine([self.found[i] for i in numbers], seen, random)
+        things = [[self.source.meanings(noun) for noun in self.nouns[i]] for i in numbers]
+        return *collate([self.rows[i] for i in numbers]), self.words.imagine(things, seen, random)
 
 
 def read_lines(path):
@@ -273,7 +278,7 @@ class Trainer:
             some = np.sort(random.permutation(len(self.images))[:SEEN])
             rows = [self.model.concepts(self.data.features[part, np.zeros_like(part)].float().to(self.device))
                     for part in np.array_split(some, -(-len(some) // 100))]
-            self.text.seen = Concepts(*(torch.cat(part).cpu() for part in zip(*rows)))
+            self.text.look(self.model.source, Concepts(*(torch.cat(part).cpu() for part in zip(*rows))))
 
     # ---- what it needs ----
 
@@ -281,7 +286,7 @@ class Trainer:
         """Captions without pictures, those of the selection images left out."""
         if not self.config.concepts:
             raise UserError("--text needs --concepts: without a picture, they are all that a caption could be written from")
-        return TextData(self.settings.text, BPETokenizer(), max_tokens, ClassWords.of_encoder(encoder), selection)
+        return TextData(self.settings.text, BPETokenizer(), max_tokens, self.config.concept_words(encoder), selection)
 
     def read_folders(self):
         """The folders of images, each with some to train on and some to select on."""

@@ -14,9 +14,10 @@ import get_concepts
 import p2_train
 from captioner import Captioner, CaptionerConfig, GenerationConfig, Projection, read_metadata
 from cli import UserError
-from concepts import MISSING, ClassWords, Concepts
+from concepts import MISSING, ClassWords, ClipWords, Concepts
 from conftest import VIT
 from dataset import collate
+from p2_infer import read_datastore
 from p3_attention import p2_attention, teacher_forced
 from PIL import Image
 from test_captioner import FakeEncoder, save_decoder
@@ -50,13 +51,16 @@ def test_every_class_of_imagenet_has_words(words):
 
 
 def test_nouns_lead_to_classes(words):
-    found = words.find("Two zebras beside a golden retriever, 3 kitties and some buses; a red traffic light.")
+    nouns = words.find("Two zebras beside a golden retriever, 3 kitties and some buses; a red traffic light.")
+    assert nouns == ["zebra", "golden retriever", "bus", "traffic light"]
+    found = [words.classes[noun] for noun in nouns]
     assert found[:2] == [numbers_of(words, "zebra"), numbers_of(words, "golden retriever")]
     assert set(numbers_of(words, "school bus", "trolleybus")) <= set(found[2]) and found[3] == numbers_of(words, "traffic light")
     assert words.find("A man smiles at her") == [] == words.find("")
-    dogs, = words.find("Dogs")
+    dogs = words.classes[words.find("Dogs")[0]]
     assert len(dogs) > 100 and numbers_of(words, "golden retriever")[0] in dogs
-    assert [len(words.find(plural)) for plural in ("foxes", "wolves", "peaches", "lilies", "firemen")] == [1, 1, 0, 0, 0]
+    assert [words.find(plural) for plural in ("foxes", "wolfs", "lilies", "berries")] == [["fox"], ["wolf"], [], ["berry"]]
+    assert [words.names[words.nouns[noun]] for noun in ("zebra", "dog")] == ["zebra", "dog"] and words.words(words.nouns["dog"]) == ["dog"]
 
 
 def test_sisters_are_of_the_same_kind(words):
@@ -86,7 +90,7 @@ def test_a_class_vector_is_the_mean_of_its_words(words):
 def test_what_is_imagined_of_a_caption_errs_as_a_classifier_does(words):
     captions, count = ["Two zebras and a pizza", "A dog", "Nothing at all"], 400
     seen = Concepts(torch.full((3 * count, 8), 5), torch.tensor([0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.01, 0.01]).expand(3 * count, -1))
-    found = [words.find(caption) for caption in captions for _ in range(count)]
+    found = [[words.classes[noun] for noun in words.find(caption)] for caption in captions for _ in range(count)]
     concepts = words.imagine(found, seen, np.random.default_rng(0))
     assert torch.equal(concepts.probabilities, seen.probabilities) and (seen.numbers == 5).all()
     zebra, pizza = numbers_of(words, "zebra", "pizza")
@@ -95,7 +99,7 @@ def test_what_is_imagined_of_a_caption_errs_as_a_classifier_does(words):
     for number in zebra, pizza:
         assert 1 - MISSING - 0.22 < (of_two == number).any(1).float().mean() < 1 - MISSING + 0.05
     assert (of_two == zebra)[:, 0].float().mean() > 2 * (of_two == zebra)[:, 4].float().mean()
-    dogs = torch.isin(of_dog, torch.tensor(words.find("dog")[0])).sum(1)
+    dogs = torch.isin(of_dog, torch.tensor(words.classes["dog"])).sum(1)
     assert dogs.unique().tolist()[:3] == [0, 1, 2] and of_dog.unique().numel() > 60
     again = words.imagine(found, seen, np.random.default_rng(0))
     assert torch.equal(again.numbers, concepts.numbers)
@@ -132,12 +136,12 @@ class NamingEncoder(FakeEncoder):
         return logits.softmax(-1)
 
 
-def make_captioner(tmp_path, **config):
+def make_captioner(tmp_path, token_ids=None, **config):
     path = tmp_path / "decoder.bin"
     if not path.exists():
         save_decoder(path)
     config = CaptionerConfig(**{"projection_dim": 64, "lora_rank": 2, "lora_targets": ("q", "v"), "concepts": 3} | config)
-    model = Captioner(config, NamingEncoder(), config.load_decoder(path)).eval()
+    model = Captioner(config, NamingEncoder(), config.load_decoder(path), token_ids).eval()
     torch.manual_seed(1)
     for name, parameter in model.trained_parameters().items():
         if not (config.fusion == "prefix" and "norm" in name):
@@ -248,6 +252,85 @@ def test_attention_to_concepts_stands_beside_that_to_patches(tmp_path, config):
         teacher_forced(model, features, [attention.tokens], weights)
     first = weights[0][0, :, 0]  # (H, N + K), of the first layer and position
     assert np.allclose(attention.shares[0, 0], first[:, 4:].numpy(), atol=1e-6) or len(attention.places[0]) > 1
+
+
+class FakeJudge:
+    """A CLIP whose embeddings a test makes up: of a picture its first two channels, of a text what `texts` says."""
+
+    log_scale, text_digest = torch.tensor(3.0), "fake"
+
+    def __init__(self, texts=lambda text: (1.0, 0.0)):
+        self.texts, self.asked = texts, []
+
+    def embed_images(self, features):
+        return features.mean(1)[:, :2]
+
+    def embed_texts(self, texts):
+        self.asked += texts
+        return torch.tensor([self.texts(text) for text in texts])
+
+
+def looking_at(*vectors):
+    """Features of pictures whose embeddings are these."""
+    features = torch.zeros(len(vectors), 4, 12)
+    features[..., :2] = torch.tensor(vectors)[:, None]
+    return features
+
+
+def test_our_clip_chooses_among_the_beams(tmp_path):
+    model = make_captioner(tmp_path, torch.tensor([50, 64, 262, 290, END_OF_TEXT]))  # so few that captions come to an end
+    features = torch.randn(5, 4, 12)
+    features[..., :2] += torch.tensor([3.0, 0.0])
+    generation = GenerationConfig(beam_size=4, max_length=8)
+    found = model.hypotheses(model.image_tokens(features), generation)
+    assert all(len(rows) > 1 and rows == sorted(rows, key=lambda row: -row[0]) for rows in found)
+    assert model.beam_search(model.image_tokens(features), generation) == [rows[0][1] for rows in found]
+    second = {model.text(rows[1][1]) for rows in found}
+    model.judge = FakeJudge(lambda text: (1.0, 0.0) if text in second else (-1.0, 0.0))
+    chosen = model.search(features, replace(generation, clip_weight=1e3))
+    assert {model.text(row) for row in chosen} <= second
+    assert model.search(features, replace(generation, clip_weight=1e-9)) == [rows[0][1] for rows in found]
+    with pytest.raises(UserError, match="without sample"):
+        GenerationConfig(sample=True, clip_weight=1.0)
+
+
+def test_nouns_near_the_picture_in_our_clips_space(words, tmp_path):
+    judge = FakeJudge(lambda text: (0.0, 1.0) if "zebra" in text else (1.0, 0.1))
+    source = ClipWords(words, judge, tmp_path)
+    concepts = source.recognise(looking_at((0.0, 2.0), (1.0, 0.0)), 3)
+    assert words.names[concepts.numbers[0, 0]] == "zebra" and "a photo of a zebra" in judge.asked
+    assert len(judge.asked) == len(words.nouns) == len(words.names) - 1000
+    assert (concepts.numbers >= 1000).all() and concepts.probabilities[0, 0] > 10 * concepts.probabilities[0, 1]
+    assert source.meanings("zebra") == [words.nouns["zebra"]]
+    again = ClipWords(words, FakeJudge(None), tmp_path)  # from the cache: nothing is embedded
+    torch.testing.assert_close(again.vectors, source.vectors, atol=1e-3, rtol=0)
+
+
+def test_captions_of_similar_pictures_name_what_a_picture_shows(tmp_path):
+    model = make_captioner(tmp_path)
+    features = looking_at((0.0, 2.0), (1.0, 0.0))
+    before, captions = model.concepts(features), model.generate(features, GenerationConfig(max_length=6))
+    model.judge = FakeJudge(lambda text: (0.0, 1.0) if "zebra" in text else (1.0, 0.0))
+    model.retrieve([f"Two zebras, number {i}" for i in range(20)] + [f"A dog and a pizza {i}" for i in range(15)] + ["A dog"] * 5)
+    after = model.concepts(features)
+    named = [dict(zip((model.words.names[number] for number in numbers), values)) for numbers, values in
+             zip(after.numbers.tolist(), after.probabilities.tolist())]
+    assert named[0]["zebra"] == pytest.approx(1) and named[1]["dog"] == pytest.approx(1) and named[1]["pizza"] == pytest.approx(0.75)
+    assert model.words.names[before.numbers[0, 0]] in named[0] and len(named[0]) == 3  # beside what the classifier says
+    assert model.generate(features, GenerationConfig(max_length=6)) != captions
+    with pytest.raises(UserError, match="without concepts"):
+        make_captioner(tmp_path, concepts=0).retrieve(["A dog"])
+
+
+def test_a_datastore_is_a_captions_file_or_predictions(tmp_path):
+    files = {"coco.json": {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": "A dog"}]},
+             "predictions.json": {"a": "A dog"}, "numbers.json": {"a": 1}, "list.json": ["A dog"], "nothing.json": {}}
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert read_datastore(tmp_path / "coco.json") == read_datastore(tmp_path / "predictions.json") == ["A dog"]
+    for name in "numbers.json", "list.json", "nothing.json":
+        with pytest.raises(UserError, match="neither a captions file"):
+            read_datastore(tmp_path / name)
 
 
 # ---- training --------------------------------------------------------------------------------------------------

@@ -1,0 +1,160 @@
+"""What each step of the captioner brought, at one small equal budget: report/results/captioner_steps.json.
+
+    python3 report/captioner_steps.py --flickr8k flickr8k --coco coco coco_lowres --text caption_text/*.txt --start old.safetensors
+
+Every run starts from the same captioner, trained on Flickr8k alone, and makes as many updates of as many images: on Flickr8k
+again; with COCO's pictures among them; with concept words beside the image; with captions without pictures beside both. Each is
+scored on all of both validation sets: CIDEr, CHAIR, and the recall of things that few training pictures show. Runs that are
+there are not repeated, so it goes on where it was interrupted.
+"""
+
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from captioner import Captioner, GenerationConfig, read_metadata
+from chair import Chair
+from cli import ArgumentParser, UserError, read_json, run, write_json
+from concepts import ClassWords, Concepts
+from dataset import FeatureCache, Folder, read_captions
+from metrics import cider, tokenize
+from significance import paired_bootstrap
+from training import pick_device
+
+RARE = 20  # training pictures that show a rare thing, at most
+AGREED = 2  # references that must name a thing, so that it is there
+BATCH = 8  # images of an update
+OTHERS, NONE = "another picture's concepts", "no concepts"
+
+
+class RareThings:
+    """The recall of things that captions of fewer than RARE training pictures name.
+
+    A thing is a noun that WordNet has for one of ImageNet's classes or for a kind of them; plurals count as singulars.
+    """
+
+    def __init__(self, training, validation):
+        """Both are lists of each image's captions."""
+        self.words = ClassWords.of_imagenet()
+        shown = Counter(thing for captions in training for thing in set().union(*map(self.things, captions)))
+        self.there = []
+        for captions in validation:
+            named = Counter(thing for caption in captions for thing in self.things(caption))
+            self.there.append({thing for thing, count in named.items() if count >= AGREED and shown[thing] < RARE})
+
+    def things(self, caption):
+        return {*self.words.find(caption)}
+
+    def recall(self, captions):
+        """One caption an image -> how many of its rare things it names, and how many there are: (n, 2)"""
+        return np.array([(len(there & self.things(caption)), len(there)) for there, caption in zip(self.there, captions)])
+
+
+def steps(arguments):
+    """{name: options of p2_train.py}: each shows as many images in an epoch."""
+    both = [arguments.flickr8k, *arguments.coco]
+    share = [f"{arguments.updates * BATCH / len(both) / Folder(folder).train:.6f}" for folder in both]
+    alone = f"{arguments.updates * BATCH / Folder(arguments.flickr8k).train:.6f}"
+    data = ["--data", *both, "--data_weights", *share]
+    concepts = [*data, "--concepts", "8"]
+    return {"flickr8k": ["--data", arguments.flickr8k, "--data_weights", alone], "coco": data, "concepts": concepts,
+            "text": [*concepts, "--text", *arguments.text]}
+
+
+def main():
+    parser = ArgumentParser(description="What each step of the captioner brought, at one small equal budget.")
+    parser.add_argument("--flickr8k", required=True, help="folder in the course's layout")
+    parser.add_argument("--coco", nargs="+", required=True, help="folders in the course's layout; the first has a val.json")
+    parser.add_argument("--text", nargs="+", required=True, help="captions without pictures, one a line")
+    parser.add_argument("--start", required=True, help="checkpoint that every run starts from")
+    parser.add_argument("--decoder", default=str(ROOT / "weights" / "decoder_small.safetensors"), help="its GPT-2 weights")
+    parser.add_argument("--updates", type=int, default=400, help="of every run")
+    parser.add_argument("--work", type=Path, default=Path("output/captioner_steps"), help="folder for checkpoints and captions")
+    parser.add_argument("--cache", default="cache", help="folder of the encoder's features")
+    parser.add_argument("--others", nargs="*", default=[], help="checkpoints to score beside them")
+    parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "captioner_steps.json")
+    arguments = parser.parse_args()
+    runs = steps(arguments)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    for name, options in runs.items():
+        train(arguments, name, options)
+    checkpoints = {"start": arguments.start} | {name: arguments.work / f"{name}.safetensors" for name in runs}
+    checkpoints |= {Path(path).stem: path for path in arguments.others}
+    checkpoints |= {f"{name}, {whose}": path for name, path in checkpoints.items() for whose in (OTHERS, NONE)
+                    if read_metadata(path)["model"].get("concepts")}
+    training = [[caption for caption in image.captions] for folder in (arguments.flickr8k, *arguments.coco)
+                for image in read_captions(Path(folder) / "train.json", None)]
+    results = {"updates": arguments.updates, "images_of_an_update": BATCH, "rare": f"fewer than {RARE} training pictures",
+               "runs": {name: " ".join(Path(option).name if "/" in option else option for option in options)
+                        for name, options in runs.items()}, "scores": {}}
+    for folder in arguments.flickr8k, arguments.coco[0]:
+        results["scores"][Path(folder).name] = score(arguments, Path(folder), checkpoints, training)
+    write_json(arguments.results, results)
+
+
+def train(arguments, name, options):
+    checkpoint = arguments.work / f"{name}.safetensors"
+    unfinished = checkpoint.with_suffix(".state.pt")
+    if checkpoint.exists() and not unfinished.exists():
+        return
+    command = [sys.executable, str(ROOT / "p2_train.py"), "--init", arguments.start, "--decoder", arguments.decoder, "--cache",
+               arguments.cache, "--views", "1", "--epochs", "1", "--scst_epochs", "0", "--selection", "0", "--batch_size",
+               str(BATCH), "--learning_rate", "8e-4", "--average", "0.99", "--output", str(checkpoint), *options]
+    if subprocess.run(command).returncode or unfinished.exists():
+        raise UserError(f"training {checkpoint} did not end: run the same command again")
+
+
+def score(arguments, folder, checkpoints, training):
+    """Scores of every checkpoint on a folder's val.json, and their differences from the first."""
+    images = read_captions(folder / "val.json", folder / "images" / "val")
+    references = tokenize({str(i): image.captions for i, image in enumerate(images)})
+    rare, found, first = RareThings(training, [image.captions for image in images]), {}, None
+    for name, checkpoint in checkpoints.items():
+        name, _, whose = name.partition(", ")
+        file = arguments.work / f"{name}{whose}-{folder.name}.json"
+        if not file.exists():
+            model = Captioner.load(checkpoint, arguments.decoder).to(pick_device())
+            features = FeatureCache(model.encoder, [image.path for image in images], arguments.cache, device=pick_device())
+            write_json(file, caption(model, features, whose))
+        captions = read_json(file, "captions file")
+        corpus, each = cider(references, tokenize({str(i): [caption] for i, caption in enumerate(captions)}))
+        chair, recall = Chair(captions, [image.captions for image in images]), rare.recall(captions)
+        hits = recall.sum(0)
+        entry = {"CIDEr": corpus, **chair.scores(), "rare recall": float(hits[0] / max(1, hits[1])), "rare things": int(hits[1])}
+        now = {"CIDEr": each, "CHAIRs": chair.images, "rare recall": recall[:, 0] / max(1, recall[:, 1].mean())}
+        first = first or now
+        entry["against start"] = {metric: vars(paired_bootstrap(values - first[metric])) for metric, values in now.items()}
+        found[name + (whose and f", {whose}")] = entry
+        print(f"{folder.name:10} {name:10} {whose:26} " + ", ".join(f"{key} {value:.3f}" for key, value in entry.items() if key != "against start")
+              + "; CIDEr {value:+.3f} ({low:+.3f} to {high:+.3f})".format(**entry["against start"]["CIDEr"]), flush=True)
+    return found
+
+
+@torch.inference_mode()
+def caption(model, features, whose, batch_size=100):
+    """Captions of these images by beam search, with the concepts of each, those of "others" or "no concepts"."""
+    device, everyone = model.token_ids.device, np.arange(len(features))
+    batches = np.array_split(everyone, -(-len(everyone) // batch_size))
+    features_of = [partial(lambda batch: features[batch, np.zeros_like(batch)].to(device).float(), batch) for batch in batches]
+    if whose:
+        concepts = [model.concepts(of_batch()) for of_batch in features_of]
+        concepts = Concepts(*(torch.cat(part).roll(len(everyone) // 2, 0) for part in zip(*concepts)))
+        if whose == NONE:
+            concepts = Concepts(concepts.numbers, torch.zeros_like(concepts.probabilities))
+    captions = []
+    for batch, of_batch in zip(batches, features_of):
+        instead = Concepts(*(part[batch] for part in concepts)) if whose else None
+        captions += model.generate(of_batch(), GenerationConfig(3), concepts=instead)
+    return captions
+
+
+if __name__ == "__main__":
+    run(main)

@@ -26,7 +26,7 @@ from decoder import ADAPTER_PLACES, Block, Cache, Decoder, DecoderConfig, LayerC
 from encoder import EMBEDDED, WEIGHTS_FOLDER, load_encoder
 from tokenizer import END_OF_TEXT, BPETokenizer
 from training import check_settings
-from weightfiles import first_line, read_weights
+from weightfiles import check_digest, digest, first_line, read_weights
 
 EMBEDDED_DECODER = WEIGHTS_FOLDER / "decoder_small.safetensors"
 EMBEDDED_CHECKPOINT = WEIGHTS_FOLDER / "captioner.safetensors"
@@ -65,9 +65,7 @@ class CaptionerConfig:
     def __post_init__(self):
         # Lists on the command line and in a checkpoint.
         self.lora_targets, self.adapter_places = tuple(self.lora_targets), tuple(self.adapter_places)
-        check_settings(self, (), ("projection_dropout", "patch_dropout", "concept_dropout", "dropout", "lora_dropout"))
-        if self.concepts < 0:
-            raise UserError(f"concepts is {self.concepts}, but must be at least 0")
+        check_settings(self, fractions=("projection_dropout", "patch_dropout", "concept_dropout", "dropout", "lora_dropout"))
         if self.concept_source not in CONCEPT_SOURCES:
             raise UserError(f"unknown concept_source {self.concept_source}: choose from {', '.join(CONCEPT_SOURCES)}")
 
@@ -106,8 +104,7 @@ class GenerationConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.beam_size < 1 or self.max_length < 1 or self.seed < 0:
-            raise UserError("beam_size and max_length must be at least 1, seed at least 0")
+        check_settings(self, ("beam_size", "max_length"), signed=("length_penalty", "clip_weight"))
         if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise UserError("temperature must be above 0, top_p in (0, 1] and top_k at least 0")
         if self.sample and self.clip_weight:
@@ -506,8 +503,8 @@ class Captioner(nn.Module):
         tensors["token_ids"] = self.token_ids.to("cpu", torch.int32)
         config = replace(self.config, prefix_hidden=0)  # that MLP has done its work
         metadata = {"model": asdict(config), "encoder_hash": self.encoder.weights_hash,
-                    "decoder_hash": self.decoder.weights_hash, "trained_parameters": self.num_trained(),
-                    "training": training or {}, "scores": scores or {}}
+                    "decoder_hash": self.decoder.weights_hash, "digest": digest(tensors),
+                    "trained_parameters": self.num_trained(), "training": training or {}, "scores": scores or {}}
         write_whole(path, save(tensors, {"captioner": json.dumps(metadata)}))
 
     def load_trained(self, state):
@@ -527,6 +524,7 @@ class Captioner(nn.Module):
         """
         metadata = read_metadata(checkpoint)
         state = read_weights(checkpoint, "checkpoint")
+        check_digest(checkpoint, "checkpoint", state, metadata.get("digest"))
         config = CaptionerConfig(**{"encoder_levels": 1} | metadata["model"])  # of checkpoints that say nothing of levels
         decoder = config.load_decoder(decoder_weights)
         encoder = encoder or config.load_encoder()

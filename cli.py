@@ -107,6 +107,46 @@ def check_writable(path):
             raise UserError(f"cannot write {path}: {place} is read-only")
 
 
+def check_output(path, kind, reads=()):
+    """`check_writable`, and that nothing is lost that is not meant to be.
+
+    Args:
+        kind: what will be written, of KINDS. Raises UserError where a file is there that is not of that kind.
+        reads: paths of what is read, None among them left out. Raises UserError where `path` is one of them.
+    """
+    check_writable(path)
+    if not Path(path).exists():
+        return
+    for source in filter(None, reads):
+        if os.path.exists(source) and os.path.samefile(path, source):
+            raise UserError(f"{path} would be written over {source}, which is read: name another file")
+    content = Path(path).read_bytes()
+    if content and not KINDS[kind](content):
+        raise UserError(f"{path} is there already and is no {kind} file, which would be written over it: name another file")
+
+
+def is_json(content):
+    try:
+        json.loads(content)
+        return True
+    except (ValueError, RecursionError):
+        return False
+
+
+def is_text(content):
+    try:
+        return "\0" not in content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+
+
+# How the files begin, or are, that scripts write.
+KINDS = {"JSON": is_json, "CSV": is_text, "PNG": lambda content: content.startswith(b"\x89PNG"),
+         "JPEG": lambda content: content.startswith(b"\xff\xd8"), "PDF": lambda content: content.startswith(b"%PDF"),
+         "SVG": lambda content: is_text(content) and b"<svg" in content}
+SUFFIX_KINDS = {".json": "JSON", ".csv": "CSV", ".png": "PNG", ".jpg": "JPEG", ".pdf": "PDF", ".svg": "SVG"}
+
+
 def write_whole(path, data):
     """Write `data` (bytes) to `path` so that a reader, or a killed run, never meets half a file."""
     path = Path(os.path.realpath(path))  # a link stays a link

@@ -18,7 +18,7 @@ from cli import UserError
 from clip_small import SMALL_WEIGHTS, TEXT_FOLDER, ClipSmall
 from dataset import load_ahead
 from encoder import EMBEDDED, WEIGHTS_FOLDER
-from weightfiles import first_line, read_weights
+from weightfiles import first_line, read_archive, read_weights
 
 CLIP_WEIGHTS = WEIGHTS_FOLDER / "ViT-B-32.pt"
 SMALL = "clip_small"  # our own, on the embedded encoder
@@ -122,7 +122,7 @@ class Clip(DualEncoder):
             except UserError as error:
                 if "TorchScript" not in str(error):
                     raise
-                state = torch.jit.load(weights, "cpu").state_dict()
+                state = read_archive(weights, "CLIP weights")
             try:
                 model = build_model(state)
             except (LookupError, RuntimeError, ValueError, ArithmeticError, AssertionError, TypeError) as error:

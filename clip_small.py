@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from cli import UserError, write_whole
 from encoder import EMBEDDED, WEIGHTS_FOLDER, load_encoder
-from weightfiles import content_hash, first_line, read_weights
+from weightfiles import check_digest, content_hash, digest, first_line, read_weights
 
 USUAL = "stats_mean", "stats_std", "cell_mean"  # of ImageHead; differences from them are small
 SMALL_WEIGHTS = WEIGHTS_FOLDER / "clip_small.safetensors"
@@ -259,7 +259,7 @@ class ClipSmall(nn.Module):
                  if not name.startswith("encoder.")}
         tensors = {name: value if name.endswith(USUAL) else value.half() for name, value in state.items()}
         metadata = {"model": asdict(self.config), "encoder_hash": self.encoder.weights_hash,
-                    "text_hash": self.hash_of(self.text, self.config), "training": training, "scores": scores or {}}
+                    "digest": digest(tensors), "text_hash": self.hash_of(self.text, self.config), "training": training, "scores": scores or {}}
         write_whole(path, save(tensors, {"clip_small": json.dumps(metadata)}))
 
     @property
@@ -291,7 +291,9 @@ class ClipSmall(nn.Module):
             config = ClipConfig(**metadata["model"])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged, or was not written by p4_clip.py: {first_line(error)}") from None
-        state = {name: value.float() for name, value in read_weights(path, "CLIP weights").items()}
+        state = read_weights(path, "CLIP weights")
+        check_digest(path, "CLIP weights", state, metadata.get("digest"))
+        state = {name: value.float() for name, value in state.items()}
         model = cls(config, encoder or config.load_encoder(), text or TextEncoder())
         for part, now, before in (("image", model.encoder.weights_hash, metadata["encoder_hash"]),
                                   ("text", model.hash_of(model.text, config), metadata["text_hash"])):

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from fcntl import LOCK_EX, flock
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from cli import UserError, read_json, write_json
 from tokenizer import END_OF_TEXT
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+# What is read, whatever a file's name says. Some of Pillow's other formats start programs.
+FORMATS = "JPEG", "PNG", "BMP", "DIB", "WEBP", "GIF", "TIFF"
 IGNORE = -100  # the target that cross_entropy leaves out
 
 # PIL warns of large pictures and of odd EXIF blocks. Once for all: catch_warnings is not for threads.
@@ -72,7 +74,7 @@ def load_image(path, side=None):
     Returns an RGB PIL image. Raises ImageError.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if side:
                 image.draft(None, (3 * side, 3 * side))
             image.load()
@@ -162,7 +164,7 @@ def clean_caption(text):
     Metrics are blind to all of it, and a language model that need not guess the style spends no
     probability, and no beam, on saying the same thing twice.
     """
-    text = re.sub(r"\s+([.,;:!?'’])", r"\1", " ".join(text.split())).rstrip(" .,;:")
+    text = re.sub(r"\s+([.,;:!?]+(?!\S)|['’](?:s|re|ve|ll|d|m|t)\b|['’](?!\S))", r"\1", " ".join(text.split())).rstrip(" .,;:")
     return text[:1].upper() + text[1:] + ("" if text.endswith(("!", "?")) else ".") if text else ""
 
 
@@ -183,8 +185,14 @@ def read_captions(annotation_file, images_root):
     if not root.is_dir():
         raise UserError(f"the image folder {root} does not exist")
     try:
-        items = {}
+        items, names = {}, set()
         for image in data["images"]:
+            name = image["file_name"]
+            if name in names:
+                raise UserError(f"{annotation_file} has two images with the file name {name!r}: captions could mean either")
+            names.add(name)
+            if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                raise UserError(f"{annotation_file} names {name!r}, which leads out of the folder of images")
             if image["id"] in items:
                 raise UserError(f"{annotation_file} has two images with the id {image['id']!r}: captions could mean either")
             items[image["id"]] = CaptionedImage(root / image["file_name"], [])
@@ -371,6 +379,18 @@ def fingerprint(path):
     return size, checksum
 
 
+def fingerprints(paths):
+    """(name, size, checksum) of each file, read by several threads."""
+    with ThreadPoolExecutor() as pool:
+        return [(path.name, *found) for path, found in zip(paths, pool.map(fingerprint, paths))]
+
+
+def data_digest(images):
+    """sha256 over CaptionedImages: names, captions and fingerprints of the pictures, in their order."""
+    found = [[*of_file, image.captions] for of_file, image in zip(fingerprints([image.path for image in images]), images)]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
 class FeatureCache:
     """Frozen features of images, encoded once and read by memory map: fp16, for each view (images, N, D).
 
@@ -384,8 +404,7 @@ class FeatureCache:
     def __init__(self, encoder, paths, folder, views=1, batch_size=32, device="cpu"):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor() as pool:
-            images = [(path.name, *found) for path, found in zip(paths, pool.map(fingerprint, paths))]
+        images = fingerprints(paths)
         of_all = [encoder.name, encoder.weights_hash, encoder.image_size, *([encoder.dim] if encoder.levels > 1 else []),
                   device, images]
         self.files = [folder / f"{hashlib.sha256(json.dumps([view, *of_all]).encode()).hexdigest()[:16]}.npy"

@@ -10,13 +10,14 @@ N image tokens, M positions before the text, C width, H heads of 64, V vocabular
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import loralib
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cli import UserError
+from cli import UserError, read_json
 from weightfiles import content_hash, first_line, read_weights
 
 HEAD_WIDTH = 64
@@ -350,6 +351,20 @@ def read_gpt2(path):
     return state
 
 
+def check_architecture(weights, n_embd):
+    """Raise UserError where a config.json beside the weights says what their shapes do not: other heads or another activation."""
+    path = Path(weights).with_name("config.json")
+    config = read_json(path, "config of the decoder") if path.is_file() else {}
+    if not isinstance(config, dict) or config.get("model_type", "gpt2") != "gpt2":
+        return  # of something else in the same folder
+    heads, activation = config.get("n_head"), config.get("activation_function", "gelu_new")
+    if isinstance(heads, int) and heads * HEAD_WIDTH != n_embd:
+        raise UserError(f"{path} says {heads} heads of {n_embd / heads:g}, but heads are {HEAD_WIDTH} wide here: of this model "
+                        "the outputs would be wrong")
+    if activation not in ("gelu_new", "gelu_pytorch_tanh"):
+        raise UserError(f"{path} says that the activation is {activation}, but it is gelu_new here: the outputs would be wrong")
+
+
 class Decoder(nn.Module):
     """GPT-2 with tied input and output embeddings.
 
@@ -395,6 +410,7 @@ class Decoder(nn.Module):
         except (KeyError, ValueError, IndexError, TypeError) as error:
             raise UserError(f"{path} does not hold GPT-2 weights in the Hugging Face layout: "
                             f"no {first_line(error)}") from None
+        check_architecture(path, n_embd)
         decoder = cls(DecoderConfig(**sizes, **options))
         decoder.weights_hash = content_hash(state)
         for key, value in state.items():

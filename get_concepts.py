@@ -13,7 +13,7 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo
 
-from cli import ArgumentParser, UserError, check_writable, run, write_json
+from cli import ArgumentParser, UserError, check_output, run, write_json
 
 # Kinds that say little of a picture: they hold too many classes, such as "artifact", or stand too near to WordNet's top,
 # such as "matter".
@@ -87,7 +87,7 @@ def main():
     parser.add_argument("data_noun", help="WordNet's data.noun")
     parser.add_argument("output", help="the table to write, JSON")
     arguments = parser.parse_args()
-    check_writable(arguments.output)
+    check_output(arguments.output, "JSON", [arguments.data_noun])
     synsets = read_synsets(arguments.data_noun)
     classes = find_classes(synsets, ImageNetInfo("imagenet-1k"))
     kinds = {name: kinds_of(offset, synsets) for name, offset in classes.items()}

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
-from cli import ArgumentParser, UserError, check_writable, read_json, run
+from cli import ArgumentParser, UserError, check_output, read_json, run
 from dataset import ImageError, list_images, load_image
 
 COLUMNS = 3
@@ -30,7 +30,7 @@ def main():
     captions = read_json(args.captions, "captions file")
     if not isinstance(captions, dict):
         raise UserError(f"{args.captions} is not the JSON of hw3_2.sh: image name without extension to caption")
-    check_writable(args.picture)
+    check_output(args.picture, "PNG", [args.captions])
     files = {stem: path for stem, path in list_images(args.images).items() if stem in captions}
     if not files:
         raise UserError(f"{args.captions} holds no caption of an image in {args.images}")

@@ -11,20 +11,19 @@ be read and are named.
 
 import csv
 import io
-import os
 import re
 import sys
 from pathlib import Path
 
 import torch.nn.functional as F
 
-from cli import ArgumentParser, UserError, check_writable, read_json, run, write_whole
+from cli import ArgumentParser, UserError, check_output, read_json, run, write_whole
 from clip_model import NO_CLIP, default_clip, load_clip, similarity, whole_characters
 from dataset import image_files, load_image
 from training import pick_device
 
 TEMPLATE = "A photo of a {object}."  # the paper's default
-ASSIGNMENT_TEMPLATES = ["This is a photo of {object}", "This is a {object} image.", "No {object}, no score."]
+ASSIGNMENT_TEMPLATES = ["This is a photo of {object}", "This is not a photo of {object}", "No {object}, no score."]
 CLASS_NAME = re.compile(r"\{(object)?\}")  # {object} as the assignment writes it, {} as CLIP's own lists of prompts
 
 # The picture of bars, in inches: a cell is an image with its bars to the right.
@@ -146,16 +145,13 @@ def check_outputs(args, paths):
     """Raise UserError unless both outputs can be written without loss of what is read."""
     if Path(args.output).suffix.lower() != ".csv":
         raise UserError(f"the output {args.output} must end in .csv: the order is <images> <id2label.json> <out.csv>")
-    outputs = [args.output]
+    outputs = {args.output: "CSV"}
     if args.bars:
         if Path(args.figure).suffix.lower() != ".png":
             raise UserError(f"--figure is {args.figure}, but must end in .png")
-        outputs.append(args.figure)
-    for output in outputs:
-        check_writable(output)
-        for source in [args.id2label, *paths] if Path(output).exists() else []:
-            if Path(source).exists() and os.path.samefile(output, source):
-                raise UserError(f"{output} would be written over {source}, which is read: name another file")
+        outputs[args.figure] = "PNG"
+    for output, kind in outputs.items():
+        check_output(output, kind, [args.id2label, *paths])
 
 
 def find_images(names, paths):
@@ -172,8 +168,9 @@ def main():
     parser.add_argument("images", help="folder; its own image files count, not those in subfolders")
     parser.add_argument("id2label", help='JSON file: {"label": "class name"}')
     parser.add_argument("output", help="CSV file: filename,label")
-    parser.add_argument("--template", nargs="+", default=[TEMPLATE],
-                        help="prompts in which {object} or {} stands for the class; several are averaged to one classifier")
+    parser.add_argument("--template", nargs="+",
+                        help=f"prompts in which {{object}} or {{}} stands for the class; several are averaged to one "
+                        f"classifier; default: {TEMPLATE}")
     parser.add_argument("--compare", action="store_true", help="a table of the accuracy of each --template, and of all "
                         "together; without --template, of the assignment's three")
     parser.add_argument("--bars", nargs="+", metavar="NAME", help="draw these images and their five likeliest classes")
@@ -186,8 +183,8 @@ def main():
     classes = read_classes(args.id2label)
     labels, names = list(classes), list(classes.values())
     truths = {path: true_label(path.name, classes) for path in paths}
-    compared = ASSIGNMENT_TEMPLATES if args.template == [TEMPLATE] else args.template
-    for template in args.template:
+    compared, templates = args.template or ASSIGNMENT_TEMPLATES, args.template or [TEMPLATE]
+    for template in templates:
         if not CLASS_NAME.search(template):
             raise UserError(f"the template {template!r} has no {{object}}, where the class's name belongs")
     if args.compare and not any(truths.values()):
@@ -198,7 +195,7 @@ def main():
         raise UserError(f"classifying {NO_CLIP}; or `bash hw3_download.sh`, for our own small one")
 
     clip = load_clip(args.clip_weights, pick_device())
-    classifier = average(embed_classes(clip, names, args.template))
+    classifier = average(embed_classes(clip, names, templates))
     each = embed_classes(clip, names, compared) if args.compare else None
     read, images, unread = clip.encode_images(paths)
     for path, reason in unread.items():

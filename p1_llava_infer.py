@@ -14,7 +14,6 @@ table gives CIDEr and CLIPScore, or our own CLIP's ImageTextScore, for each.
 
 import hashlib
 import json
-import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -26,11 +25,11 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from cli import ArgumentParser, UserError, add_options, check_writable, run, take_options, write_json
-from dataset import ImageError, ahead, list_images, load_image
+from cli import ArgumentParser, UserError, add_options, check_output, run, take_options, write_json
+from dataset import ImageError, ahead, fingerprints, list_images, load_image
 from encoder import WEIGHTS_FOLDER
 from p2_evaluate import clip_scorer, evaluate, load_references
-from training import pick_device
+from training import check_settings, pick_device
 from weightfiles import first_line
 
 BIG = WEIGHTS_FOLDER / "llava-1.5-7b-hf"
@@ -58,8 +57,7 @@ class LlavaSettings:
     def __post_init__(self):
         if not isinstance(self.instruction, str):
             raise UserError(f"instruction must be a text, not {self.instruction!r}")
-        if self.max_new_tokens < 1 or self.num_beams < 1 or self.seed < 0 or self.top_k < 0:
-            raise UserError("max_new_tokens and num_beams must be at least 1, seed and top_k at least 0")
+        check_settings(self, ("max_new_tokens", "num_beams"), signed=("length_penalty",))
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
             raise UserError("temperature must be at least 0, top_p in (0, 1] and repetition_penalty above 0")
 
@@ -107,6 +105,9 @@ class Llava:
                 raise UserError(f"{name} is a model of the kind {kind}, not LLaVA")
             self.model = LlavaForConditionalGeneration.from_pretrained(name, **options).eval()
             self.processor = AutoProcessor.from_pretrained(name)
+            damaged = [part for part, value in self.model.named_parameters() if not value.isfinite().all()]
+            if damaged:
+                raise UserError(f"the weights of {name} hold values in {damaged[0]} that are not numbers: they are damaged")
         except torch.OutOfMemoryError:
             raise UserError(f"the GPU has no room for {name}: --load_in_4bit needs a quarter of it") from None
         except LOADING_ERRORS as error:
@@ -356,7 +357,7 @@ def main():
     # Cheap questions first: a mistake shows before a model is loaded.
     images = list_images(arguments.images)
     images = dict(list(images.items())[:arguments.limit])
-    check_writable(arguments.output)
+    check_output(arguments.output, "JSON", [*images.values(), arguments.settings, arguments.annotation_file])
     if arguments.settings:
         every = read_settings(arguments.settings, settings)
         references = load_references(arguments.annotation_file, arguments.images)
@@ -369,11 +370,12 @@ def main():
     print(f"with {name}", file=sys.stderr)
     model = Llava(name, arguments.load_in_4bit)
     folder, written = Path(arguments.images).resolve(), []
-    same_images = hashlib.sha256(b"\0".join(os.fsencode(folder / path.name) for path in images.values())).hexdigest()
+    same_images, same_weights = (hashlib.sha256(json.dumps([str(folder), *fingerprints(paths)]).encode()).hexdigest() for paths in (
+        images.values(), sorted(path for path in Path(name).glob("*") if path.is_file())))
 
     def caption(settings, output):
         what = {"model": str(name), "4bit": arguments.load_in_4bit, "batch_size": arguments.batch_size,
-                "images": same_images} | asdict(settings)
+                "images": same_images, "weights": same_weights} | asdict(settings)
         written.append(output)
         return caption_to_file(model, images, settings, output, what, arguments.batch_size)
 

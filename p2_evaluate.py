@@ -14,7 +14,7 @@ import textwrap
 from pathlib import Path
 
 from chair import Chair
-from cli import ArgumentParser, UserError, check_writable, read_json, run, write_json, write_whole
+from cli import SUFFIX_KINDS, ArgumentParser, UserError, check_output, read_json, run, write_json, write_whole
 from clip_model import CLIP_WEIGHTS, NO_CLIP, SMALL, default_clip, whole_characters
 from dataset import ImageError, load_image, read_captions
 from metrics import ClipScorer, text_metrics, text_scores, tokenize_all
@@ -177,7 +177,7 @@ def main():
     if args.rank and Path(args.rank_file).suffix not in PICTURES:
         raise UserError(f"--rank_file is {args.rank_file}, but must end in {', '.join(PICTURES)}")
     for path in filter(None, [args.out, args.rank_file if args.rank else None]):
-        check_writable(path)
+        check_output(path, SUFFIX_KINDS[Path(path).suffix], [args.pred_file, args.annotation_file, args.compare])
     clip, lacking = clip_scorer(args.images_root, args.clip_weights, args.clip_prefix)
     names = text_metrics() + (clip.names if clip else [])
     if args.rank and args.rank_by not in names:
@@ -207,6 +207,10 @@ def main():
     chairs = [Chair([predictions[key] for key in images], captions) for predictions in systems]
     print(", ".join(f"{name} {value:.4f}" for name, value in chairs[0].scores().items())
           + " (made-up things of COCO's 80 kinds, against these captions alone)")
+    if len(images) == 1:
+        print("one image: its CIDEr is 0 by definition, since a word that all images' references have weighs nothing; and there is "
+              "no interval of a difference")
+        others = []
     for (_, other_each, other_statistics), other_chair in zip(others, chairs[1:]):
         print(f"\nminus {args.compare}, {len(images)} images, {DRAWS:,} bootstrap draws of them:")
         for name, difference in compare(each, other_each, statistics, other_statistics).items():

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner, GenerationConfig, newest_checkpoint
-from cli import ArgumentParser, UserError, add_options, check_writable, read_json, run, take_options, write_json
+from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner, GenerationConfig, newest_checkpoint, read_metadata
+from cli import ArgumentParser, UserError, add_options, check_output, read_json, run, take_options, write_json
 from dataset import list_images, load_ahead, read_captions
 from decoder import read_gpt2
 from training import Processes
@@ -27,7 +27,10 @@ def find_weights(decoder_weights=None, checkpoint=None):
     if decoder_weights is None:
         return EMBEDDED_DECODER, EMBEDDED_CHECKPOINT
     if checkpoint is None:
-        checkpoint = newest_checkpoint(content_hash(read_gpt2(decoder_weights)))
+        decoder_hash = content_hash(read_gpt2(decoder_weights))
+        checkpoint = newest_checkpoint(decoder_hash)
+        if checkpoint is None and read_metadata(EMBEDDED_CHECKPOINT)["decoder_hash"] == decoder_hash:
+            checkpoint = EMBEDDED_CHECKPOINT
     if checkpoint is None:
         raise UserError(f"no checkpoint in checkpoints/ was trained with {decoder_weights}: train one with "
                         f"`python3 p2_train.py --decoder {decoder_weights}` or name one")
@@ -91,7 +94,7 @@ def main():
         raise UserError("--batch_size must be at least 1")
     # Cheap questions first: a mistake shows before a model is loaded.
     images = list_images(arguments.images)
-    check_writable(arguments.output)
+    check_output(arguments.output, "JSON", [*images.values(), arguments.decoder_weights, arguments.checkpoint, arguments.datastore])
     datastore = read_datastore(arguments.datastore) if arguments.datastore else None
     decoder_weights, checkpoint = find_weights(arguments.decoder_weights, arguments.checkpoint)
     model = Captioner.load(checkpoint, decoder_weights, all_tokens=arguments.all_tokens)

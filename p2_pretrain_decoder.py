@@ -46,7 +46,7 @@ class Settings:
         check_settings(self, ("n_layer", "n_embd", "n_positions", "epochs", "batch_size"), ("dropout", "warmup"))
 
 
-HELP = dict(batch_size="captions", warmup="part of all steps", clip="gradient norm",
+HELP = dict(batch_size="captions", warmup="part of all steps", clip="gradient norm; 0: not clipped",
             held_out="images at the end of each captions file that are kept out: p2_train.py selects on them",
             min_count="captions with a token that occurs less often are left out: each token costs a row of the head",
             save_minutes="minutes between states to resume from")

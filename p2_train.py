@@ -15,6 +15,8 @@ A run that was killed, or stopped by SIGTERM or --max_hours, goes on when the sa
 of processes: exactly, if the number is the same.
 """
 
+import hashlib
+import math
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -31,11 +33,11 @@ from cider import CiderScorer
 from cli import ArgumentParser, UserError, add_options, run, take_options, with_config
 from concepts import Concepts
 from dataset import (IGNORE, FeatureCache, Folder, LiveFeatures, SomeFeatures, ahead, bucketed_batches, clean_caption,
-                     clean_captions, collate)
+                     clean_captions, collate, data_digest)
 from decoder import ADAPTER_PLACES, LORA_TARGETS, Decoder, DecoderConfig
 from metrics import cider, tokenize
 from tokenizer import END_OF_TEXT, BPETokenizer
-from training import (Interruption, MovingAverage, Processes, TrainingLog, adamw, autocast, check_settings, cosine, load_state,
+from training import (Interruption, MovingAverage, Processes, TrainingLog, adamw, autocast, check_finite, check_settings, cosine, load_state,
                       memory_in_use, pick_precision, prepare_output, save_state, step_optimizer, what_matters)
 from weightfiles import read_weights
 
@@ -84,17 +86,18 @@ class Settings:
     def __post_init__(self):
         self.data, self.data_weights = tuple(map(str, np.atleast_1d(self.data))), tuple(map(float, self.data_weights))
         self.selection, self.text = tuple(map(int, np.atleast_1d(self.selection))), tuple(map(str, np.atleast_1d(self.text)))
-        if not self.data or len(self.data_weights) not in (0, len(self.data)) or any(
-                weight <= 0 for weight in self.data_weights):
+        if not self.data or len(self.data_weights) not in (0, len(self.data)) or not all(
+                0 < weight < math.inf for weight in self.data_weights):
             raise UserError("--data names at least one folder, --data_weights none or one number above 0 for each")
         if len(self.selection) not in (1, len(self.data)):
             raise UserError("--selection is one number for every folder of --data, or one for each")
         check_settings(self, ("batch_size", "text_batch_size", "accumulation", "views", "selection_beam", "max_tokens"),
                        ("warmup", "label_smoothing", "average"))
-        if self.learning_rate <= 0 or self.seed < 0:
-            raise UserError("--learning_rate must be above 0, --seed at least 0")
-        epochs = self.fusion_epochs, self.epochs, self.scst_epochs
-        if min(epochs) < 0 or sum(epochs) < 1:
+        if self.learning_rate <= 0:
+            raise UserError("--learning_rate must be above 0")
+        if sum(self.selection) == 1:
+            raise UserError("--selection is one image, whose CIDEr is always 0: name 0, or at least 2")
+        if self.fusion_epochs + self.epochs + self.scst_epochs < 1:
             raise UserError("--fusion_epochs, --epochs and --scst_epochs must be at least 1 together")
         if self.scst_samples < 2 or self.scst_temperature <= 0:
             raise UserError("--scst_samples must be at least 2, --scst_temperature above 0")
@@ -123,7 +126,7 @@ HELP = dict(
     fsdp="shard the frozen decoder over the processes", max_tokens="longer captions are cut",
     max_hours="stop then, ready to go on; 0: no limit", tensorboard="folder for its files; empty: none",
     samples="of the selection images, whose captions are shown after each epoch",
-    warmup="part of all steps", clip="gradient norm",
+    warmup="part of all steps", clip="gradient norm; 0: not clipped",
     average="decay of the moving average of the weights, which is what is saved; 0: the last step's",
     selection="images at the end of each train.json, on which checkpoints are selected: one number, or one for each folder; "
     "0: train on all, keep the last epoch",
@@ -189,6 +192,7 @@ class TextData:
             raise UserError(f"{', '.join(files)}: no captions are there")
         self.nouns = [words.find(caption) for caption in known.values()]
         self.rows = [row[:max_tokens] for row in tokenizer.encode_batch(list(known.values()))]
+        self.digest = hashlib.sha256("\n".join(known.values()).encode()).hexdigest()
 
     def draw_epoch(self, count, batch_size, generator):
         """`count` batches of captions, their lengths alike: lists of numbers."""
@@ -359,7 +363,8 @@ class Trainer:
         # What is left out changes no result.
         self.same = what_matters(settings, "save_minutes", "cache", "max_hours", "tensorboard", "samples", "accumulation",
                                  "fsdp") | what_matters(self.config) | {
-            "captions": sum(map(len, self.data.rows)), "texts": len(self.text.rows) if self.text else 0, "encoder's weights": self.model.encoder.weights_hash,
+            "training images": data_digest(self.images), "selection images": data_digest(self.selection),
+            "texts": self.text.digest if self.text else "", "encoder's weights": self.model.encoder.weights_hash,
             "decoder's weights": self.model.decoder.weights_hash}
         self.kept = self.trained | {f"average.{name}": value for name, value in self.average.values.items()}
         progress = load_state(self.state_file, self.same, self.optimizer, self.kept, self.device, self.scaler)
@@ -449,6 +454,7 @@ class Trainer:
             value = objective(batches[step], batch, (settings.seed * 1000 + epoch) * self.steps + step)
             processes.add_gradients(self.trained.values())
             rate = peak * cosine(number * self.steps + step, total, warmup)
+            check_finite(value, name)
             norm = step_optimizer(self.optimizer, rate, settings.clip, self.scaler)
             self.average.update()
             progress.update(epoch=epoch, step=step + 1, updates=self.average.steps, sum=progress["sum"] + value)

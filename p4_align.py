@@ -85,7 +85,7 @@ class Settings:
 
     def __post_init__(self):
         self.mix = tuple(self.mix)
-        check_settings(self, ("batch_size", "per_picture", "accumulation", "max_tokens"), ())
+        check_settings(self, ("batch_size", "per_picture", "accumulation", "max_tokens"), signed=("vision_layer",))
         if self.projection not in ("linear", "mlp"):
             raise UserError(f"--projection is {self.projection}: choose from linear, mlp")
         if min(self.stage1_epochs, self.stage2_epochs, self.warmup_epochs) < 0 or not self.stage1_epochs + self.stage2_epochs:

@@ -15,7 +15,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 
-from cli import ArgumentParser, UserError, check_writable, read_json, run, write_json
+from cli import ArgumentParser, UserError, check_output, read_json, run, write_json
 from dataset import clean_caption, read_captions
 
 ANIMALS = {"dog", "cat", "horse", "cow", "sheep", "bird", "bear", "elephant", "goat", "camel", "duck", "monkey", "zebra", "giraffe"}
@@ -222,7 +222,7 @@ def main():
                         "many no, of a thing; default: one thing that is there and one that is not")
     parser.add_argument("--seed", type=int, default=0, help="of wordings and of the drawing")
     arguments = parser.parse_args()
-    check_writable(arguments.output)
+    check_output(arguments.output, "JSON", [arguments.captions])
     if arguments.each_thing is not None and arguments.each_thing < 1:
         raise UserError("--each_thing must be at least 1")
     images = read_captions(arguments.captions, None)

@@ -8,7 +8,7 @@ import pickle
 import signal
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -219,15 +219,17 @@ def cosine(step, total, warmup):
 
 
 def step_optimizer(optimizer, learning_rate, clip, scaler=None):
-    """One update at this learning rate, times each group's factor, with gradients clipped to norm `clip`.
+    """One update at this learning rate, times each group's factor, with gradients clipped to norm `clip`; 0: as they are.
 
     Parameters without gradients stay as they are. `scaler`: of fp16, which leaves out an update whose gradients
-    overflowed. Returns the norm before clipping.
+    overflowed. Returns the norm before clipping. Raises UserError, without an update, where it is not finite.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if scaler:
         scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    if not scaler:
+        check_finite(norm.item(), "gradient")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["factor"]
     if scaler:
@@ -237,6 +239,14 @@ def step_optimizer(optimizer, learning_rate, clip, scaler=None):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def check_finite(value, what):
+    """The value, a loss or a gradient's norm. Raises UserError where it is not finite."""
+    if not math.isfinite(value):
+        raise UserError(f"the {what} is {value}: training has come apart and stops here. What was saved before is good as it was; "
+                        "a lower learning rate, or more --warmup, helps")
+    return value
 
 
 class MovingAverage:
@@ -341,11 +351,16 @@ def prepare_output(output):
     return state_file
 
 
-def check_settings(settings, at_least_one, fractions):
-    """Raise UserError unless these fields of a dataclass are at least 1, and those from 0 to below 1."""
-    for name in at_least_one:
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name} is {getattr(settings, name)}, but must be at least 1")
-    for name in fractions:
-        if not 0 <= getattr(settings, name) < 1:
-            raise UserError(f"--{name} is {getattr(settings, name)}, but must be at least 0 and below 1")
+def check_settings(settings, at_least_one=(), fractions=(), signed=()):
+    """Raise UserError unless every number among a dataclass's fields is finite and, but for those `signed`, at least 0; these
+    fields at least 1, and those from 0 to below 1."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, (int, float)):
+            if not math.isfinite(value):
+                raise UserError(f"--{field.name} is {value}, but must be a number")
+            least = 1 if field.name in at_least_one else 0
+            if value < least and field.name not in signed:
+                raise UserError(f"--{field.name} is {value}, but must be at least {least}")
+            if field.name in fractions and value >= 1:
+                raise UserError(f"--{field.name} is {value}, but must be at least 0 and below 1")

@@ -392,7 +392,7 @@ def test_all_tokens_lifts_the_limit_to_training_captions(infer, weights):
 @pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])
 def test_failure_while_writing_leaves_the_old_output(infer, weights, monkeypatch, call):
     Path("results").mkdir()
-    Path("results/out.json").write_text("old")
+    Path("results/out.json").write_text('{"old": ""}')
 
     def fail(*arguments):
         raise OSError(28, "No space left on device")
@@ -401,7 +401,7 @@ def test_failure_while_writing_leaves_the_old_output(infer, weights, monkeypatch
     with pytest.raises(OSError, match="No space"):
         infer("images", "results/out.json", *weights)
     assert [path.name for path in Path("results").iterdir()] == ["out.json"]
-    assert Path("results/out.json").read_text() == "old"
+    assert Path("results/out.json").read_text() == '{"old": ""}'
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

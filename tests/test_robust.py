@@ -1,0 +1,265 @@
+"""Inputs that broke something once: what is read is not written over, and what is no number is neither learnt nor believed."""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import p1_clip_classify
+import p2_evaluate
+import p2_infer
+import p2_train
+from captioner import Captioner
+from cli import UserError, check_output
+from conftest import ROOT
+from dataset import clean_caption, load_image, read_captions, ImageError
+from decoder import Decoder
+from test_captioner import make_captioner, save_decoder
+from test_train import CONFIG, Interrupted, interrupt_after, settings
+from training import check_settings, step_optimizer
+from weightfiles import read_archive
+
+CASES = ROOT.parent / "shared/cases"
+
+
+# ---- outputs ---------------------------------------------------------------------------------------------------
+
+
+def test_an_output_is_neither_read_nor_of_another_kind(tmp_path):
+    (tmp_path / "in.json").write_text('{"a": "b"}')
+    (tmp_path / "old.json").write_text("{}")
+    os.link(tmp_path / "in.json", tmp_path / "same.json")
+    (tmp_path / "weights.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    Image.new("RGB", (2, 2)).save(tmp_path / "picture.png")
+    for name in "old.json", "new.json":
+        check_output(tmp_path / name, "JSON", [tmp_path / "in.json", None, tmp_path / "nowhere"])
+    check_output(tmp_path / "picture.png", "PNG")
+    for name, kind, words in (("in.json", "JSON", "which is read"), ("same.json", "JSON", "which is read"),
+                              ("weights.safetensors", "JSON", "no JSON file"), ("picture.png", "JSON", "no JSON file"),
+                              ("picture.png", "CSV", "no CSV file"), ("old.json", "PNG", "no PNG file")):
+        with pytest.raises(UserError, match=words):
+            check_output(tmp_path / name, kind, [tmp_path / "in.json"])
+
+
+def test_no_script_writes_over_what_it_reads(workplace, monkeypatch, capsys):
+    (workplace / "pictures").mkdir()
+    shutil.copy("data/images/train/0.png", "pictures/0.png")
+    Path("predictions.json").write_text('{"0": "A dog"}')
+    Path("references.json").write_text(json.dumps({"images": [{"id": 0, "file_name": "0.png"}],
+                                                   "annotations": [{"id": 0, "image_id": 0, "caption": "A dog"}]}))
+    Path("id2label.json").write_text('{"0": "dog"}')
+    before = {path: path.read_bytes() for path in workplace.rglob("*") if path.is_file()}
+    for script, *arguments in ((p2_infer, "pictures", "decoder.safetensors"), (p2_infer, "pictures", "pictures/0.png"),
+                               (p2_infer, "pictures", "predictions.json", "--datastore", "predictions.json"),
+                               (p2_evaluate, "--pred_file", "predictions.json", "--annotation_file", "references.json", "--out", "references.json"),
+                               (p2_evaluate, "--pred_file", "predictions.json", "--annotation_file", "references.json", "--out", "predictions.json"),
+                               (p1_clip_classify, "pictures", "id2label.json", "pictures/0.png")):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
+        with pytest.raises(UserError, match="written over|must end in"):
+            script.main()
+    assert before == {path: path.read_bytes() for path in workplace.rglob("*") if path.is_file()}
+
+
+# ---- what is no number -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"clip": -1.0}, {"weight_decay": -0.1}, {"scst_learning_rate": float("nan")}, {"max_hours": float("inf")},
+                                     {"fusion_learning_rate": -1e-3}, {"selection": (1,)}, {"data_weights": (float("nan"),)}])
+def test_options_that_would_do_harm_are_refused(changes):
+    with pytest.raises(UserError):
+        settings(**changes)
+    with pytest.raises(UserError, match="lora_alpha is nan"):
+        replace(CONFIG, lora_alpha=float("nan"))
+    check_settings(settings(clip=0.0))
+
+
+def test_a_clip_of_zero_clips_nothing():
+    values = []
+    for clip in 0.0, 1e9:
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        optimizer = torch.optim.SGD([{"params": [parameter], "factor": 1.0}], 1.0)
+        parameter.grad = torch.tensor([3.0, 4.0])
+        assert step_optimizer(optimizer, 1.0, clip) == pytest.approx(5)
+        values.append(parameter.tolist())
+    assert values == [[-3.0, -4.0]] * 2
+    parameter.grad = torch.tensor([float("nan"), 1.0])
+    with pytest.raises(UserError, match="gradient is nan"):
+        step_optimizer(optimizer, 1.0, 0.0)
+    assert parameter.tolist() == [-3.0, -4.0]
+
+
+def test_training_that_comes_apart_ends_and_keeps_what_was_good(workplace, monkeypatch):
+    p2_train.train(CONFIG, settings(epochs=1, output="good.safetensors"), "cpu")
+    kept = Path("good.safetensors").read_bytes()
+    original, count = p2_train.cosine, iter(range(100))
+    monkeypatch.setattr(p2_train, "cosine", lambda *arguments: 1e30 if next(count) == 5 else original(*arguments))
+    with pytest.raises(UserError, match="(loss|gradient) is (nan|inf)"):
+        p2_train.train(CONFIG, settings(epochs=3, output="bad.safetensors"), "cpu")
+    state = load_file("bad.safetensors")  # of the first epoch, four steps
+    assert all(value.isfinite().all() for value in state.values()) and Path("good.safetensors").read_bytes() == kept
+
+
+def test_weights_that_are_not_finite_are_refused(workplace):
+    for suffix in ".safetensors", ".bin":
+        state = load_file("decoder.safetensors")
+        state["h.1.ln_2.bias"][3] = float("nan")
+        path = Path(f"damaged{suffix}")
+        save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+        with pytest.raises(UserError, match="damaged.*h.1.ln_2.bias"):
+            Decoder.from_pretrained(path)
+
+
+def test_a_checkpoint_notices_flipped_bits(workplace):
+    p2_train.train(CONFIG, settings(epochs=1), "cpu")
+    path = Path("checkpoints/captioner.safetensors")
+    whole = bytearray(path.read_bytes())
+    whole[-200] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="damaged"):
+        Captioner.load(path, "decoder.safetensors")
+
+
+def test_captions_are_not_made_of_what_is_no_number(tmp_path):
+    model = make_captioner(tmp_path)
+    with pytest.raises(UserError, match="not numbers"):
+        model.generate(torch.full((1, 4, 12), float("nan")))
+
+
+# ---- going on --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["captions", "picture", "order"])
+def test_a_run_does_not_go_on_with_other_data(workplace, monkeypatch, change):
+    original = interrupt_after(p2_train, monkeypatch, 6)
+    with pytest.raises(Interrupted):
+        p2_train.train(CONFIG, settings(), "cpu")
+    monkeypatch.setattr(p2_train, "step_optimizer", original)
+    data = json.loads(Path("data/train.json").read_text())
+    if change == "captions":
+        data["annotations"][0]["caption"] = "Another picture altogether"
+    elif change == "picture":
+        Image.fromarray(np.full((40, 50, 3), 7, np.uint8)).save("data/images/train/3.png")
+    else:
+        data["images"][0], data["images"][-1] = data["images"][-1], data["images"][0]
+    Path("data/train.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match="another training images"):
+        p2_train.train(CONFIG, settings(), "cpu")
+
+
+# ---- captions and pictures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, clean", [
+    ("in the 'Taste' section", "In the 'Taste' section."), ("a .22 rifle", "A .22 rifle."), ("the dog 's ball .", "The dog's ball."),
+    ("a man , with two dogs ' toys", "A man, with two dogs' toys."), ("He isn 't here !", "He isn't here!"), ("wait ... what ?", "Wait... what?")])
+def test_cleaning_glues_no_words_together(text, clean):
+    assert clean_caption(text) == clean
+
+
+def test_captions_files_that_lead_astray_are_refused(tmp_path):
+    for names, words in ((["a.jpg", "a.jpg"], "two images with the file name"), (["../a.jpg"], "leads out"), (["/etc/a.jpg"], "leads out")):
+        (tmp_path / "captions.json").write_text(json.dumps({
+            "images": [{"id": i, "file_name": name} for i, name in enumerate(names)], "annotations": []}))
+        with pytest.raises(UserError, match=words):
+            read_captions(tmp_path / "captions.json", None)
+
+
+def test_a_picture_starts_no_program(tmp_path, monkeypatch):
+    """An EPS under a picture's name would be drawn by Ghostscript."""
+    path = tmp_path / "drawing.jpg"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n0 0 9 9 rectfill\nshowpage\n")
+    monkeypatch.setattr("subprocess.check_call", lambda *arguments, **named: pytest.fail("a program was started"))
+    files = [path] + ([CASES / "eps_named.jpg"] if CASES.is_dir() else [])
+    for file in files:
+        with pytest.raises(ImageError, match="not an image"):
+            load_image(file)
+
+
+def test_one_image_has_no_interval(workplace, monkeypatch, capsys):
+    Path("predictions.json").write_text('{"0": "a red picture"}')
+    Path("references.json").write_text(json.dumps({"images": [{"id": 0, "file_name": "0.png"}],
+                                                   "annotations": [{"id": 0, "image_id": 0, "caption": "a red picture"}]}))
+    shutil.copy("predictions.json", "others.json")
+    monkeypatch.setattr(sys, "argv", ["p2_evaluate.py", "--pred_file", "predictions.json", "--annotation_file", "references.json",
+                                      "--compare", "others.json"])
+    p2_evaluate.main()
+    printed = capsys.readouterr().out
+    assert "one image: its CIDEr is 0 by definition" in printed and "p =" not in printed
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------
+
+
+def test_a_torchscript_archive_is_read_as_data(tmp_path):
+    class Part(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 2).half()
+            self.parts = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+            self.register_buffer("shared", torch.arange(6.0).view(2, 3).t())
+            self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x):
+            return x
+
+    model = Part()
+    torch.jit.script(model).save(tmp_path / "model.pt")
+    state = read_archive(tmp_path / "model.pt")
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], value) and state[name].dtype == value.dtype for name, value in model.state_dict().items())
+
+
+def test_no_code_of_an_archive_runs(tmp_path):
+    class Evil(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        @torch.jit.export
+        def __getstate__(self):
+            return (self.weight, self.training)
+
+        @torch.jit.export
+        def __setstate__(self, state: tuple[torch.Tensor, bool]):
+            raise RuntimeError("this ran")
+
+        def forward(self, x):
+            return x
+
+    torch.jit.script(Evil()).save(tmp_path / "evil.pt")
+    with pytest.raises(Exception, match="this ran"):  # as torch would load it
+        torch.jit.load(tmp_path / "evil.pt")
+    try:
+        read_archive(tmp_path / "evil.pt")
+    except UserError as error:
+        assert "this ran" not in str(error)
+    (tmp_path / "text.pt").write_text("nothing")
+    with pytest.raises(UserError, match="no TorchScript archive"):
+        read_archive(tmp_path / "text.pt")
+
+
+@pytest.mark.parametrize("config, words", [({"n_head": 4, "n_embd": 64}, "4 heads of 16"), ({"activation_function": "gelu"}, "activation is gelu"),
+                                           ({"n_head": 1, "activation_function": "gelu_new"}, None), ({"model_type": "llava", "n_head": 7}, None)])
+def test_a_config_beside_the_weights_is_believed(tmp_path, config, words):
+    save_decoder(tmp_path / "decoder.bin", vocab_size=50)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if words:
+        with pytest.raises(UserError, match=words):
+            Decoder.from_pretrained(tmp_path / "decoder.bin")
+    else:
+        Decoder.from_pretrained(tmp_path / "decoder.bin")
+
+
+def test_the_shipped_decoder_is_known_by_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("captioner.CHECKPOINT_FOLDERS", ())
+    shutil.copy(p2_infer.EMBEDDED_DECODER, tmp_path / "mine.safetensors")
+    assert p2_infer.find_weights(tmp_path / "mine.safetensors") == (tmp_path / "mine.safetensors", p2_infer.EMBEDDED_CHECKPOINT)

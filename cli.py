@@ -72,6 +72,12 @@ def with_config(arguments):
     return read + rest
 
 
+def printable(text):
+    """The text with an escape for each character that a terminal would act on, or cannot show."""
+    return "".join(character if character.isprintable() else character.encode("unicode_escape", "backslashreplace").decode()
+                   for character in text)
+
+
 def run(main):
     """Call `main()` and exit: with its status, or with 2 and one line on stderr after a UserError.
 
@@ -80,7 +86,7 @@ def run(main):
     try:
         status = main()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)

@@ -4,26 +4,37 @@ import hashlib
 import json
 import re
 import shutil
+import sys
+import threading
 import warnings
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from fcntl import LOCK_EX, flock
 from pathlib import Path, PurePath
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, features
 from tqdm import tqdm
 
-from cli import UserError, read_json, write_json
+from cli import UserError, printable, read_json, write_json
 from tokenizer import END_OF_TEXT
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
+PHONES = {".heic", ".heif"}  # which a package of its own reads
+# Pictures too, but not read here: a folder's are named when they are passed over.
+OTHER_SUFFIXES = {".svg", ".jp2", ".jxl", ".psd", ".ico", ".tga", ".ppm", ".pgm", ".eps", ".pdf", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
 # What is read, whatever a file's name says. Some of Pillow's other formats start programs.
-FORMATS = "JPEG", "PNG", "BMP", "DIB", "WEBP", "GIF", "TIFF"
+FORMATS = ["JPEG", "PNG", "BMP", "DIB", "WEBP", "GIF", "TIFF"] + ["AVIF"] * features.check("avif")
+Image.MAX_IMAGE_PIXELS = None  # PIL's own bound knows one number for all formats
+MOST_PIXELS = {"JPEG": 2**28, "other": 2**27}  # a phone's 200 megapixels are JPEGs, which decode at a fraction of their size
+NODATA = 42113  # GDAL's TIFF tag
+MOST_SCANS = 200  # of a progressive JPEG, which has ten or so; each is decoded over all of the picture
+LARGE = 30_000_000  # pixels of a picture beside which no other such is decoded
+LARGE_ONE = threading.Lock()
 IGNORE = -100  # the target that cross_entropy leaves out
 
 # PIL warns of large pictures and of odd EXIF blocks. Once for all: catch_warnings is not for threads.
@@ -43,8 +54,12 @@ def image_files(folder):
         paths = sorted(folder.iterdir())
     except OSError as error:
         raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
+    others = [path.name for path in paths if path.suffix.lower() in OTHER_SUFFIXES]
     paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES
              and (path.is_file() or path.is_symlink() and not path.exists())]
+    if others:
+        print(f"passed over, since pictures of their kind are not read: {printable(', '.join(others[:5]))}"
+              + (f" and {len(others) - 5} more" if len(others) > 5 else ""), file=sys.stderr)
     if not paths:
         raise UserError(f"the folder {folder} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
     return paths
@@ -69,22 +84,76 @@ def load_image(path, side=None):
     """Read a picture as a person would see it: upright, first frame, on white where transparent.
 
     Args:
-        side: length in pixels that is needed; a larger JPEG is decoded at a fraction of its size, three times
-            `side` or more, which is visually the same and much faster.
+        side: length in pixels that is needed; a larger JPEG, or a huge picture of another format, is decoded or shrunk to a
+            fraction of its size, three times `side` or more, which is visually the same, much faster, and takes less memory.
     Returns an RGB PIL image. Raises ImageError.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if side:
-                image.draft(None, (3 * side, 3 * side))
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
-    except Image.DecompressionBombError:
-        raise ImageError("its size in pixels is absurd") from None
+        with open_image(path) as image:
+            pixels = image.width * image.height
+            with LARGE_ONE if pixels > LARGE else nullcontext():
+                if side:
+                    image.draft(None, (3 * side, 3 * side))
+                image.load()
+                turn, tags = orientation(image), getattr(image, "tag_v2", {})  # which a shrunk copy would lack
+                image = to_rgb(shrink(image, 3 * side) if side and pixels > LARGE else image, tags)
+                return image.transpose(UPRIGHT[turn]) if turn in UPRIGHT else image
+    except ImageError:
+        raise
     except Image.UnidentifiedImageError:
         raise ImageError("not an image" if Path(path).stat().st_size else "the file is empty") from None
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, …
         raise ImageError(str(error).strip().split("\n")[0] or type(error).__name__) from None
+
+
+def open_image(path):
+    """Open a picture, its pixels not decoded yet. Raises ImageError for one that would take minutes or gigabytes."""
+    if Path(path).suffix.lower() in PHONES and "HEIF" not in FORMATS:
+        try:
+            from pillow_heif import register_heif_opener  # not before it is needed
+        except ImportError:
+            raise ImageError("pictures of its kind need a package: pip install pillow-heif") from None
+        register_heif_opener()
+        FORMATS.append("HEIF")
+    image = Image.open(path, formats=FORMATS)
+    pixels, most = image.width * image.height, MOST_PIXELS["JPEG" if image.format in ("JPEG", "MPO") else "other"]
+    reason = None
+    if pixels > most:
+        reason = f"its size in pixels is absurd: {pixels / 1e6:.0f} million, more than {most / 1e6:.0f}"
+    elif image.info.get("progressive"):
+        # Within a scan a byte FF is followed by 00, so these two bytes are nothing but a scan's beginning.
+        scans = Path(path).read_bytes().count(b"\xff\xda")
+        if scans > MOST_SCANS:
+            reason = f"decoding its {scans:,} scans would take too long"
+    if reason:
+        image.close()
+        raise ImageError(reason)
+    return image
+
+
+def shrink(image, side):
+    """A copy with sides a whole number of times smaller, of at least `side` pixels, as a mean over pixels; or the image itself."""
+    factor = min(image.size) // side
+    if factor < 2:
+        return image
+    if image.mode == "1":
+        image = image.convert("L")
+    if image.mode in ("L", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "I", "F"):
+        return image.reduce(factor)
+    return image.resize([length // factor for length in image.size], Image.Resampling.NEAREST)  # palettes, 16 bits
+
+
+# EXIF's orientations, as what turns such a picture upright.
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+
+
+def orientation(image):
+    """How its EXIF data says that it lies, of which nothing else has to be in order; None where it says nothing."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # whatever damaged EXIF data makes of PIL: the picture is there all the same
+        return None
 
 
 def load_picture(path, size):
@@ -95,20 +164,39 @@ def load_picture(path, size):
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def to_rgb(image):
-    """Any PIL mode -> RGB."""
+def to_rgb(image, tags=None):
+    """Any PIL mode -> RGB. `tags`: of the TIFF that it was, by number."""
     if image.mode.startswith(("I", "F")):  # 16 and 32 bits, which PIL's own conversion clips at 255
-        values = np.asarray(image, dtype=np.float32)
-        low, high = 0, 65535
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            low, high = np.nanmin(values), np.nanmax(values)  # no agreed range: show what is there
-        values = np.nan_to_num((values - low) / max(high - low, 1e-12)) * 255
-        return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
+        tags = tags or {}
+        grey = Image.fromarray(tones(np.asarray(image, dtype=np.float32), str(tags.get(NODATA, "")).strip("\0 ")))
+        if image.mode.startswith("I;16") and tags.get(ExifTags.Base.PhotometricInterpretation) == 0:
+            grey = ImageOps.invert(grey)  # "min is white": PIL turns those of 8 bits itself
+        return grey.convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def tones(values, nodata=""):
+    """Grey values of any range (rows, columns) -> uint8, as a viewer shows them.
+
+    The range is that of the fewest bits that hold all values, or from 0 to 1; else, since there is none agreed on, from the
+    least to the greatest. What is not finite, or stands for "no data", is black.
+    """
+    known = np.isfinite(values)
+    with suppress(ValueError):
+        known &= values != np.float32(nodata)
+    if not known.any():
+        return np.zeros(values.shape, np.uint8)
+    low, high = values[known].min(), values[known].max()
+    if low >= 0 and (values[known] != values[known].round()).any() and high <= 1:
+        low, high = 0, 1
+    elif low >= 0 and high <= 65535:
+        low, high = 0, next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if high <= 2**bits - 1)
+    scaled = np.where(known, values - low, 0) / max(high - low, 1e-12)
+    return (255 * scaled.clip(0, 1)).round().astype(np.uint8)
 
 
 def squeeze(image, size):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
-from cli import ArgumentParser, UserError, check_output, read_json, run, write_whole
+from cli import ArgumentParser, UserError, check_output, printable, read_json, run, write_whole
 from clip_model import NO_CLIP, default_clip, load_clip, similarity, whole_characters
 from dataset import image_files, load_image
 from training import pick_device
@@ -199,7 +199,7 @@ def main():
     each = embed_classes(clip, names, compared) if args.compare else None
     read, images, unread = clip.encode_images(paths)
     for path, reason in unread.items():
-        print(f"skipped {path}: {reason}", file=sys.stderr)
+        print(f"skipped {printable(str(path))}: {printable(reason)}", file=sys.stderr)
     predicted = predict(images, classifier, labels)
     write_labels(args.output, [(path.name, label) for path, label in zip(read, predicted)])
     print(f"{len(read)} labels in {args.output}"

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from cli import ArgumentParser, UserError, add_options, check_output, run, take_options, write_json
+from cli import ArgumentParser, UserError, add_options, check_output, printable, run, take_options, write_json
 from dataset import ImageError, ahead, fingerprints, list_images, load_image
 from encoder import WEIGHTS_FOLDER
 from p2_evaluate import clip_scorer, evaluate, load_references
@@ -262,7 +262,7 @@ def caption_folder(model, images, settings, output, what, batch_size=8):
             bar.update(len(batch))
     unread = {path: part.entries[stem]["unread"] for stem, path in images.items() if "unread" in part.entries[stem]}
     for path, reason in unread.items():
-        print(f"skipped {path}: {reason}", file=sys.stderr)
+        print(f"skipped {printable(str(path))}: {printable(reason)}", file=sys.stderr)
     return {stem: part.entries[stem]["answer"] for stem in images if "answer" in part.entries[stem]}, unread
 
 

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner, GenerationConfig, newest_checkpoint, read_metadata
-from cli import ArgumentParser, UserError, add_options, check_output, read_json, run, take_options, write_json
+from cli import ArgumentParser, UserError, add_options, check_output, printable, read_json, run, take_options, write_json
 from dataset import list_images, load_ahead, read_captions
 from decoder import read_gpt2
 from training import Processes
@@ -68,7 +68,7 @@ def caption_folder(model, images, generation, batch_size=32, device="cpu", proce
                 captions.update((path.stem, text) for path, text in zip(paths, texts))
             for path, reason in bad:
                 unread[path] = reason
-                tqdm.write(f"skipped {path}: {reason}", file=sys.stderr)
+                tqdm.write(f"skipped {printable(str(path))}: {printable(reason)}", file=sys.stderr)
             bar.update(len(paths) + len(bad))
     if processes:
         captions, unread = (dict(processes.gather(list(found.items()))) for found in (captions, unread))

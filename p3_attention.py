@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from captioner import Captioner, GenerationConfig
-from cli import ArgumentParser, UserError, check_writable, run, write_whole
+from cli import ArgumentParser, UserError, check_writable, printable, run, write_whole
 from dataset import IGNORE, ImageError, collate, list_images, load_image
 from p1_llava_infer import SIDE, Llava, LlavaSettings, default_model
 from p2_infer import find_weights
@@ -590,7 +590,7 @@ def main():
             picture = load_image(path, side)  # as p2_infer.py reads it, so that the caption is the same
         except ImageError as error:
             unread += 1
-            print(f"skipped {path}: {error}", file=sys.stderr)
+            print(f"skipped {printable(str(path))}: {printable(str(error))}", file=sys.stderr)
             continue
         if llava:
             attention = llava_attention(model, picture, settings)

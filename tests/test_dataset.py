@@ -179,7 +179,7 @@ def test_image_that_vanished_or_is_absurdly_large_is_refused(tmp_path, monkeypat
     with pytest.raises(ImageError, match="No such file"):
         load_image(tmp_path / "gone.jpg")
     four_colours().save(tmp_path / "x.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr("dataset.MOST_PIXELS", {"JPEG": 1000, "other": 1000})
     with pytest.raises(ImageError, match="absurd"):
         load_image(tmp_path / "x.png")
 

@@ -263,3 +263,89 @@ def test_the_shipped_decoder_is_known_by_its_path(tmp_path, monkeypatch):
     monkeypatch.setattr("captioner.CHECKPOINT_FOLDERS", ())
     shutil.copy(p2_infer.EMBEDDED_DECODER, tmp_path / "mine.safetensors")
     assert p2_infer.find_weights(tmp_path / "mine.safetensors") == (tmp_path / "mine.safetensors", p2_infer.EMBEDDED_CHECKPOINT)
+
+
+# ---- tones, sizes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values, expected", [
+    (np.int32([[0, 128, 255]]), [0, 128, 255]), (np.uint16([[0, 2048, 4095]]), [0, 128, 255]), (np.uint16([[0, 32768, 65535]]), [0, 128, 255]),
+    (np.float32([[0, 0.25, 1]]), [0, 64, 255]), (np.float32([[0, 128, 255]]), [0, 128, 255]), (np.float32([[-2, 0, 2]]), [0, 128, 255]),
+    (np.float32([[0, 128, np.inf]]), [0, 128, 0]), (np.float32([[np.nan, 0, 255]]), [0, 0, 255]), (np.float32([[np.nan] * 3]), [0, 0, 0])])
+def test_grey_of_any_range_is_seen_as_in_a_viewer(tmp_path, values, expected):
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    image = load_image(tmp_path / "x.tif")
+    assert [image.getpixel((x, 0))[0] for x in range(3)] == pytest.approx(expected, abs=1)
+
+
+def test_no_data_and_min_is_white(tmp_path):
+    Image.fromarray(np.float32([[-9999, 0, 255]])).save(tmp_path / "x.tif", tiffinfo={42113: "-9999"})
+    assert [load_image(tmp_path / "x.tif").getpixel((x, 0))[0] for x in range(3)] == [0, 0, 255]
+    Image.fromarray(np.uint16([[0, 30000, 65535]])).save(tmp_path / "x.tif")
+    whole = bytearray((tmp_path / "x.tif").read_bytes())
+    entry = whole.index(b"\x06\x01\x03\x00\x01\x00\x00\x00")  # PhotometricInterpretation, one short
+    whole[entry + 8] = 0
+    (tmp_path / "x.tif").write_bytes(whole)
+    assert [load_image(tmp_path / "x.tif").getpixel((x, 0))[0] for x in range(3)] == pytest.approx([255, 138, 0], abs=1)
+
+
+def test_a_huge_picture_is_shrunk_and_a_phones_is_not_refused(tmp_path, monkeypatch):
+    from test_dataset import four_colours, quarters
+
+    monkeypatch.setattr("dataset.LARGE", 10_000)
+    for name, mode in (("x.png", "1"), ("x.png", "P"), ("x.png", "RGBA"), ("x.tif", "RGB")):
+        image = four_colours(900, 600, ((255, 255, 255), (0, 0, 0), (0, 0, 0), (255, 255, 255))).convert(mode)
+        image.save(tmp_path / name)
+        small, whole = load_image(tmp_path / name, 50), load_image(tmp_path / name)
+        assert small.size == (225, 150) and whole.size == (900, 600)
+        assert quarters(small) == quarters(whole)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in "x.png", "x.tif", "x.jpg":
+        four_colours(900, 600).save(tmp_path / name, exif=exif)
+        assert load_image(tmp_path / name, 50).size in ((150, 225), (300, 450), (600, 900))
+    monkeypatch.setattr("dataset.MOST_PIXELS", {"JPEG": 1_000_000, "other": 100_000})
+    assert load_image(tmp_path / "x.jpg")
+    with pytest.raises(ImageError, match="absurd: 1 million"):
+        load_image(tmp_path / "x.png")
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_at_once(tmp_path):
+    Image.effect_noise((64, 64), 50).save(tmp_path / "x.jpg", progressive=True)
+    assert load_image(tmp_path / "x.jpg").size == (64, 64)
+    whole = (tmp_path / "x.jpg").read_bytes()
+    last = whole.rindex(b"\xff\xda")
+    (tmp_path / "x.jpg").write_bytes(whole[:last] + (whole[last:-2]) * 300 + whole[-2:])
+    with pytest.raises(ImageError, match="scans would take too long"):
+        load_image(tmp_path / "x.jpg")
+
+
+def test_damaged_exif_data_costs_no_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    Image.new("RGB", (40, 20)).save(tmp_path / "x.jpg", exif=exif)
+    whole = bytearray((tmp_path / "x.jpg").read_bytes())
+    entry = whole.index(b"\x01\x1a\x00\x05" if b"\x01\x1a\x00\x05" in whole else b"\x1a\x01\x05\x00")
+    whole[entry:entry + 4] = whole[entry:entry + 4].replace(b"\x05", b"\x02")  # XResolution as text
+    (tmp_path / "x.jpg").write_bytes(whole)
+    assert load_image(tmp_path / "x.jpg").size == (20, 40)
+
+
+def test_phones_pictures_are_read_and_others_named(tmp_path, capsys, monkeypatch):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    from dataset import image_files
+
+    picture = Image.new("RGB", (64, 48), (200, 30, 30))
+    heif = pillow_heif.from_pillow(picture)
+    heif.save(tmp_path / "a.HEIC")
+    picture.save(tmp_path / "b.jfif", "JPEG")
+    for name in "c.svg", "d.psd", "notes.txt", "e\x1b[31m.ppm":
+        (tmp_path / name).write_bytes(b"x")
+    assert [path.name for path in image_files(tmp_path)] == ["a.HEIC", "b.jfif"]
+    assert [load_image(path).getpixel((9, 9))[0] for path in image_files(tmp_path)] == pytest.approx([200, 200], abs=6)
+    said = capsys.readouterr().err
+    assert "c.svg, d.psd, e\\x1b[31m.ppm" in said and "notes" not in said and "\x1b" not in said
+    monkeypatch.setattr("dataset.FORMATS", ["JPEG"])
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match="pip install pillow-heif"):
+        load_image(tmp_path / "a.HEIC")

@@ -197,7 +197,7 @@ class Captioner(nn.Module):
         self.config = replace(config, image_size=encoder.image_size, encoder_levels=encoder.levels)
         self.decoder = decoder
         # Rows of zeros are tokens that the decoder itself never met: it cannot say them.
-        known = decoder.wte.weight.any(1).nonzero().squeeze(1)
+        known = decoder.wte.weight[:END_OF_TEXT + 1].any(1).nonzero().squeeze(1)  # some have rows behind their last token
         scale = decoder.wte.weight[known].square().mean().sqrt().item() if config.fusion == "prefix" else 1.0
         self.projection = Projection(config, encoder.dim, encoder.num_tokens, decoder.config.image_dim, scale,
                                      decoder.config.n_embd)
@@ -324,7 +324,7 @@ class Captioner(nn.Module):
         self.train(training)
         torch.clear_autocast_cache()  # of casts that were made without gradients
         ended = [len(row) < max_length for row in rows]
-        rewards = torch.as_tensor(reward([self.text(row) for row in rows], ended), dtype=torch.float32).view(-1, samples)
+        rewards = torch.as_tensor(reward([self.text(row) for row in rows], ended)).to("cpu", torch.float32).view(-1, samples)
         others = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
         tokens, targets = collate(rows)
         targets[[not row for row in rows], 0] = END_OF_TEXT  # drawn at once; to collate, an empty row is no caption

@@ -2,12 +2,17 @@
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import stat
 import sys
 import tempfile
 from pathlib import Path
+
+
+LONGEST_NAME = 255  # bytes, of the usual file systems
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # what a file system says that has no room
 
 
 class UserError(Exception):
@@ -91,6 +96,18 @@ def run(main):
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         status = 130  # as a shell reports it
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = f" for {printable(str(error.filename))}" if error.filename else ""
+        print(f"{Path(sys.argv[0]).name}: {error.strerror}{where}", file=sys.stderr)
+        status = 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which not every script imports
+            raise
+        print(f"{Path(sys.argv[0]).name}: the GPU has no room for so much at a time: lower --batch_size, or for training raise "
+              "--accumulation", file=sys.stderr)
+        status = 1
     sys.exit(status or 0)
 
 
@@ -101,6 +118,8 @@ def check_writable(path):
     """
     path = Path(path)
     folder = path.parent
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise UserError(f"cannot write {path.name[:40]}…: its name has {len(os.fsencode(path.name))} bytes, more than {LONGEST_NAME}")
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder, name a file")
     if path.exists() and not path.is_file():
@@ -157,7 +176,7 @@ def write_whole(path, data):
     """Write `data` (bytes) to `path` so that a reader, or a killed run, never meets half a file."""
     path = Path(os.path.realpath(path))  # a link stays a link
     check_writable(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -188,11 +207,31 @@ def write_json(path, value):
 def read_json(path, what):
     """Read the JSON file `path`; `what` names it in the one-line errors ("captions file")."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
     except FileNotFoundError:
         raise UserError(f"the {what} {path} does not exist") from None
     except OSError as error:
         raise UserError(f"cannot read the {what} {path}: {error.strerror}") from None
+    except RecursionError:
+        raise UserError(f"the {what} {path} is nested too deep") from None
     except ValueError as error:
         raise UserError(f"the {what} {path} is not JSON: {error}") from None
+
+
+def read_lines(path, what="text file"):
+    """The lines of a UTF-8 text file; `what` names it in the one-line errors."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the {what} {path} is not UTF-8") from None
+
+
+def is_file(path):
+    """Whether an ordinary file is at `path`; False too where the file system does not let one ask, or the name is too long."""
+    try:
+        return Path(path).is_file()
+    except OSError:
+        return False

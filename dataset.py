@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -20,7 +21,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, features
 from tqdm import tqdm
 
-from cli import UserError, printable, read_json, write_json
+from cli import UserError, is_file, printable, read_json, write_json
 from tokenizer import END_OF_TEXT
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
@@ -56,13 +57,21 @@ def image_files(folder):
         raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
     others = [path.name for path in paths if path.suffix.lower() in OTHER_SUFFIXES]
     paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES
-             and (path.is_file() or path.is_symlink() and not path.exists())]
+             and (not_a_folder(path) or path.is_symlink())]
     if others:
         print(f"passed over, since pictures of their kind are not read: {printable(', '.join(others[:5]))}"
               + (f" and {len(others) - 5} more" if len(others) > 5 else ""), file=sys.stderr)
     if not paths:
         raise UserError(f"the folder {folder} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
     return paths
+
+
+def not_a_folder(path):
+    """Whether a file is there, or something that cannot be asked about: a name of a picture is then a picture's, to be named."""
+    try:
+        return path.is_file()
+    except OSError:
+        return True
 
 
 def list_images(folder):
@@ -102,6 +111,8 @@ def load_image(path, side=None):
         raise
     except Image.UnidentifiedImageError:
         raise ImageError("not an image" if Path(path).stat().st_size else "the file is empty") from None
+    except MemoryError:
+        raise ImageError("there is no memory for it") from None
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, …
         raise ImageError(str(error).strip().split("\n")[0] or type(error).__name__) from None
 
@@ -292,10 +303,10 @@ def read_captions(annotation_file, images_root):
             if not isinstance(annotation["caption"], str):
                 raise TypeError(f"caption {annotation['caption']!r} is not a string")
             items[annotation["image_id"]].captions.append(annotation["caption"])
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{annotation_file} is not in COCO's caption form (images: id, file_name; "
                         f"annotations: image_id, caption): {type(error).__name__} {error}") from None
-    missing = [item.path for item in items.values() if images_root and not item.path.exists()]
+    missing = [item.path for item in items.values() if images_root and not is_file(item.path)]
     if missing:
         raise UserError(f"{len(missing)} images of {annotation_file} are not in {root}, the first is {missing[0].name}")
     return list(items.values())
@@ -459,8 +470,9 @@ class LiveFeatures:
 
 def fingerprint(path):
     """Size in bytes and a checksum of samples of the file: not its date, so that a copy of a dataset is the same."""
-    size, checksum = path.stat().st_size, 0
+    size, checksum = 0, 0
     with suppress(OSError), open(path, "rb") as file:  # one that cannot be read is named when it is encoded
+        size = os.fstat(file.fileno()).st_size
         for part in range(9):
             file.seek(part * max(0, size - 1024) // 8)
             checksum = zlib.crc32(file.read(1024), checksum)
@@ -491,38 +503,63 @@ class FeatureCache:
 
     def __init__(self, encoder, paths, folder, views=1, batch_size=32, device="cpu"):
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         images = fingerprints(paths)
         of_all = [encoder.name, encoder.weights_hash, encoder.image_size, *([encoder.dim] if encoder.levels > 1 else []),
                   device, images]
         self.files = [folder / f"{hashlib.sha256(json.dumps([view, *of_all]).encode()).hexdigest()[:16]}.npy"
                       for view in range(views)]
         shape = (len(paths), encoder.num_tokens, encoder.dim)
-        with ExitStack() as locks:
-            for file in self.files:  # in one order, so that no two runs wait for each other
-                flock(locks.enter_context(open(file.with_suffix(".lock"), "w")), LOCK_EX)
-            done = [self._done(file) for file in self.files]
-            missing = [view for view in range(views) if done[view] < len(paths)]
-            size = 2 * int(np.prod(shape)) * sum(not done[view] for view in missing)
-            if size > shutil.disk_usage(folder).free:
-                raise UserError(f"the features need {size / 1e9:.1f} GB in {folder}, more than is free there: name "
-                                "another --cache or fewer --views")
-            if missing:
-                data = {view: np.lib.format.open_memmap(self.files[view], "r+" if done[view] else "w+", np.float16, shape)
-                        for view in missing}
-                self._build(data, encoder.to(device), paths, min(done[view] for view in missing),
-                            max(1, batch_size // len(missing)), device)
-                del data
+        if not all(self._is_whole(file, shape) for file in self.files):  # a full cache may be one that can only be read
+            try:
+                self._fill(folder, shape, encoder, paths, batch_size, device)
+            except OSError as error:
+                raise UserError(f"cannot keep features in the cache {folder}: {error.strerror or error}") from None
         self.data = [np.load(file, mmap_mode="r") for file in self.files]
 
     def __len__(self):
         return len(self.data[0])
 
+    def _fill(self, folder, shape, encoder, paths, batch_size, device):
+        """Encode what is missing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as locks:
+            for file in self.files:  # in one order, so that no two runs wait for each other
+                flock(locks.enter_context(open(file.with_suffix(".lock"), "w")), LOCK_EX)
+            done = [self._done(file, shape) for file in self.files]
+            missing = [view for view, count in enumerate(done) if count < len(paths)]
+            size = 2 * int(np.prod(shape)) * sum(not done[view] for view in missing)
+            if size > shutil.disk_usage(folder).free:
+                raise UserError(f"the features need {size / 1e9:.1f} GB in {folder}, more than is free there: name "
+                                "another --cache or fewer --views")
+            if not missing:  # another run has encoded them meanwhile
+                return
+            data = {}
+            for view in missing:
+                data[view] = np.lib.format.open_memmap(self.files[view], "r+" if done[view] else "w+", np.float16, shape)
+                with open(self.files[view], "r+b") as file:  # a disk that fills up later would kill the process
+                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+            self._build(data, encoder.to(device), paths, min(done[view] for view in missing),
+                        max(1, batch_size // len(missing)), device)
+
+    @classmethod
+    def _is_whole(cls, file, shape):
+        try:
+            return cls._done(file, shape) == shape[0]
+        except OSError:
+            return False
+
     @staticmethod
-    def _done(file):
-        """How many images of this file are encoded."""
+    def _done(file, shape):
+        """How many images of this file are encoded; 0 for a file that is damaged."""
         progress = file.with_suffix(".json")
-        return read_json(progress, "cache")["done"] if progress.exists() and file.exists() else 0
+        if not is_file(progress) or not is_file(file):
+            return 0
+        try:
+            done = read_json(progress, "cache")["done"]
+            whole = np.load(file, mmap_mode="r").shape == shape  # raises ValueError for one that was cut
+        except (UserError, LookupError, TypeError, ValueError, EOFError):
+            return 0
+        return done if whole and isinstance(done, int) and 0 < done <= shape[0] else 0
 
     @torch.inference_mode()
     def _build(self, data, encoder, paths, done, batch_size, device):

@@ -38,14 +38,18 @@ def load_references(annotation_file, images_root=None):
     return references
 
 
+def check_form(predictions, name):
+    if not isinstance(predictions, dict):
+        raise UserError(f'{name}: not of the form {{"file name without extension": "caption"}}')
+
+
 def check_predictions(predictions, references, allow_partial=False, name="the predictions"):
     """The keys that can be scored, in the order of `references`.
 
     Raises UserError unless `predictions` is {key: caption} with exactly the keys of `references` and words in each;
     with `allow_partial` only where nothing is left to score.
     """
-    if not isinstance(predictions, dict):
-        raise UserError(f'{name}: not of the form {{"file name without extension": "caption"}}')
+    check_form(predictions, name)
     no_text = [key for key, caption in predictions.items() if not isinstance(caption, str)]
     empty = [key for key, caption in predictions.items() if key not in no_text and not caption.strip()]
     problems = {
@@ -178,13 +182,15 @@ def main():
         raise UserError(f"--rank_file is {args.rank_file}, but must end in {', '.join(PICTURES)}")
     for path in filter(None, [args.out, args.rank_file if args.rank else None]):
         check_output(path, SUFFIX_KINDS[Path(path).suffix], [args.pred_file, args.annotation_file, args.compare])
+    files = [args.pred_file] + ([args.compare] if args.compare else [])
+    systems = [read_json(file, "predictions file") for file in files]
+    for file, predictions in zip(files, systems):  # before CLIP is loaded
+        check_form(predictions, file)
     clip, lacking = clip_scorer(args.images_root, args.clip_weights, args.clip_prefix)
     names = text_metrics() + (clip.names if clip else [])
     if args.rank and args.rank_by not in names:
         raise UserError(f"--rank_by is {args.rank_by}, but the metrics are {', '.join(names)}")
     references = load_references(args.annotation_file, args.images_root if clip or args.rank else None)
-    files = [args.pred_file] + ([args.compare] if args.compare else [])
-    systems = [read_json(file, "predictions file") for file in files]
     usable = [set(check_predictions(predictions, references, args.allow_partial, file))
               for predictions, file in zip(systems, files)]
     images = {key: image for key, image in references.items() if all(key in keys for keys in usable)}

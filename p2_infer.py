@@ -9,6 +9,8 @@ images could not be read and are named.
 """
 
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -106,7 +108,14 @@ def main():
         model.retrieve(datastore, arguments.cache)
     captions, unread = caption_folder(model, images, generation, arguments.batch_size, processes.device, processes)
     if processes.main:
-        write_json(arguments.output, captions)
+        try:
+            write_json(arguments.output, captions)
+        except OSError:  # the disk is full: the work is not to be lost for that
+            with suppress(OSError):
+                rescued = Path(tempfile.mkdtemp()) / Path(arguments.output).name
+                write_json(rescued, captions)
+                print(f"{arguments.output} could not be written: the captions are in {rescued}", file=sys.stderr)
+            raise
     processes.wait()  # a launcher ends all as soon as one ends with a status other than 0
     if not processes.main:
         return

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from tqdm import tqdm
 
-from cli import ArgumentParser, UserError, add_options, run, take_options, write_whole
+from cli import ArgumentParser, UserError, add_options, read_lines, run, take_options, write_whole
 from dataset import IGNORE, bucketed_batches, clean_caption, collate, read_captions
 from decoder import Decoder, DecoderConfig
 from tokenizer import END_OF_TEXT, VOCAB_SIZE, BPETokenizer
@@ -63,10 +63,7 @@ def read_texts(text_files, caption_files, held_out):
         texts += [caption for image in images[:split] for caption in image.captions]
         kept_out += [caption for image in images[split:] for caption in image.captions]
     for file in text_files:
-        try:
-            texts += Path(file).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}") from None
+        texts += read_lines(file)
     kept_out = dict.fromkeys(filter(None, map(clean_caption, kept_out)))
     texts = dict.fromkeys(filter(None, map(clean_caption, texts)))
     forbidden = {letters(text) for text in kept_out}

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from captioner import MAX_TRAINED, Captioner, CaptionerConfig, GenerationConfig, Projection, check_hashes, is_fusion, read_metadata
 from cider import CiderScorer
-from cli import ArgumentParser, UserError, add_options, run, take_options, with_config
+from cli import ArgumentParser, UserError, add_options, read_lines, run, take_options, with_config
 from concepts import Concepts
 from dataset import (IGNORE, FeatureCache, Folder, LiveFeatures, SomeFeatures, ahead, bucketed_batches, clean_caption,
                      clean_captions, collate, data_digest)
@@ -75,6 +75,7 @@ class Settings:
     scst_learning_rate: float = 2e-4
     scst_samples: int = 5
     scst_temperature: float = 0.5
+    scst_clip: float = 0.0
     selection: tuple = (500,)
     selection_beam: int = 3
     seed: int = 0
@@ -84,8 +85,11 @@ class Settings:
     tensorboard: str = ""
 
     def __post_init__(self):
-        self.data, self.data_weights = tuple(map(str, np.atleast_1d(self.data))), tuple(map(float, self.data_weights))
-        self.selection, self.text = tuple(map(int, np.atleast_1d(self.selection))), tuple(map(str, np.atleast_1d(self.text)))
+        self.data, self.text = (tuple(map(str, np.atleast_1d(paths))) for paths in (self.data, self.text))
+        try:
+            self.data_weights, self.selection = tuple(map(float, self.data_weights)), tuple(map(int, np.atleast_1d(self.selection)))
+        except ValueError as error:
+            raise UserError(f"--data_weights and --selection take numbers: {error}") from None
         if not self.data or len(self.data_weights) not in (0, len(self.data)) or not all(
                 0 < weight < math.inf for weight in self.data_weights):
             raise UserError("--data names at least one folder, --data_weights none or one number above 0 for each")
@@ -118,7 +122,7 @@ HELP = dict(
     fusion_epochs="of cross-entropy on the projection and cross-attention alone, before PEFT", epochs="of cross-entropy",
     fusion_learning_rate="of the projection and cross-attention in both; 0: as learning_rate",
     scst_epochs="of self-critical training on CIDEr, after the others", scst_samples="captions drawn for each image",
-    scst_temperature="of the drawing",
+    scst_temperature="of the drawing", scst_clip="what our CLIP's image-text cosine counts beside CIDEr",
     views="of each image in the cache: 1 as it is, more: random crops too, every other mirrored",
     batch_size="images of an update, over all processes, each with all its captions",
     accumulation="parts of a batch that go through the model one after the other, to save memory",
@@ -214,14 +218,6 @@ class TextData:
         return *collate([self.rows[i] for i in numbers]), self.words.imagine(things, seen, random)
 
 
-def read_lines(path):
-    """The lines of a text file. Raises UserError."""
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-
-
 class Trainer:
     """One run: data, model, optimizer and the place that it has come to.
 
@@ -233,13 +229,13 @@ class Trainer:
         self.config, self.settings = config, settings
         self.processes = Processes(device)
         self.device = self.processes.device
-        self.dtype = pick_precision(self.device, settings.precision)
+        self.dtype = pick_precision(self.device, settings.precision, scaled=True)
         self.interruption = Interruption(settings.max_hours)
         if settings.fsdp and self.processes.count == 1:
             raise UserError("--fsdp shards over several processes: start them with accelerate launch")
         if settings.tensorboard:
             TrainingLog.find_tensorboard()
-        self.state_file = prepare_output(settings.output)
+        self.state_file = prepare_output(settings.output, self.processes.main)
         folders = self.read_folders()
         parts = [[image for folder in folders for image in some(folder)]
                  for some in (lambda folder: folder.images[:folder.train], lambda folder: folder.images[folder.train:])]
@@ -531,9 +527,9 @@ class Trainer:
                 # What is drawn for an image follows from its place in the batch, whichever process draws.
                 numbers = [settings.scst_samples * indices.index(i) + k for i in piece or indices[:1]
                            for k in range(settings.scst_samples)]
-                reward = partial(self.scorer.score, np.repeat(piece or indices[:1], settings.scst_samples))
-                drawn.append(self.model.draw(features.to(self.device).float(), reward, settings.scst_samples,
-                                             settings.scst_temperature, seed, numbers))
+                features = features.to(self.device).float()
+                reward = partial(self.reward, np.repeat(piece or indices[:1], settings.scst_samples), features)
+                drawn.append(self.model.draw(features, reward, settings.scst_samples, settings.scst_temperature, seed, numbers))
         self.model.train()
         drawn = [(tokens, targets, advantages * bool(piece[0]), rewards * bool(piece[0]))
                  for piece, (tokens, targets, advantages, rewards) in zip(pieces, drawn)]
@@ -545,6 +541,16 @@ class Trainer:
                                        temperature=settings.scst_temperature, reduction="sum") / total
             self.backward(loss)
         return reward / (len(indices) * settings.scst_samples)
+
+    def reward(self, images, features, captions, ended):
+        """CIDEr of captions of the images with these numbers, and what our CLIP says of them (Cho et al. 2022,
+        arXiv:2205.13115): (n,)"""
+        rewards = torch.from_numpy(self.scorer.score(images, captions, ended))
+        if self.settings.scst_clip:
+            judge = self.model.judge
+            seen = F.normalize(judge.embed_images(features), dim=-1).repeat_interleave(self.settings.scst_samples, 0)
+            rewards += self.settings.scst_clip * (seen * F.normalize(judge.embed_texts(captions), dim=-1)).sum(-1).cpu()
+        return rewards
 
     @cached_property
     def scorer(self):

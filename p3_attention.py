@@ -156,9 +156,11 @@ def p2_attention(model, pictures, generation=None, through_projection=False):
                         "--rollout they lie where the encoder saw them")
     generation = generation or GenerationConfig()
     device = model.token_ids.device
-    features = model.encoder(torch.stack([model.encoder.preprocess(picture) for picture in pictures]).to(device))
-    concepts = model.concepts(features)
-    rows = model.search(features, generation)
+    with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):  # as p2_infer.py captions
+        features = model.encoder(torch.stack([model.encoder.preprocess(picture) for picture in pictures]).to(device))
+        concepts = model.concepts(features)
+        rows = model.search(features, generation)
+    features = features.float()
     attentions, mixing = [], [] if through_projection else None
     log_probs = teacher_forced(model, features, rows, attentions, mixing)
     weights = torch.stack(attentions, 1)  # (B, layers, H, T, N)

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from cli import ArgumentParser, UserError, add_options, run, take_options
+from cli import ArgumentParser, UserError, add_options, read_lines, run, take_options
 from clip_small import ClipConfig, ClipSmall, Summary, TextEncoder, mean_of_tokens, run_layers
 from dataset import FeatureCache, Folder, clean_captions
 from retrieval import Ranks
@@ -434,14 +434,6 @@ def sample_of(cache, batch_size=50):
     for start in range(0, len(numbers), batch_size):
         some = numbers[start:start + batch_size]
         yield cache[some, np.zeros_like(some)]
-
-
-def read_lines(file):
-    """The lines of a text file. Raises UserError."""
-    try:
-        return Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from None
 
 
 def main():

@@ -80,7 +80,10 @@ class Settings:
     max_hours: float = 0.0
 
     def __post_init__(self):
-        self.sizes, self.epochs = tuple(map(int, self.sizes)), tuple(map(float, self.epochs))
+        try:
+            self.sizes, self.epochs = tuple(map(int, self.sizes)), tuple(map(float, self.epochs))
+        except ValueError as error:
+            raise UserError(f"--sizes and --epochs take numbers: {error}") from None
         check_settings(self, ("batch_size", "selection"), ("warmup", "average"))
         if len(self.sizes) != len(self.epochs) or not self.sizes or min(self.epochs) <= 0:
             raise UserError("--sizes and --epochs go together: as many, and each above 0")

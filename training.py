@@ -1,15 +1,19 @@
 """What the two training scripts share: optimizer, schedule, precision, and state that survives interruption."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
-import pickle
 import signal
+import sys
+import tempfile
 import threading
 import time
 from dataclasses import asdict, fields
 from datetime import timedelta
+from fcntl import LOCK_EX, LOCK_NB, flock
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -19,17 +23,27 @@ from cli import UserError, check_writable
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@lru_cache
 def pick_device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """"cuda" or "cpu". Where there is a GPU of NVIDIA's that PyTorch cannot use, a line on stderr says so."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/proc/driver/nvidia/version").exists():
+        print(f"there is a GPU, but this PyTorch, built for CUDA {torch.version.cuda}, cannot use it: is the driver older? On the CPU "
+              "everything is many times slower", file=sys.stderr)
+    return "cpu"
 
 
-def pick_precision(device, name="auto"):
+def pick_precision(device, name="auto", scaled=False):
     """The dtype of autocast: with "auto" bf16 on CUDA, and on a CPU fp32, since without AMX bf16 is slower there.
 
-    Raises UserError for an unknown name.
+    `scaled`: whether gradients are scaled, so that "auto" may be fp16 on a GPU that only emulates bf16. Raises UserError for an
+    unknown name.
     """
     if name == "auto":
         name = "bf16" if device == "cuda" else "fp32"
+        if scaled and name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            name = "fp16"
     if name not in PRECISIONS:
         raise UserError(f"--precision is {name}: choose from auto, {', '.join(PRECISIONS)}")
     return PRECISIONS[name]
@@ -303,11 +317,20 @@ def save_state(path, settings, optimizer, parameters, progress, scaler=None):
              "random": torch.get_rng_state(),
              "cuda_random": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
     temporary = Path(path).with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch raises the latter where a disk is full
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot save {path}, to go on from ({str(error).splitlines()[0]}): make room and give the same command "
+                        "again, which goes on from where it was saved before") from None
+
+
+LOCKS = {}  # open files, each the lock of an output
+DAMAGED = "{}, of an unfinished run, is damaged: delete it, or name another output"
 
 
 def load_state(path, settings, optimizer, parameters, device, scaler=None):
@@ -317,26 +340,36 @@ def load_state(path, settings, optimizer, parameters, device, scaler=None):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["settings"]
-    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
-        raise UserError(f"{path}, of an unfinished run, is damaged: delete it, or name another output") from None
+        if not isinstance(before, dict):
+            raise TypeError
+    except Exception:  # there is nothing that torch does not raise for some damaged file
+        raise UserError(DAMAGED.format(path)) from None
     changed = [key for key in settings if before.get(key) != settings[key]]
     if changed:
         raise UserError(f"{path} is of an unfinished run with another {changed[0]} ({before.get(changed[0])}, "
                         f"not {settings[changed[0]]}): repeat its settings, delete it, or name another output")
-    with torch.no_grad():
+    try:
         for name, parameter in parameters.items():
-            parameter.copy_(state["parameters"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    if scaler:
-        scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["random"])
-    if device == "cuda" and state["cuda_random"] is not None:
-        torch.cuda.set_rng_state(state["cuda_random"])
-    return state["progress"]
+            if state["parameters"][name].shape != parameter.shape or not state["parameters"][name].isfinite().all():
+                raise ValueError
+            parameter.detach().copy_(state["parameters"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        if scaler:
+            scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"])
+        if device == "cuda" and state["cuda_random"] is not None:
+            torch.cuda.set_rng_state(state["cuda_random"])
+        progress = state["progress"]
+        if not isinstance(progress, dict):
+            raise TypeError
+    except Exception:
+        raise UserError(DAMAGED.format(path)) from None
+    return progress
 
 
-def prepare_output(output):
-    """Check that `output` can be written, and that no finished run wrote it; return the state file beside it."""
+def prepare_output(output, main=True):
+    """Check that `output` can be written, that no finished run wrote it, and that no other run does, of which only the main
+    process has to make sure; return the state file beside it."""
     output = Path(output)
     state_file = output.with_suffix(".state.pt")
     if output.suffix != ".safetensors":
@@ -348,7 +381,24 @@ def prepare_output(output):
     except OSError as error:
         raise UserError(f"cannot create the folder {output.parent}: {error.strerror}") from None
     check_writable(output)
+    if main:
+        hold(output)
     return state_file
+
+
+def hold(output):
+    """Keep other processes of this user and machine from writing `output` until this one ends. Raises UserError where one does."""
+    name = hashlib.sha256(os.fsencode(output.resolve())).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"training-{os.getuid()}-{name}.lock"
+    if path in LOCKS:
+        return
+    lock = open(path, "w")
+    try:
+        flock(lock, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"another run is writing {output}: wait for its end, or name another --output") from None
+    LOCKS[path] = lock
 
 
 def check_settings(settings, at_least_one=(), fractions=(), signed=()):

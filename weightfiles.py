@@ -45,6 +45,9 @@ def read_weights(path, what="weights file"):
                                                 for name, value in weights.items()):
         raise UserError(f"the {what} {path} does not hold a state dict (names with tensors)")
     for name, value in weights.items():
+        # A tensor that says that it is larger than what is stored of it, or has no values, could ask for any amount of memory.
+        if value.layout != torch.strided or value.is_meta or value.untyped_storage().nbytes() < value.numel() * value.itemsize:
+            raise UserError(f"the {what} {path} holds {name} in a form that weights do not have")
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"the {what} {path} holds values in {name} that are not numbers: it is damaged")
     return dict(weights)

@@ -367,7 +367,7 @@ def test_captions_without_pictures_are_read_once_and_not_those_of_the_selection(
     tokens, targets, concepts = trainer.text.batch([2, 0], np.random.default_rng(0))
     assert tokens[1, 1:4].tolist() == trainer.text.rows[0][:3] and len(concepts.numbers) == 2
     for changes, config, message in (({}, replace(CONFIG, concepts=0), "needs --concepts"),
-                                     ({"text": ("nowhere.txt",)}, CONFIG, "cannot read nowhere.txt")):
+                                     ({"text": ("nowhere.txt",)}, CONFIG, "cannot read the text file nowhere.txt")):
         with pytest.raises(UserError, match=message):
             p2_train.Trainer(config, settings(output="o.safetensors", **changes), "cpu")
 
@@ -403,6 +403,19 @@ def test_a_step_adds_the_gradients_of_both(place):
     assert total == sum(len(trainer.text.rows[i]) + 1 for i in (0, 2))
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, trainer.trained[name].grad, atol=1e-6, rtol=1e-4)
+
+
+def test_our_clip_rewards_captions_beside_cider(place):
+    config = settings(text=(), epochs=0, scst_epochs=1, scst_clip=2.0, output="o.safetensors")
+    trainer = p2_train.Trainer(CONFIG, config, "cpu")
+    trainer.model.judge = FakeJudge(lambda text: (1.0, 0.0) if "zebra" in text else (-1.0, 0.0))
+    features = looking_at((3.0, 0.0))[:, :, :2]
+    captions, numbers = ["a red picture", "a zebra", "a red zebra", "", "red"], np.zeros(5, int)
+    rewards = trainer.reward(numbers, features, captions, [True] * 5)
+    cider = trainer.scorer.score(numbers, captions, [True] * 5)
+    assert (rewards.numpy() - cider).tolist() == pytest.approx([-2, 2, 2, -2, -2]) and cider[0] > cider[1]
+    trainer.settings.scst_clip = 0.0
+    assert trainer.reward(numbers, features, captions, [True] * 5).tolist() == pytest.approx(cider.tolist())
 
 
 def test_concepts_are_added_to_a_captioner_that_knew_none(place):

@@ -13,19 +13,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import cli
 import p1_clip_classify
 import p2_evaluate
 import p2_infer
 import p2_train
 from captioner import Captioner
-from cli import UserError, check_output
+from cli import UserError, check_output, check_writable, read_json, read_lines, write_json
 from conftest import ROOT
-from dataset import clean_caption, load_image, read_captions, ImageError
+from dataset import FeatureCache, ImageError, clean_caption, image_files, load_image, read_captions
 from decoder import Decoder
 from test_captioner import make_captioner, save_decoder
 from test_train import CONFIG, Interrupted, interrupt_after, settings
-from training import check_settings, step_optimizer
-from weightfiles import read_archive
+from training import check_settings, pick_precision, prepare_output, step_optimizer
+from weightfiles import read_archive, read_weights
 
 CASES = ROOT.parent / "shared/cases"
 
@@ -333,8 +334,6 @@ def test_damaged_exif_data_costs_no_picture(tmp_path):
 
 def test_phones_pictures_are_read_and_others_named(tmp_path, capsys, monkeypatch):
     pillow_heif = pytest.importorskip("pillow_heif")
-    from dataset import image_files
-
     picture = Image.new("RGB", (64, 48), (200, 30, 30))
     heif = pillow_heif.from_pillow(picture)
     heif.save(tmp_path / "a.HEIC")
@@ -349,3 +348,163 @@ def test_phones_pictures_are_read_and_others_named(tmp_path, capsys, monkeypatch
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(ImageError, match="pip install pillow-heif"):
         load_image(tmp_path / "a.HEIC")
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+
+def test_json_of_every_kind_is_read_or_refused_in_a_line(tmp_path):
+    (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf" + b'{"a": "b"}')
+    assert read_json(tmp_path / "bom.json", "file") == {"a": "b"}
+    (tmp_path / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    for name, content in (("object", {"images": [], "annotations": {"a": 1}}), ("strings", {"images": [], "annotations": ["a"]}),
+                          ("list", [1]), ("long", {"images": [{"id": 1, "file_name": "x" * 300}], "annotations": []})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    for name in "deep", "object", "strings", "list", "long":
+        with pytest.raises(UserError):
+            read_captions(tmp_path / f"{name}.json", tmp_path)
+    (tmp_path / "latin1.txt").write_bytes(b"a caf\xe9\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_lines(tmp_path / "latin1.txt")
+
+
+def test_one_bad_link_does_not_lose_the_folder(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("nowhere")
+    os.symlink("x" * 256, tmp_path / "c.png")  # no name can be that long
+    (tmp_path / "d.png").mkdir()
+    assert [path.name for path in image_files(tmp_path)] == ["a.png", "b.png", "c.png"]
+    for name in "b.png", "c.png":
+        with pytest.raises(ImageError):
+            load_image(tmp_path / name)
+
+
+def test_a_pipe_among_the_training_images_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    (tmp_path / "captions.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}))
+    with pytest.raises(UserError, match="not in"):
+        read_captions(tmp_path / "captions.json", tmp_path)
+
+
+def test_a_full_cache_serves_where_nothing_can_be_written_and_a_cut_one_is_made_again(workplace, monkeypatch):
+    encoder = CONFIG.load_encoder()
+    paths = [Path("data/images/train/0.png"), Path("data/images/train/1.png")]
+    first = FeatureCache(encoder, paths, "cache", 2)
+    expected = first[[0, 1], [1, 0]]
+    with monkeypatch.context() as patch:
+        patch.setattr("dataset.flock", lambda *arguments: pytest.fail("a lock was taken"))
+        assert torch.equal(FeatureCache(encoder, paths, "cache", 2)[[0, 1], [1, 0]], expected)
+    whole = first.files[1].read_bytes()
+    for damage in whole[:-100], b"", b"nothing":
+        first.files[1].write_bytes(damage)
+        assert torch.equal(FeatureCache(encoder, paths, "cache", 2)[[0, 1], [1, 0]], expected)
+    for progress in '{"done": "two"}', "[]", '{"done": 9}', "{":
+        first.files[0].with_suffix(".json").write_text(progress)
+        assert torch.equal(FeatureCache(encoder, paths, "cache", 2)[[0, 1], [1, 0]], expected)
+    Path("a file").write_text("")
+    with pytest.raises(UserError, match="cannot keep features in the cache"):
+        FeatureCache(encoder, paths, "a file", 1)
+    monkeypatch.setattr(os, "posix_fallocate", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="No space left"):
+        FeatureCache(encoder, paths, "another", 1)
+
+
+def test_damaged_states_are_named_and_full_disks_leave_nothing_behind(workplace, monkeypatch):
+    original = interrupt_after(p2_train, monkeypatch, 6)
+    with pytest.raises(Interrupted):
+        p2_train.train(CONFIG, settings(), "cpu")
+    monkeypatch.setattr(p2_train, "step_optimizer", original)
+    file = Path("checkpoints/captioner.state.pt")
+    state, whole = torch.load(file), file.read_bytes()
+    random = np.random.default_rng(0)
+    damaged = []
+    for key, value in (("progress", [1]), ("settings", None), ("parameters", {}), ("optimizer", {}), ("random", torch.zeros(3))):
+        torch.save(state | {key: value}, file)
+        damaged.append(file.read_bytes())
+    damaged += [whole[:n] for n in (0, 10, len(whole) // 2)]
+    for _ in range(12):
+        broken = bytearray(whole)
+        for at in random.integers(0, len(whole), 40):
+            broken[at] = random.integers(256)
+        damaged.append(bytes(broken))
+    for content in damaged:
+        file.write_bytes(content)
+        try:
+            p2_train.Trainer(CONFIG, settings(), "cpu")  # where only weights' bits were hit, it goes on
+        except UserError as error:
+            assert "damaged" in str(error) or "another" in str(error)
+    file.write_bytes(whole)
+    trainer = p2_train.Trainer(CONFIG, settings(), "cpu")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    trainer.before, trainer.started = 0.0, 0.0
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left.*goes on"):
+            trainer.save()
+    assert file.read_bytes() == whole and not list(Path("checkpoints").glob("*.tmp"))
+
+
+def test_weights_of_strange_forms_are_refused(tmp_path):
+    for name, tensor in (("expanded", torch.zeros(1).expand(10**6)), ("sparse", torch.eye(3).to_sparse()), ("meta", torch.empty(3, device="meta"))):
+        torch.save({"weight": tensor}, tmp_path / f"{name}.bin")
+        with pytest.raises(UserError):
+            read_weights(tmp_path / f"{name}.bin")
+    if CASES.is_dir():
+        with pytest.raises(UserError):
+            read_weights(CASES / "w_bin_hugedims.bin")
+
+
+def test_two_runs_do_not_write_one_output(workplace):
+    import subprocess
+
+    output = (workplace / "checkpoints/one.safetensors").resolve()
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import training; training.prepare_output({str(output)!r}); print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another run is writing"):
+            prepare_output(output)
+        prepare_output(output, main=False)
+        prepare_output(output.with_name("two.safetensors"))
+    finally:
+        other.communicate()
+    prepare_output(output)
+    prepare_output(output)  # of this process's own there is no end to wait for
+
+
+def test_names_that_are_too_long_are_seen_before_the_work(tmp_path):
+    check_writable(tmp_path / ("x" * 250 + ".json"))
+    write_json(tmp_path / ("x" * 250 + ".json"), {})
+    with pytest.raises(UserError, match="256 bytes"):
+        check_writable(tmp_path / ("é" * 128))
+
+
+def test_numbers_that_are_none_are_named():
+    import p4_pretrain_vit
+
+    with pytest.raises(UserError, match="take numbers"):
+        settings(selection=("many",))
+    with pytest.raises(UserError, match="take numbers"):
+        p4_pretrain_vit.Settings(sizes=("abc",))
+
+
+@pytest.mark.parametrize("native, scaled, expected", [(True, True, torch.bfloat16), (False, True, torch.float16), (False, False, torch.bfloat16)])
+def test_precision_on_a_gpu_that_only_emulates_bf16(monkeypatch, native, scaled, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert pick_precision("cuda", scaled=scaled) == expected and pick_precision("cpu", scaled=scaled) == torch.float32
+
+
+@pytest.mark.parametrize("error, words", [(OSError(28, "No space left on device", "out.json"), "No space left on device for out.json"),
+                                          (torch.OutOfMemoryError("CUDA out of memory"), "lower --batch_size"),
+                                          (UserError("a\x1b[31m name"), "a\\x1b[31m name")])
+def test_what_a_script_ends_with_is_one_line(capsys, error, words):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and end.value.code == (2 if isinstance(error, UserError) else 1)

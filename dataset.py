@@ -196,6 +196,7 @@ def tones(values, nodata=""):
     The range is that of the fewest bits that hold all values, or from 0 to 1; else, since there is none agreed on, from the
     least to the greatest. What is not finite, or stands for "no data", is black.
     """
+    values = np.asarray(values, np.float64)
     known = np.isfinite(values)
     with suppress(ValueError):
         known &= values != np.float32(nodata)

@@ -508,3 +508,14 @@ def test_what_a_script_ends_with_is_one_line(capsys, error, words):
         cli.run(main)
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1 and end.value.code == (2 if isinstance(error, UserError) else 1)
+
+
+def test_a_picture_that_was_changed_in_place_gets_new_features(workplace):
+    encoder = CONFIG.load_encoder()
+    path = Path("data/images/train/0.bmp")  # uncompressed: of the same size, the same almost everywhere
+    pixels = np.zeros((400, 400, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    before = FeatureCache(encoder, [path], "cache")[[0], [0]]
+    pixels[20:100, 30:200] = 255
+    Image.fromarray(pixels).save(path)
+    assert not torch.equal(FeatureCache(encoder, [path], "cache")[[0], [0]], before)

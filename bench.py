@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 
 import captioner
 import p2_train
-from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner, CaptionerConfig, GenerationConfig
+from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner, CaptionerConfig
 from cli import ArgumentParser, UserError, run
 from dataset import clean_caption, collate, list_images, load_ahead, load_image, read_captions, write_subset
 from encoder import ImageEncoder
@@ -142,7 +143,7 @@ def main():
     parser.add_argument("images", nargs="?", help="folder of images")
     parser.add_argument("--training", metavar="DATA", type=Path, help="measure training, on this train.json and images/train")
     parser.add_argument("--steps", type=int, default=20, help="of training, 8 images each")
-    parser.add_argument("--beam_size", type=int, default=3, help="beams of every search")
+    parser.add_argument("--beam_size", type=int, help="beams of every search; default: as the embedded model's checkpoint says")
     parser.add_argument("--batch_size", type=int, default=32, help="images at a time")
     parser.add_argument("--count", type=int, default=1000, help="images, the first by name")
     arguments = parser.parse_args()
@@ -152,8 +153,8 @@ def main():
         return training_speed(arguments.training, arguments.steps)
     device = pick_device()
     images = dict(list(list_images(arguments.images).items())[:arguments.count])
-    generation = GenerationConfig(arguments.beam_size)
     model = Captioner.load(EMBEDDED_CHECKPOINT, EMBEDDED_DECODER).to(device)
+    generation = model.generation if arguments.beam_size is None else replace(model.generation, beam_size=arguments.beam_size)
     encoder = model.encoder
     batches = [batch.to(device) for _, batch, _ in
                load_ahead(images.values(), encoder.preprocess, encoder.image_size, arguments.batch_size)
@@ -168,7 +169,7 @@ def main():
             (Path(folder) / path.name).symlink_to(path.resolve())
         output = Path(folder) / "captions.json"
         command = ["bash", str(Path(__file__).with_name("hw3_2.sh")), folder, str(output),
-                   "--beam_size", str(arguments.beam_size), "--batch_size", str(arguments.batch_size)]
+                   "--beam_size", str(generation.beam_size), "--batch_size", str(arguments.batch_size)]
         environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         seconds["hw3_2.sh"], done = timed(lambda: subprocess.run(command, env=environment, capture_output=True, text=True))
         if done.returncode not in (0, 3):
@@ -179,7 +180,7 @@ def main():
     seconds["one by one"] = slow / len(few[0]) * len(images)
 
     same = sum(one == two for one, two in zip(alone, captions.values()))
-    print(f"{len(images)} images, beam {arguments.beam_size}, batch {arguments.batch_size}, "
+    print(f"{len(images)} images, beam {generation.beam_size}, batch {arguments.batch_size}, "
           f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {device}")
     for name, value in seconds.items():
         print(f"{name:12}{len(images) / value:8.1f} images/s  {seconds['encoder'] / value:6.2f} of the encoder alone")

@@ -20,7 +20,7 @@ from torch import nn
 
 from cli import UserError, write_whole
 from clip_small import SMALL_WEIGHTS, ClipSmall
-from concepts import ClassifierWords, ClassWords, ClipWords, RetrievedWords
+from concepts import ClassifierWords, ClassWords, ClipWords, Concepts, RetrievedWords
 from dataset import IGNORE, collate
 from decoder import ADAPTER_PLACES, Block, Cache, Decoder, DecoderConfig, LayerContext, init_weights
 from encoder import EMBEDDED, WEIGHTS_FOLDER, load_encoder
@@ -45,6 +45,7 @@ class CaptionerConfig:
     fusion: str = "cross"  # cross-attention, or "prefix": image tokens before the text
     concepts: int = 0  # things recognised in the image whose words the text sees beside it; 0: none
     concept_source: str = "classifier"  # or "clip": the nouns nearest to the image in our CLIP's space
+    meaning: bool = False  # whether the image's embedding in our CLIP's space stands beside it as one more token
     concept_dropout: float = 0.2  # part of the concepts that a training step leaves out
     projection_layers: int = 0  # transformer layers over the image tokens; 0: a linear projection
     projection_dim: int = 384  # under fusion "prefix", the decoder's width instead
@@ -112,20 +113,23 @@ class GenerationConfig:
 
 
 class Projection(nn.Module):
-    """Encoder tokens (B, N, D) -> image tokens (B, N, width), normalised; after them a token for each concept.
+    """Encoder tokens (B, N, D) -> image tokens (B, N, width), normalised; after them a token for each concept, and one for the
+    meaning.
 
     Args:
-        concept_dim: width of a concept's vector, if there are any.
+        concept_dim, meaning_dim: widths of a concept's vector, and of a meaning, if there are any.
         width: of the image tokens; None: `config.projection_dim`.
         scale: their root mean square to begin with; under fusion "prefix", that of the token embeddings.
     """
 
-    def __init__(self, config, encoder_dim, num_tokens, width=None, scale=1.0, concept_dim=0):
+    def __init__(self, config, encoder_dim, num_tokens, width=None, scale=1.0, concept_dim=0, meaning_dim=0):
         super().__init__()
         width = width or config.projection_dim
         self.input = nn.Linear(encoder_dim, width)
         if config.concepts:
             self.concepts = nn.Linear(concept_dim, width)
+        if config.meaning:
+            self.meaning = nn.Linear(meaning_dim, width)
         self.layers = nn.ModuleList()
         self.has_positions = config.projection_layers > 0 or config.fusion == "prefix"
         if self.has_positions:
@@ -140,18 +144,21 @@ class Projection(nn.Module):
         nn.init.normal_(self.input.weight, std=encoder_dim**-0.5)
         if config.concepts:
             nn.init.normal_(self.concepts.weight, std=concept_dim**-0.5)
+        if config.meaning:
+            nn.init.normal_(self.meaning.weight)  # of a vector of length 1
         nn.init.constant_(self.norm.weight, scale)
         for layer in self.layers:  # they start as the identity, since attention learns a linear projection sooner
             nn.init.zeros_(layer.attn.c_proj.weight)
             nn.init.zeros_(layer.mlp.c_proj.weight)
 
-    def forward(self, features, concepts=None, attentions=None):
-        """Image tokens (B, N + K, width).
+    def forward(self, features, concepts=None, meaning=None, attentions=None):
+        """Image tokens (B, N + K, width), or with a meaning (B, N + K + 1, width).
 
         Args:
-            features: (B, N, D); None: of no image, where the concepts are all there is.
+            features: (B, N, D); None: of no image, where the rest is all there is.
             concepts: (B, K, concept_dim); None: none.
-            attentions: a list that receives each layer's weights (B, H, N + K, N + K).
+            meaning: (B, meaning_dim); None: none.
+            attentions: a list that receives each layer's weights (B, H, S, S) over all S of them.
         """
         parts = [] if features is None else [self.patches(features)]
         if concepts is not None:
@@ -159,6 +166,8 @@ class Projection(nn.Module):
                 kept = torch.rand(*concepts.shape[:2], 1, device=concepts.device) >= self.concept_dropout
                 concepts = concepts * kept
             parts.append(self.concepts(concepts))
+        if meaning is not None:
+            parts.append(self.meaning(meaning)[:, None])
         x = F.dropout(torch.cat(parts, 1), self.dropout, self.training)
         all_of_them = LayerContext(image=slice(None))  # image tokens are all that a layer here attends to
         for layer in self.layers:
@@ -199,10 +208,13 @@ class Captioner(nn.Module):
         # Rows of zeros are tokens that the decoder itself never met: it cannot say them.
         known = decoder.wte.weight[:END_OF_TEXT + 1].any(1).nonzero().squeeze(1)  # some have rows behind their last token
         scale = decoder.wte.weight[known].square().mean().sqrt().item() if config.fusion == "prefix" else 1.0
-        self.projection = Projection(config, encoder.dim, encoder.num_tokens, decoder.config.image_dim, scale,
-                                     decoder.config.n_embd)
         self.encoder = encoder
+        self.projection = Projection(config, encoder.dim, encoder.num_tokens, decoder.config.image_dim, scale,
+                                     decoder.config.n_embd, self.judge.config.width if config.meaning else 0)
+        # Of embeddings of images, and of texts: in a contrastive space the two lie apart (Liang et al. 2022, arXiv:2203.02053).
+        self.register_buffer("centres", torch.zeros(2, self.judge.config.width) if config.meaning else None, persistent=False)
         self.tokenizer = BPETokenizer()
+        self.generation = GenerationConfig()  # how captions are searched for unless it is said
         self.words = config.concept_words(encoder)
         self.register_buffer("concept_vectors", self.vectors_of_concepts(config.concept_source == "clip"), persistent=False)
         token_ids = known if token_ids is None else token_ids[torch.isin(token_ids, known)]
@@ -247,13 +259,26 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def concepts(self, features):
-        """Features (B, N, D) -> the Concepts that are recognised in them; None for a model without."""
-        return self.source.recognise(features, self.config.concepts) if self.words else None
+        """Features (B, N, D) -> the Concepts that are recognised in them; None for a model that is told of none."""
+        if not self.words and not self.config.meaning:
+            return None
+        found = self.source.recognise(features, self.config.concepts) if self.words else Concepts(None, None)
+        return found._replace(meaning=self.meaning(self.judge.embed_images(features), 0)) if self.config.meaning else found
+
+    def meaning(self, embeddings, of_texts):
+        """Embeddings in our CLIP's space, of images (0) or of texts (1), seen from their centre: unit vectors (B, width)"""
+        return F.normalize(F.normalize(embeddings, dim=-1) - self.centres[of_texts].to(embeddings), dim=-1)
 
     @cached_property
     def judge(self):
         """Our CLIP on the captioner's own encoder. Raises UserError where it is not here, or was made for another encoder."""
-        return ClipSmall.load(SMALL_WEIGHTS, self.encoder).to(self.token_ids.device)
+        return ClipSmall.load(SMALL_WEIGHTS, self.encoder).to(self.decoder.wte.weight.device)
+
+    def _apply(self, *arguments, **options):
+        """Where the model goes, its judge goes too, which is none of its submodules: nothing of it is saved or trained."""
+        if isinstance(judge := self.__dict__.get("judge"), nn.Module):
+            judge._apply(*arguments, **options)
+        return super()._apply(*arguments, **options)
 
     def retrieve(self, captions, cache=None):
         """From now on recognise also what captions of pictures like it name: a list of strings, which can be swapped at will."""
@@ -263,7 +288,7 @@ class Captioner(nn.Module):
         self.source = RetrievedWords(self.source, self.judge, captions, cache)
 
     def image_tokens(self, features, concepts=None, attentions=None):
-        """What the text sees: a token for each patch, then one for each concept (B, N + K, width).
+        """What the text sees: a token for each patch, then one for each concept, then one for the meaning (B, N + K + 1, width).
 
         A concept's token comes of the mean of its words' embeddings, by the root of its probability (object tags: Li et al.
         2020, arXiv:2004.06165; entity prompts: Fei et al. 2023, arXiv:2307.16525).
@@ -274,10 +299,10 @@ class Captioner(nn.Module):
             attentions: as of Projection.
         """
         concepts = self.concepts(features) if concepts is None else concepts
-        vectors = None
-        if concepts is not None:
+        vectors, meaning = None, concepts and concepts.meaning
+        if self.words:
             vectors = self.concept_vectors[concepts.numbers] * concepts.probabilities.sqrt()[..., None]
-        return self.projection(features, vectors, attentions)
+        return self.projection(features, vectors, meaning, attentions)
 
     # ---- training ----
 
@@ -299,7 +324,7 @@ class Captioner(nn.Module):
             losses = losses * weights[:, None].expand_as(targets)[used]
         return losses.sum() if reduction == "sum" else losses.mean()
 
-    def draw(self, features, reward, samples, temperature=1.0, seed=0, numbers=None, max_length=24):
+    def draw(self, features, reward, samples, temperature=1.0, seed=0, numbers=None, max_length=24, concepts=None):
         """What self-critical sequence training (Rennie et al. 2017, arXiv:1612.00563) learns from: captions that the model
         draws itself, and how much better each is than the others.
 
@@ -307,7 +332,7 @@ class Captioner(nn.Module):
         over the image's other samples (Luo 2020, arXiv:2003.09971), which needs no greedy caption beside them.
 
         Args:
-            features: (B, N, D) from the encoder.
+            features, concepts: as of `image_tokens`.
             reward: function from B * samples captions, an image's adjacent, and whether each came to its end before
                 max_length, to as many numbers.
             samples: captions drawn for each image, at least 2.
@@ -319,7 +344,7 @@ class Captioner(nn.Module):
         training = self.training
         self.eval()  # captions are drawn without dropout, and judged with it
         with torch.inference_mode():
-            rows = self.sample(self.image_tokens(features), generation,
+            rows = self.sample(self.image_tokens(features, concepts), generation,
                                range(samples * len(features)) if numbers is None else numbers)
         self.train(training)
         torch.clear_autocast_cache()  # of casts that were made without gradients
@@ -352,7 +377,7 @@ class Captioner(nn.Module):
     @torch.inference_mode()
     def search(self, features, generation=None, seeds=None, concepts=None):
         """As `generate`, but the captions as lists of token ids, without <|endoftext|>."""
-        generation = generation or GenerationConfig()
+        generation = generation or self.generation
         image = self.image_tokens(features, concepts)
         if generation.sample:
             return self.sample(image, generation, seeds)
@@ -446,15 +471,20 @@ class Captioner(nn.Module):
 
     def choose(self, features, hypotheses, weight):
         """Of each image's hypotheses the token ids of the one that is best by its score and what the `judge` gives it."""
+        chosen = []
+        for found, cosines in zip(hypotheses, self.cosines(features, hypotheses)):
+            scores = [score + weight * cosine for (score, _), cosine in zip(found, cosines)]
+            chosen.append(found[scores.index(max(scores))][1])
+        return chosen
+
+    @torch.inference_mode()
+    def cosines(self, features, hypotheses):
+        """What the `judge` gives each image's hypotheses: B lists."""
         texts = [self.text(tokens) for found in hypotheses for _, tokens in found]
         images = F.normalize(self.judge.embed_images(features), dim=-1)
         counts = torch.tensor([len(found) for found in hypotheses], device=images.device)
         of_clip = (images.repeat_interleave(counts, 0) * F.normalize(self.judge.embed_texts(texts), dim=-1)).sum(-1)
-        chosen = []
-        for found, values in zip(hypotheses, of_clip.split(counts.tolist())):
-            scores = [score + weight * value for (score, _), value in zip(found, values.tolist())]
-            chosen.append(found[scores.index(max(scores))][1])
-        return chosen
+        return [values.tolist() for values in of_clip.split(counts.tolist())]
 
     def until_end(self, places):
         places = places[:places.index(self.end)] if self.end in places else places
@@ -501,10 +531,12 @@ class Captioner(nn.Module):
         state |= {f"decoder.{name}": value for name, value in self.decoder.trained_state().items()}
         tensors = {name: value.to("cpu", torch.float16).contiguous() for name, value in state.items()}
         tensors["token_ids"] = self.token_ids.to("cpu", torch.int32)
+        if self.config.meaning:
+            tensors["centres"] = self.centres.to("cpu", torch.float16)
         config = replace(self.config, prefix_hidden=0)  # that MLP has done its work
         metadata = {"model": asdict(config), "encoder_hash": self.encoder.weights_hash,
                     "decoder_hash": self.decoder.weights_hash, "digest": digest(tensors),
-                    "trained_parameters": self.num_trained(), "training": training or {}, "scores": scores or {}}
+                    "trained_parameters": self.num_trained(), "generation": asdict(self.generation), "training": training or {}, "scores": scores or {}}
         write_whole(path, save(tensors, {"captioner": json.dumps(metadata)}))
 
     def load_trained(self, state):
@@ -530,12 +562,14 @@ class Captioner(nn.Module):
         encoder = encoder or config.load_encoder()
         check_hashes(checkpoint, metadata, decoder, decoder_weights, encoder)
         try:
-            token_ids = state.pop("token_ids").long()
+            token_ids, centres = state.pop("token_ids").long(), state.pop("centres", None)
             model = cls(config, encoder, decoder, None if all_tokens else token_ids)
+            if config.meaning:
+                model.centres.copy_(centres)
             model.load_trained(state)
-        except (KeyError, RuntimeError):
+        except (KeyError, RuntimeError, TypeError):
             raise UserError(f"the checkpoint {checkpoint} does not fit its own description: it is damaged") from None
-        model.metadata = metadata
+        model.metadata, model.generation = metadata, recorded_generation(metadata)
         model.decoder.merge_lora()
         return model.eval()
 
@@ -548,6 +582,11 @@ def check_hashes(checkpoint, metadata, decoder, decoder_weights, encoder):
             raise UserError(f"the checkpoint {checkpoint} was trained with other {part} weights than {where}")
 
 
+def recorded_generation(metadata):
+    """How a checkpoint says that its captions are best searched for; GenerationConfig's defaults where it says nothing."""
+    return GenerationConfig(**metadata.get("generation", {}))
+
+
 def read_metadata(checkpoint):
     """What a checkpoint says of itself, without reading its tensors. Raises UserError."""
     if not Path(checkpoint).is_file():
@@ -555,11 +594,11 @@ def read_metadata(checkpoint):
     try:
         with safe_open(checkpoint, "pt") as file:
             metadata = json.loads((file.metadata() or {})["captioner"])
-        CaptionerConfig(**metadata["model"]), metadata["encoder_hash"], metadata["decoder_hash"]  # all there?
+        CaptionerConfig(**metadata["model"]), recorded_generation(metadata), metadata["encoder_hash"], metadata["decoder_hash"]  # all there?
         return metadata
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"the checkpoint {checkpoint} is damaged or of another format: {first_line(error)}") from None
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         raise UserError(f"{checkpoint} is not a checkpoint of p2_train.py") from None
 
 

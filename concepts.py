@@ -40,6 +40,11 @@ class Concepts(NamedTuple):
 
     numbers: torch.Tensor  # (B, K), likeliest first
     probabilities: torch.Tensor  # (B, K)
+    meaning: torch.Tensor = None  # (B, width): each as a whole, in our CLIP's space
+
+    def each(self, function):
+        """With a function of each tensor in its place."""
+        return Concepts(*(part if part is None else function(part) for part in self))
 
     @classmethod
     def likeliest(cls, probabilities, count):

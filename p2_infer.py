@@ -11,12 +11,13 @@ images could not be read and are named.
 import sys
 import tempfile
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner, GenerationConfig, newest_checkpoint, read_metadata
+from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner, GenerationConfig, newest_checkpoint, read_metadata, recorded_generation
 from cli import ArgumentParser, UserError, add_options, check_output, printable, read_json, run, take_options, write_json
 from dataset import list_images, load_ahead, read_captions
 from decoder import read_gpt2
@@ -88,10 +89,11 @@ def main():
                         "by our CLIP, is recognised too")
     parser.add_argument("--cache", default="cache", help="folder for the datastore's embeddings")
     parser.add_argument("--all_tokens", action="store_true", help="score all tokens, not only those of the training captions")
-    add_options(parser, GenerationConfig, length_penalty="a hypothesis of n tokens scores log p / n ** this",
-                clip_weight="what our CLIP's image-text cosine counts beside that score", max_length="tokens", sample="draw tokens instead of searching", top_k="0: all")
+    add_options(parser, GenerationConfig, beam_size="this and the next two: unless named, as the checkpoint says",
+                length_penalty="a hypothesis of n tokens scores log p / n ** this",
+                clip_weight="what our CLIP's image-text cosine counts beside that score", max_length="tokens",
+                sample="draw tokens instead of searching", top_k="0: all")
     arguments = parser.parse_args()
-    generation = take_options(arguments, GenerationConfig)
     if arguments.batch_size < 1:
         raise UserError("--batch_size must be at least 1")
     # Cheap questions first: a mistake shows before a model is loaded.
@@ -99,7 +101,14 @@ def main():
     check_output(arguments.output, "JSON", [*images.values(), arguments.decoder_weights, arguments.checkpoint, arguments.datastore])
     datastore = read_datastore(arguments.datastore) if arguments.datastore else None
     decoder_weights, checkpoint = find_weights(arguments.decoder_weights, arguments.checkpoint)
+    recommended = asdict(recorded_generation(read_metadata(checkpoint)))
+    if arguments.sample:
+        recommended["clip_weight"] = 0.0  # of beams
+    parser.set_defaults(**recommended)
+    generation = take_options(parser.parse_args(), GenerationConfig)
     model = Captioner.load(checkpoint, decoder_weights, all_tokens=arguments.all_tokens)
+    if generation.clip_weight:
+        model.judge  # what it lacks shows before the work
     if arguments.decoder_weights and not arguments.checkpoint:
         print(f"with the checkpoint {checkpoint}", file=sys.stderr)
     processes = Processes()

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from captioner import MAX_TRAINED, Captioner, CaptionerConfig, GenerationConfig, Projection, check_hashes, is_fusion, read_metadata
 from cider import CiderScorer
 from cli import ArgumentParser, UserError, add_options, read_lines, run, take_options, with_config
+from clip_small import ClipConfig
 from concepts import Concepts
 from dataset import (IGNORE, FeatureCache, Folder, LiveFeatures, SomeFeatures, ahead, bucketed_batches, clean_caption,
                      clean_captions, collate, data_digest)
@@ -52,6 +53,7 @@ class Settings:
     text: tuple = ()
     text_batch_size: int = 40
     text_weight: float = 1.0
+    meaning_noise: float = 1.0
     decoder: str = "weights/decoder_small.safetensors"
     output: str = "checkpoints/captioner.safetensors"
     cache: str = "cache"
@@ -112,6 +114,8 @@ HELP = dict(
     data_weights="how often an epoch shows the images of each folder: 0.5, half of them; 2, each twice; default: once",
     text="files of captions without pictures, one a line", text_batch_size="captions of them beside each batch of images",
     text_weight="what the loss on them counts",
+    meaning="the image's embedding in our CLIP's space stands beside it as one more token",
+    meaning_noise="in training, of the meanings of captions, which stand for those of pictures; against their length of 1",
     concepts="how many things recognised in the image stand as words beside it; 0: none",
     concept_source="classifier: the encoder's own; clip: the nouns nearest in our CLIP's space",
     concept_dropout="part of the concepts left out of a step",
@@ -194,9 +198,10 @@ class TextData:
         known.pop("", None)
         if not known:
             raise UserError(f"{', '.join(files)}: no captions are there")
-        self.nouns = [words.find(caption) for caption in known.values()]
-        self.rows = [row[:max_tokens] for row in tokenizer.encode_batch(list(known.values()))]
-        self.digest = hashlib.sha256("\n".join(known.values()).encode()).hexdigest()
+        self.captions = list(known.values())
+        self.nouns = [words.find(caption) for caption in self.captions]
+        self.rows = [row[:max_tokens] for row in tokenizer.encode_batch(self.captions)]
+        self.digest = hashlib.sha256("\n".join(self.captions).encode()).hexdigest()
 
     def draw_epoch(self, count, batch_size, generator):
         """`count` batches of captions, their lengths alike: lists of numbers."""
@@ -273,20 +278,36 @@ class Trainer:
             SomeFeatures(features, [(number, i) for number, folder in enumerate(folders) for i in some(folder)])
             for some in (lambda folder: range(folder.train), lambda folder: range(folder.train, len(folder.images))))
         self.references = tokenize({str(i): image.captions for i, image in enumerate(parts[1])}) if parts[1] else {}
-        if self.text:
-            random = np.random.default_rng(settings.seed)
-            some = np.sort(random.permutation(len(self.images))[:SEEN])
-            rows = [self.model.concepts(self.data.features[part, np.zeros_like(part)].float().to(self.device))
-                    for part in np.array_split(some, -(-len(some) // 100))]
-            self.text.look(self.model.source, Concepts(*(torch.cat(part).cpu() for part in zip(*rows))))
+        if self.text or config.meaning:
+            self.look_around()
 
     # ---- what it needs ----
 
     def read_text(self, encoder, max_tokens, selection):
         """Captions without pictures, those of the selection images left out."""
         if not self.config.concepts:
-            raise UserError("--text needs --concepts: without a picture, they are all that a caption could be written from")
+            raise UserError("--text needs --concepts: without a picture, they are what a caption is written from")
         return TextData(self.settings.text, BPETokenizer(), max_tokens, self.config.concept_words(encoder), selection)
+
+    @torch.no_grad()
+    def look_around(self):
+        """See some training images: the concepts in them are a pattern for those of texts, and meanings are seen from their middle."""
+        random = np.random.default_rng(self.settings.seed)
+        some = np.sort(random.permutation(len(self.images))[:SEEN])
+        batches = np.array_split(some, -(-len(some) // 100))
+        features = (self.data.features[part, np.zeros_like(part)].float().to(self.device) for part in batches)
+        if self.config.meaning:
+            judge, embeddings = self.model.judge, ([], [])
+            for part, seen in zip(batches, features):
+                captions = [clean_captions(self.images[i])[0] for i in part]
+                for rows, vectors in zip(embeddings, (judge.embed_images(seen), judge.embed_texts(captions))):
+                    rows.append(F.normalize(vectors, dim=-1))
+            if not self.model.centres.any():  # else they are those of --init
+                self.model.centres.copy_(torch.stack([torch.cat(rows).mean(0) for rows in embeddings]))
+            features = (self.data.features[part, np.zeros_like(part)].float().to(self.device) for part in batches)
+        if self.text:
+            rows = [self.model.source.recognise(seen, self.config.concepts) for seen in features]
+            self.text.look(self.model.source, Concepts(*(torch.cat(part).cpu() for part in list(zip(*rows))[:2])))
 
     def read_folders(self):
         """The folders of images, each with some to train on and some to select on."""
@@ -316,7 +337,7 @@ class Trainer:
         """Take a checkpoint's trained weights. Raises UserError unless it is of the same model.
 
         Its encoder may have been this one with fewer levels, or the first of those that are joined here: the channels
-        that it had come first then, and what the others add counts nothing to begin with. It may have known no concepts.
+        that it had come first then, and what the others add counts nothing to begin with. It may have known no concepts and no meaning.
         """
         metadata = read_metadata(checkpoint)
         known = encoder.first if metadata["model"]["encoder"] == encoder.first.name else encoder
@@ -329,9 +350,12 @@ class Trainer:
                 if weight.shape[1] < encoder.dim and self.processes.main:
                     print(f"{checkpoint} knows {weight.shape[1]} of the encoder's {encoder.dim} channels: the others "
                           "count nothing to begin with", flush=True)
-            if not metadata["model"].get("concepts"):
-                state |= {name: value for name, value in self.model.trained_parameters().items()
-                          if name.startswith("projection.concepts.")}
+            for part in "concepts", "meaning":
+                if not metadata["model"].get(part):
+                    state |= {name: value for name, value in self.model.trained_parameters().items()
+                              if name.startswith(f"projection.{part}.")}
+            if (centres := state.pop("centres", None)) is not None:
+                self.model.centres.copy_(centres)
             self.model.load_trained({name: value for name, value in state.items() if name != "token_ids"})
         except (KeyError, RuntimeError):
             raise UserError(f"the checkpoint {checkpoint} has other model options: {metadata['model']}") from None
@@ -496,25 +520,45 @@ class Trainer:
         tokens, targets, concepts = self.text.batch(numbers, random)
         total = sum(self.text_targets[i] for i in numbers)
         mine = slice(self.processes.number, None, self.processes.count)
-        return tokens[mine], targets[mine], Concepts(*(part[mine] for part in concepts)), total
+        return tokens[mine], targets[mine], concepts.each(lambda part: part[mine]), [self.text.captions[i] for i in numbers[mine]], total
 
-    def text_cross_entropy(self, tokens, targets, concepts, total):
+    def text_cross_entropy(self, tokens, targets, concepts, captions, total):
         """Leave the gradients of the cross-entropy of captions without pictures, averaged over all their target tokens."""
         if len(tokens):
             with autocast(self.device, self.dtype):
-                concepts = Concepts(*(part.to(self.device) for part in concepts))
+                concepts = concepts.each(lambda part: part.to(self.device))._replace(meaning=self.meanings(captions))
                 loss = self.model.loss(None, tokens.to(self.device), targets.to(self.device), self.settings.label_smoothing,
                                        reduction="sum", concepts=concepts)
             self.backward(loss * self.settings.text_weight / total)
+
+    @torch.no_grad()
+    def meanings(self, captions):
+        """What stands for the meanings of pictures of these captions: those of the captions, and noise, since what our CLIP says of a
+        new picture is as far from them; of a picture that it learnt from it would say too much. (B, width), or None for a model
+        without."""
+        if not self.config.meaning:
+            return None
+        meanings = self.model.meaning(self.model.judge.embed_texts(captions), 1)
+        noise = torch.randn_like(meanings) * (self.settings.meaning_noise / meanings.shape[1]**0.5)
+        return F.normalize(meanings + noise, dim=-1)
+
+    def seen_in(self, indices, features):
+        """The concepts of training images, each with the meaning of one of its captions; None for a model that is told of none."""
+        concepts = self.model.concepts(features)
+        if not self.config.meaning:
+            return concepts
+        captions = [clean_captions(self.images[i]) for i in indices]
+        return concepts._replace(meaning=self.meanings([some[torch.randint(len(some), ())] for some in captions]))
 
     def cross_entropy(self, indices, pieces, seed):
         """Leave the gradients of a batch's cross-entropy, averaged over all its target tokens. Returns that average."""
         total = sum(self.targets[i] for i in indices)
         value = 0.0
-        for _, features, tokens, targets in pieces:
+        for piece, features, tokens, targets in pieces:
             with autocast(self.device, self.dtype):
-                loss = self.model.loss(features.to(self.device).float(), tokens.to(self.device), targets.to(self.device),
-                                       self.settings.label_smoothing, reduction="sum") / total
+                features = features.to(self.device).float()
+                loss = self.model.loss(features, tokens.to(self.device), targets.to(self.device), self.settings.label_smoothing,
+                                       reduction="sum", concepts=self.seen_in(piece or indices[:1], features)) / total
             value += self.backward(loss)
         return self.processes.add(value)
 
@@ -529,16 +573,18 @@ class Trainer:
                            for k in range(settings.scst_samples)]
                 features = features.to(self.device).float()
                 reward = partial(self.reward, np.repeat(piece or indices[:1], settings.scst_samples), features)
-                drawn.append(self.model.draw(features, reward, settings.scst_samples, settings.scst_temperature, seed, numbers))
+                concepts = self.seen_in(piece or indices[:1], features)
+                drawn.append((features, concepts, *self.model.draw(
+                    features, reward, settings.scst_samples, settings.scst_temperature, seed, numbers, concepts=concepts)))
         self.model.train()
-        drawn = [(tokens, targets, advantages * bool(piece[0]), rewards * bool(piece[0]))
-                 for piece, (tokens, targets, advantages, rewards) in zip(pieces, drawn)]
-        count = sum((targets != IGNORE).sum().item() * bool(piece[0]) for piece, (_, targets, *_) in zip(pieces, drawn))
+        drawn = [(features, concepts, tokens, targets, advantages * bool(piece[0]), rewards * bool(piece[0]))
+                 for piece, (features, concepts, tokens, targets, advantages, rewards) in zip(pieces, drawn)]
+        count = sum((targets != IGNORE).sum().item() * bool(piece[0]) for piece, (*_, targets, _, _) in zip(pieces, drawn))
         total, reward = self.processes.add(count, sum(rewards.sum().item() for *_, rewards in drawn))
-        for (_, features, *_), (tokens, targets, advantages, _) in zip(pieces, drawn):
+        for features, concepts, tokens, targets, advantages, _ in drawn:
             with autocast(self.device, self.dtype):
-                loss = self.model.loss(features.to(self.device).float(), tokens, targets, weights=advantages,
-                                       temperature=settings.scst_temperature, reduction="sum") / total
+                loss = self.model.loss(features, tokens, targets, weights=advantages, temperature=settings.scst_temperature,
+                                       reduction="sum", concepts=concepts) / total
             self.backward(loss)
         return reward / (len(indices) * settings.scst_samples)
 
@@ -650,7 +696,7 @@ def dry_run(config, settings):
         encoder = config.load_encoder("random")
         decoder = Decoder(DecoderConfig(**sizes, **config.decoder_options()))
         projection = Projection(config, encoder.dim, encoder.num_tokens, decoder.config.image_dim,
-                                concept_dim=decoder.config.n_embd)
+                                concept_dim=decoder.config.n_embd, meaning_dim=ClipConfig().width)
     pretrained = decoder.pretrained_names()
     parts = {"projection": sum(parameter.numel() for parameter in projection.parameters())}
     kinds = {".cross.": "cross-attention", ".ln_cross.": "cross-attention", ".lora_": "LoRA", ".adapter_": "adapters",

@@ -31,7 +31,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
-from captioner import Captioner, GenerationConfig
+from captioner import Captioner
 from cli import ArgumentParser, UserError, check_writable, printable, run, write_whole
 from dataset import IGNORE, ImageError, collate, list_images, load_image
 from p1_llava_infer import SIDE, Llava, LlavaSettings, default_model
@@ -146,7 +146,7 @@ def p2_attention(model, pictures, generation=None, through_projection=False):
     Args:
         model: a Captioner.
         pictures: RGB PIL images.
-        generation: GenerationConfig.
+        generation: GenerationConfig; default: the model's own.
         through_projection: carry the maps back through the projection's transformer layers, by rollout.
     Returns an Attention for each. Under fusion "prefix" the maps are the image's part of self-attention, so that they
     sum to less than one; with cross-attention to one, less the shares of class and register tokens and of concepts.
@@ -154,7 +154,7 @@ def p2_attention(model, pictures, generation=None, through_projection=False):
     if through_projection and not len(model.projection.layers):
         raise UserError("this model's projection has no transformer layers to carry the maps back through: without "
                         "--rollout they lie where the encoder saw them")
-    generation = generation or GenerationConfig()
+    generation = generation or model.generation
     device = model.token_ids.device
     with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):  # as p2_infer.py captions
         features = model.encoder(torch.stack([model.encoder.preprocess(picture) for picture in pictures]).to(device))
@@ -171,7 +171,8 @@ def p2_attention(model, pictures, generation=None, through_projection=False):
     found = []
     for i, row in enumerate(rows):
         words = align_words(row, model.tokenizer.decode, ended=len(row) < longest)
-        names = [model.words.names[number] for number in concepts.numbers[i].tolist()] if concepts else ()
+        names = [model.words.names[number] for number in concepts.numbers[i].tolist()] if model.words else []
+        names += ["the whole picture"] * model.config.meaning
         found.append(Attention.of_tokens(model.text(row), row, words, weights[i], log_probs[i], model.encoder.grid,
                                          concepts=names))
     return found
@@ -553,7 +554,7 @@ def main():
     parser.add_argument("--checkpoint", help="p2: what p2_train.py wrote (default: the newest trained with the decoder)")
     parser.add_argument("--instruction", default=LlavaSettings.instruction, help="LLaVA: what it is told beside the picture")
     parser.add_argument("--beam_size", type=int, help="beams of the search, 1: greedy; default: what captions are made with, "
-                        f"{GenerationConfig.beam_size} for p2 and {LlavaSettings.num_beams} for LLaVA")
+                        f"for p2 as the checkpoint says, for LLaVA {LlavaSettings.num_beams}")
     parser.add_argument("--layer", type=layer_or_head, default="mean", help="of the panels: its number, or mean")
     parser.add_argument("--head", type=layer_or_head, default="mean", help="its number, or mean")
     parser.add_argument("--rollout", action="store_true",
@@ -562,9 +563,8 @@ def main():
                         help="for patches that every word attends to: divide by, or subtract, the mean over words")
     parser.add_argument("--scale", choices=SCALES, default="panel", help="of the colours: each panel's own, or one for all")
     arguments = parser.parse_args()
-    generation, settings = GenerationConfig(), LlavaSettings(arguments.instruction)
+    settings = LlavaSettings(arguments.instruction)
     if arguments.beam_size is not None:
-        generation = replace(generation, beam_size=arguments.beam_size)
         settings = replace(settings, num_beams=arguments.beam_size)
     llava = arguments.model != "p2"
     if llava and (arguments.rollout or arguments.decoder_weights or arguments.checkpoint):
@@ -585,6 +585,7 @@ def main():
         decoder_weights, checkpoint = find_weights(arguments.decoder_weights, arguments.checkpoint)
         model = Captioner.load(checkpoint, decoder_weights).to(pick_device())
         side = model.encoder.image_size
+        generation = model.generation if arguments.beam_size is None else replace(model.generation, beam_size=arguments.beam_size)
 
     entries, unread = [], 0
     for path in paths:

@@ -146,13 +146,15 @@ def caption(model, features, whose, batch_size=100):
     features_of = [partial(lambda batch: features[batch, np.zeros_like(batch)].to(device).float(), batch) for batch in batches]
     if whose:
         concepts = [model.concepts(of_batch()) for of_batch in features_of]
-        concepts = Concepts(*(torch.cat(part).roll(len(everyone) // 2, 0) for part in zip(*concepts)))
+        numbers, probabilities = (torch.cat(part) for part in list(zip(*concepts))[:2])
+        concepts = Concepts(numbers.roll(len(everyone) // 2, 0), probabilities.roll(len(everyone) // 2, 0))
         if whose == NONE:
-            concepts = Concepts(concepts.numbers, torch.zeros_like(concepts.probabilities))
+            concepts = Concepts(numbers, torch.zeros_like(probabilities))
     captions = []
     for batch, of_batch in zip(batches, features_of):
-        instead = Concepts(*(part[batch] for part in concepts)) if whose else None
-        captions += model.generate(of_batch(), GenerationConfig(3), concepts=instead)
+        features = of_batch()
+        instead = concepts.each(lambda part: part[batch])._replace(meaning=model.concepts(features).meaning) if whose else None
+        captions += model.generate(features, GenerationConfig(3), concepts=instead)
     return captions
 
 

@@ -15,6 +15,7 @@ import p2_train
 from captioner import Captioner, CaptionerConfig, GenerationConfig, Projection, read_metadata
 from cli import UserError
 from concepts import MISSING, ClassWords, ClipWords, Concepts
+from clip_small import ClipConfig
 from conftest import VIT
 from dataset import collate
 from p2_infer import read_datastore
@@ -193,7 +194,7 @@ def test_a_caption_without_a_picture_is_learnt_from_its_concepts(tmp_path):
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.projection.named_parameters()}
     assert gradients["concepts.weight"].abs().sum() > 0 and gradients["input.weight"] is None
-    alone = [model.loss(None, *collate(rows[i:i + 1]), concepts=Concepts(*(part[i:i + 1] for part in concepts))) for i in range(2)]
+    alone = [model.loss(None, *collate(rows[i:i + 1]), concepts=concepts.each(lambda part: part[i:i + 1])) for i in range(2)]
     torch.testing.assert_close(loss, (4 * alone[0] + 3 * alone[1]) / 7)
 
 
@@ -257,7 +258,7 @@ def test_attention_to_concepts_stands_beside_that_to_patches(tmp_path, config):
 class FakeJudge:
     """A CLIP whose embeddings a test makes up: of a picture its first two channels, of a text what `texts` says."""
 
-    log_scale, text_digest = torch.tensor(3.0), "fake"
+    log_scale, text_digest, config = torch.tensor(3.0), "fake", ClipConfig(width=2)
 
     def __init__(self, texts=lambda text: (1.0, 0.0)):
         self.texts, self.asked = texts, []
@@ -268,6 +269,9 @@ class FakeJudge:
     def embed_texts(self, texts):
         self.asked += texts
         return torch.tensor([self.texts(text) for text in texts])
+
+    def to(self, device):
+        return self
 
 
 def looking_at(*vectors):
@@ -320,6 +324,40 @@ def test_captions_of_similar_pictures_name_what_a_picture_shows(tmp_path):
     assert model.generate(features, GenerationConfig(max_length=6)) != captions
     with pytest.raises(UserError, match="without concepts"):
         make_captioner(tmp_path, concepts=0).retrieve(["A dog"])
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """Every captioner's judge is this one, which tells zebras from all else."""
+    judge = FakeJudge(lambda text: (0.0, 2.0) if "zebra" in text else (2.0, 0.0))
+    monkeypatch.setattr("captioner.ClipSmall.load", lambda *arguments: judge)
+    return judge
+
+
+@pytest.mark.parametrize("config", [{}, {"fusion": "prefix"}, {"concepts": 0}, {"projection_layers": 1}])
+def test_the_meaning_is_one_more_token(tmp_path, judged, config):
+    model = make_captioner(tmp_path, meaning=True, **config)
+    torch.manual_seed(2)
+    features = torch.randn(6, 4, 12)
+    model.centres.copy_(torch.tensor([[0.1, 0.2], [0.3, 0.0]]))
+    seen = model.concepts(features)
+    raw = torch.nn.functional.normalize(features.mean(1)[:, :2], dim=-1)
+    torch.testing.assert_close(seen.meaning, torch.nn.functional.normalize(raw - torch.tensor([0.1, 0.2]), dim=-1))
+    assert model.image_tokens(features).shape[1] == 4 + model.config.concepts + 1
+    generation = GenerationConfig(max_length=6)
+    together = model.search(features, generation)
+    assert [model.search(features[i:i + 1], generation)[0] for i in range(6)] == together
+    assert model.search(features, generation, concepts=seen._replace(meaning=-seen.meaning)) != together
+    loss = model.loss(None, *collate([[5, 6]]), concepts=seen.each(lambda part: part[:1]))
+    loss.backward()
+    assert model.projection.meaning.weight.grad.abs().sum() > 0 and model.projection.input.weight.grad is None
+    for parameter in model.trained_parameters().values():
+        parameter.data = parameter.data.half().float()
+    model.centres = model.centres.half().float()
+    model.save(tmp_path / "meaning.safetensors")
+    loaded = Captioner.load(tmp_path / "meaning.safetensors", tmp_path / "decoder.bin", NamingEncoder())
+    assert torch.equal(loaded.centres, model.centres) and not {name for name in loaded.state_dict() if "judge" in name}
+    assert loaded.search(features, generation) == model.search(features, generation)
 
 
 def test_a_datastore_is_a_captions_file_or_predictions(tmp_path):
@@ -397,7 +435,8 @@ def test_a_step_adds_the_gradients_of_both(place):
     trainer.cross_entropy([0, 1], piece, 0)
     found = {name: parameter.grad.clone() for name, parameter in trainer.trained.items() if parameter.grad is not None}
     model.zero_grad()
-    (_, features, *captions), (*lines, concepts, total) = piece[0], text
+    (_, features, *captions), (*lines, concepts, said, total) = piece[0], text
+    assert said == [trainer.text.captions[i] for i in (0, 2)]
     loss = model.loss(features.float(), *captions) + 0.5 * model.loss(None, *lines, concepts=concepts)
     loss.backward()
     assert total == sum(len(trainer.text.rows[i]) + 1 for i in (0, 2))
@@ -416,6 +455,26 @@ def test_our_clip_rewards_captions_beside_cider(place):
     assert (rewards.numpy() - cider).tolist() == pytest.approx([-2, 2, 2, -2, -2]) and cider[0] > cider[1]
     trainer.settings.scst_clip = 0.0
     assert trainer.reward(numbers, features, captions, [True] * 5).tolist() == pytest.approx(cider.tolist())
+
+
+def test_meanings_in_training_are_those_of_captions(place, judged):
+    """What our CLIP says of a picture that it learnt from would say too much."""
+    config = replace(CONFIG, meaning=True)
+    p2_train.train(CONFIG, settings(text=(), epochs=1, output="first.safetensors"), "cpu")
+    trainer = p2_train.Trainer(config, settings(meaning_noise=0.0, output="o.safetensors", init="first.safetensors"), "cpu")
+    assert trainer.model.centres[1].tolist() == [1, 0]  # no caption of the training pictures has a zebra
+    trainer.model.centres[1] = 0
+    features = trainer.data.features[[0, 1], [0, 0]].float()
+    assert trainer.seen_in([0, 1], features).meaning.tolist() == [[1, 0], [1, 0]]
+    assert trainer.meanings(["two zebras", "red"]).tolist() == [[0, 1], [1, 0]]
+    trainer.settings.meaning_noise = 1.0
+    torch.manual_seed(0)
+    noisy = trainer.meanings(["red"] * 500)
+    assert noisy.norm(dim=-1).allclose(torch.ones(500)) and 0.6 < noisy[:, 0].mean() < 0.9
+    assert trainer.fit() and "projection.meaning.weight" in load_file("o.safetensors")
+    again = p2_train.Trainer(config, settings(init="o.safetensors", scst_epochs=1, epochs=0, output="p.safetensors"), "cpu")
+    assert again.model.centres[1].tolist() == [0, 0] != again.model.centres[0].tolist()  # those of --init
+    assert again.fit()
 
 
 def test_concepts_are_added_to_a_captioner_that_knew_none(place):

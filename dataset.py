@@ -532,6 +532,8 @@ class FeatureCache:
                                 "another --cache or fewer --views")
             if not missing:  # another run has encoded them meanwhile
                 return
+            print(f"encoding {len(paths)} images in {len(missing)} views: {2 * int(np.prod(shape)) * len(missing) / 1e9:.1f} GB in {folder}",
+                  file=sys.stderr)
             data = {}
             for view in missing:
                 data[view] = np.lib.format.open_memmap(self.files[view], "r+" if done[view] else "w+", np.float16, shape)

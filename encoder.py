@@ -33,6 +33,7 @@ CPU_PIXELS = 8 * 224**2
 # Models of this repository's own: the timm architecture that their weights fill, at 224 pixels.
 OWN = {"vit_small": "vit_small_patch14_dinov2",  # p4_pretrain_vit.py
        "vit_small_focus": "vit_small_patch14_dinov2"}  # what that starts from
+FETCHED = "vit_large_patch14_clip_quickgelu_224.openai"  # by `hw3_download.sh full`
 CLASSIFIER = "class_weight", "class_bias"  # buffers, of an encoder whose file brings its classifier
 HEADS = "image_projection", "text_projection"  # in their files as well: they lead to the space that images share with texts
 
@@ -129,8 +130,10 @@ class ImageEncoder(nn.Module):
             try:
                 return timm.create_model(name, pretrained=True, num_classes=0, **size)
             except Exception as error:  # whatever the hub's client raises without a network
+                way = ("run `bash hw3_download.sh full`" if name == FETCHED else
+                       f"put timm's file of them there as {name}.safetensors")
                 raise UserError(f"the weights of {name} are neither in {WEIGHTS_FOLDER} nor to be had from the "
-                                f"model hub ({first_line(error)}); run `bash hw3_download.sh full`") from None
+                                f"model hub ({first_line(error)}); {way}") from None
         model = timm.create_model(OWN.get(name, name), num_classes=0, **size)
         if weights == "random":
             return model

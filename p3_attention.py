@@ -95,13 +95,15 @@ class Attention:
 def align_words(tokens, decode, ended):
     """The words of a caption, each with the places of its tokens: [(word, [place, …]), …]
 
-    A token belongs to the word that holds its last character. `ended`: the token after them is the end, a word too.
+    A token belongs to the word that holds its last character. `ended`: the token after them is the end, a word too. Tokens that
+    make no word at all are a blank one.
     """
     text = decode(tokens)
     last = [min(len(decode(tokens[:count])), len(text)) - 1 for count in range(1, len(tokens) + 1)]
     words = [(match[0], [place for place, at in enumerate(last) if match.start() <= at < match.end()])
              for match in WORD.finditer(text)]
-    return [(word, places) for word, places in words if places] + [(END, [len(tokens)])] * ended
+    words = [(word, places) for word, places in words if places] + [(END, [len(tokens)])] * ended
+    return words or [("", [*range(len(tokens))])]
 
 
 def of_words(log_probs, places):

@@ -519,3 +519,10 @@ def test_a_picture_that_was_changed_in_place_gets_new_features(workplace):
     pixels[20:100, 30:200] = 255
     Image.fromarray(pixels).save(path)
     assert not torch.equal(FeatureCache(encoder, [path], "cache")[[0], [0]], before)
+
+
+def test_a_blank_caption_has_a_blank_word():
+    from p3_attention import END, align_words
+
+    assert align_words([1, 2], lambda tokens: " " * len(tokens), ended=False) == [("", [0, 1])]
+    assert align_words([1], lambda tokens: " ", ended=True) == [(END, [1])]

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import cli
 import encoder
 import p2_infer
+import p2_tune
 from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner, CaptionerConfig, GenerationConfig
 from dataset import load_image, make_view
 from decoder import Decoder, DecoderConfig
@@ -378,6 +379,18 @@ def test_captions_are_the_same_at_any_batch_size(infer, weights, options):
         assert infer("many", f"{size}.json", *weights, *options, "--batch_size", size).status == 3
     assert read("1.json") == read("7.json") == read("32.json")
     assert len(read("1.json")) == 12 and len(set(read("1.json").values())) > 3
+
+
+def test_a_checkpoint_says_how_it_is_searched_unless_one_says_otherwise(infer, weights):
+    shutil.copy(weights[1], "recorded.safetensors")
+    p2_tune.write_generation("recorded.safetensors", GenerationConfig(beam_size=1, max_length=3))
+    said = {}
+    for name, arguments in {"plain": weights, "recorded": (weights[0], "recorded.safetensors"),
+                            "named": (*weights, "--beam_size", 1, "--max_length", 3),
+                            "otherwise": (weights[0], "recorded.safetensors", "--beam_size", 3, "--max_length", 40)}.items():
+        assert infer("images", f"{name}.json", *arguments).status == 0
+        said[name] = read(f"{name}.json")
+    assert said["recorded"] == said["named"] != said["otherwise"] == said["plain"]
 
 
 def test_all_tokens_lifts_the_limit_to_training_captions(infer, weights):

@@ -1,0 +1,85 @@
+"""How a checkpoint's captions are searched for: what p2_tune.py finds, chooses and records."""
+
+import json
+import sys
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import p2_tune
+from captioner import Captioner, GenerationConfig, read_metadata
+from test_concepts import FakeJudge, NamingEncoder, make_captioner
+from tokenizer import END_OF_TEXT
+
+
+class Features:
+    def __init__(self, features):
+        self.features = features
+
+    def __len__(self):
+        return len(self.features)
+
+    def __getitem__(self, index_and_view):
+        return self.features[index_and_view[0]].half()
+
+
+def make_model(tmp_path):
+    model = make_captioner(tmp_path, torch.tensor([50, 64, 262, 290, END_OF_TEXT]))
+    model.judge = FakeJudge(lambda text: (len(text) % 5 - 2.0, 1.0))
+    return model
+
+
+def test_what_is_chosen_is_what_the_captioner_would_say(tmp_path):
+    model, features = make_model(tmp_path), torch.randn(7, 4, 12).half().float()
+    for beam_size in 1, 4:
+        found = p2_tune.find_hypotheses(model, Features(features), beam_size, batch_size=3)
+        for length_penalty, clip_weight in ((0.0, 0.0), (1.0, 0.0), (0.0, 3.0), (0.7, 30.0)):
+            generation = GenerationConfig(beam_size, length_penalty, clip_weight)
+            assert p2_tune.choose(found, length_penalty, clip_weight) == model.generate(features, generation)
+
+
+def test_a_checkpoint_is_tuned_and_says_so(tmp_path, monkeypatch, capsys):
+    model = make_model(tmp_path)
+    for parameter in model.trained_parameters().values():
+        parameter.data = parameter.data.half().float()
+    model.save(tmp_path / "one.safetensors", {"seed": 7})
+    before = load_file(tmp_path / "one.safetensors")
+    features = torch.randn(6, 4, 12).half().float()
+    # People's captions are what three beams with a length penalty of 1 say.
+    wanted = model.generate(features, GenerationConfig(3, 1.0))
+    (tmp_path / "images").mkdir()
+    for i in range(6):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"images/{i}.png")
+    (tmp_path / "val.json").write_text(json.dumps({
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(6)],
+        "annotations": [{"id": i, "image_id": i, "caption": f"{wanted[i]} {'abcdef'[i]}"} for i in range(6)]}))
+    monkeypatch.setattr(p2_tune.Captioner, "load", lambda *arguments: model)
+    monkeypatch.setattr(p2_tune, "FeatureCache", lambda *arguments, **options: Features(features))
+    monkeypatch.setattr(sys, "argv", ["p2_tune.py", str(tmp_path / "one.safetensors"), "--annotation_file", str(tmp_path / "val.json"),
+                                      "--images_root", str(tmp_path / "images"), "--beam_size", "1", "3", "--length_penalty", "0", "1",
+                                      "--clip_weight", "0", "5", "--write"])
+    p2_tune.main()
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 2 * 2 * 2 + 2
+    monkeypatch.undo()
+    metadata = read_metadata(tmp_path / "one.safetensors")
+    after = load_file(tmp_path / "one.safetensors")
+    assert metadata["training"] == {"seed": 7} and all(torch.equal(after[name], value) for name, value in before.items())
+    loaded = Captioner.load(tmp_path / "one.safetensors", tmp_path / "decoder.bin", NamingEncoder())
+    best = max((line for line in printed.splitlines()[1:-1]), key=lambda line: float(line.split()[0])).split()
+    assert [loaded.generation.beam_size, loaded.generation.length_penalty, loaded.generation.clip_weight] == [float(part) for part in best[1:]]
+    loaded.judge = model.judge
+    assert loaded.generate(features) == model.generate(features, loaded.generation)
+
+
+def test_checkpoints_of_before_are_searched_with_three_beams(tmp_path):
+    model = make_model(tmp_path)
+    model.generation = GenerationConfig(5)
+    model.save(tmp_path / "one.safetensors")
+    assert read_metadata(tmp_path / "one.safetensors")["generation"]["beam_size"] == 5
+    metadata = read_metadata(tmp_path / "one.safetensors")
+    del metadata["generation"]
+    save_file(load_file(tmp_path / "one.safetensors"), tmp_path / "one.safetensors", {"captioner": json.dumps(metadata)})
+    loaded = Captioner.load(tmp_path / "one.safetensors", tmp_path / "decoder.bin", NamingEncoder())
+    assert loaded.generation == GenerationConfig()

@@ -45,7 +45,7 @@ class CaptionerConfig:
     fusion: str = "cross"  # cross-attention, or "prefix": image tokens before the text
     concepts: int = 0  # things recognised in the image whose words the text sees beside it; 0: none
     concept_source: str = "classifier"  # or "clip": the nouns nearest to the image in our CLIP's space
-    meaning: bool = False  # whether the image's embedding in our CLIP's space stands beside it as one more token
+    meaning: int = 0  # tokens that the image's embedding in our CLIP's space makes beside it; 0: none
     concept_dropout: float = 0.2  # part of the concepts that a training step leaves out
     projection_layers: int = 0  # transformer layers over the image tokens; 0: a linear projection
     projection_dim: int = 384  # under fusion "prefix", the decoder's width instead
@@ -113,7 +113,7 @@ class GenerationConfig:
 
 
 class Projection(nn.Module):
-    """Encoder tokens (B, N, D) -> image tokens (B, N, width), normalised; after them a token for each concept, and one for the
+    """Encoder tokens (B, N, D) -> image tokens (B, N, width), normalised; after them a token for each concept, and M for the
     meaning.
 
     Args:
@@ -129,7 +129,7 @@ class Projection(nn.Module):
         if config.concepts:
             self.concepts = nn.Linear(concept_dim, width)
         if config.meaning:
-            self.meaning = nn.Linear(meaning_dim, width)
+            self.meaning = nn.Linear(meaning_dim, config.meaning * width)
         self.layers = nn.ModuleList()
         self.has_positions = config.projection_layers > 0 or config.fusion == "prefix"
         if self.has_positions:
@@ -152,7 +152,7 @@ class Projection(nn.Module):
             nn.init.zeros_(layer.mlp.c_proj.weight)
 
     def forward(self, features, concepts=None, meaning=None, attentions=None):
-        """Image tokens (B, N + K, width), or with a meaning (B, N + K + 1, width).
+        """Image tokens (B, N + K + M, width).
 
         Args:
             features: (B, N, D); None: of no image, where the rest is all there is.
@@ -167,7 +167,7 @@ class Projection(nn.Module):
                 concepts = concepts * kept
             parts.append(self.concepts(concepts))
         if meaning is not None:
-            parts.append(self.meaning(meaning)[:, None])
+            parts.append(self.meaning(meaning).unflatten(-1, (-1, self.norm.weight.shape[0])))
         x = F.dropout(torch.cat(parts, 1), self.dropout, self.training)
         all_of_them = LayerContext(image=slice(None))  # image tokens are all that a layer here attends to
         for layer in self.layers:
@@ -288,7 +288,7 @@ class Captioner(nn.Module):
         self.source = RetrievedWords(self.source, self.judge, captions, cache)
 
     def image_tokens(self, features, concepts=None, attentions=None):
-        """What the text sees: a token for each patch, then one for each concept, then one for the meaning (B, N + K + 1, width).
+        """What the text sees: a token for each patch, then one for each concept, then those of the meaning (B, N + K + M, width).
 
         A concept's token comes of the mean of its words' embeddings, by the root of its probability (object tags: Li et al.
         2020, arXiv:2004.06165; entity prompts: Fei et al. 2023, arXiv:2307.16525).

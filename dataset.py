@@ -288,13 +288,13 @@ def read_captions(annotation_file, images_root):
         items, names = {}, set()
         for image in data["images"]:
             name = image["file_name"]
-            if name in names:
-                raise UserError(f"{annotation_file} has two images with the file name {name!r}: captions could mean either")
-            names.add(name)
             if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
                 raise UserError(f"{annotation_file} names {name!r}, which leads out of the folder of images")
             if image["id"] in items:
                 raise UserError(f"{annotation_file} has two images with the id {image['id']!r}: captions could mean either")
+            if name in names:
+                raise UserError(f"{annotation_file} has two images with the file name {name!r}: captions could mean either")
+            names.add(name)
             items[image["id"]] = CaptionedImage(root / image["file_name"], [])
         ids = set()
         for annotation in data["annotations"]:

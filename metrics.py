@@ -26,7 +26,6 @@ from clip_model import load_clip, paired_similarity
 from significance import BLEU
 
 PACKAGE = Path(pycocoevalcap.__path__[0])
-METEOR_WORDS = 200
 SPICE_MODELS = PACKAGE / "spice" / "lib" / "stanford-corenlp-3.6.0-models.jar"
 TOKEN_CACHE = Path(__file__).resolve().parent / "cache"
 LINE_BREAKS = re.compile("[\n\r\v\f\x85\u2028\u2029]")
@@ -113,8 +112,7 @@ def rouge_l(references, candidates):
 def meteor(references, systems):
     """METEOR 1.5 (Denkowski and Lavie 2014), 0 to 1, of each system's candidates: a list of pairs.
 
-    Of a caption it sees the first METEOR_WORDS words: aligning thousands, alike to each other, would take all memory. Ten seconds
-    and 2 GB of memory, for its table of paraphrases. What pycocoevalcap's Meteor asks of the same jar; that
+    Ten seconds and 2 GB of memory, for its table of paraphrases. What pycocoevalcap's Meteor asks of the same jar; that
     class looks for Java on PATH, and hangs when Java fails.
     """
     command = java("-Xmx2G", "-jar", str(PACKAGE / "meteor" / METEOR_JAR), "-", "-", "-stdio", "-l", "en", "-norm")
@@ -137,8 +135,7 @@ def meteor(references, systems):
             # "|||" separates; no caption holds it, since the PTB tokenizer sets its bars apart.
             found = []
             for candidates in systems:
-                statistics = [answer(" ||| ".join(["SCORE", *(" ".join(text.split()[:METEOR_WORDS]) for text in (
-                    *references[key], *candidates[key]))])) for key in references]
+                statistics = [answer(" ||| ".join(["SCORE", *references[key], *candidates[key]])) for key in references]
                 first = answer(" ||| ".join(["EVAL", *statistics]))
                 *scores, corpus = [float(line) for line in (first, *(answer() for _ in statistics))]
                 found.append((corpus, np.array(scores)))

@@ -14,6 +14,7 @@ table gives CIDEr and CLIPScore, or our own CLIP's ImageTextScore, for each.
 
 import hashlib
 import json
+import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -203,17 +204,20 @@ class PartFile:
 
     Args:
         output: the file to be written in the end. what: all that the answers depend on; others are thrown away.
+        pictures: {stem: fingerprint}; answers to other pictures of the same names are thrown away.
     """
 
-    def __init__(self, output, what):
+    def __init__(self, output, what, pictures):
         self.path = Path(f"{output}.part")
         self.entries = {}
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         first, *rest = [entry for entry in map(self._entry, lines) if entry] or [None]
         if first == {"what": what}:
-            self.entries = {entry["stem"]: entry for entry in rest if "answer" in entry}
+            self.entries = {entry["stem"]: entry for entry in rest if "answer" in entry
+                            and entry.get("of") == pictures.get(entry["stem"])}
         elif lines:
             print(f"{self.path} is of other settings: starting again", file=sys.stderr)
+        self.pictures = pictures
         self.path.write_text("".join(f"{json.dumps(entry)}\n" for entry in [{"what": what}, *self.entries.values()]), "utf-8")
 
     @staticmethod
@@ -224,6 +228,7 @@ class PartFile:
             return None
 
     def add(self, entries):
+        entries = [entry | {"of": self.pictures[entry["stem"]]} for entry in entries]
         self.entries |= {entry["stem"]: entry for entry in entries}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(f"{json.dumps(entry)}\n" for entry in entries))
@@ -247,7 +252,7 @@ def caption_folder(model, images, settings, output, what, batch_size=8):
 
     Returns ({stem: caption}, {path: reason} of the images that could not be read).
     """
-    part = PartFile(output, what)
+    part = PartFile(output, what, {stem: fingerprint for stem, (_, *fingerprint) in zip(images, fingerprints(images.values()))})
     paths = list(images.values())
     batches = [(start, paths[start:start + batch_size]) for start in range(0, len(paths), batch_size)]
     batches = [(start, batch) for start, batch in batches if not all(path.stem in part.entries for path in batch)]
@@ -370,8 +375,9 @@ def main():
     print(f"with {name}", file=sys.stderr)
     model = Llava(name, arguments.load_in_4bit)
     folder, written = Path(arguments.images).resolve(), []
-    same_images, same_weights = (hashlib.sha256(json.dumps([str(folder), *fingerprints(paths)]).encode()).hexdigest() for paths in (
-        images.values(), sorted(path for path in Path(name).glob("*") if path.is_file())))
+    same_images = hashlib.sha256(b"\0".join(os.fsencode(folder / path.name) for path in images.values())).hexdigest()
+    weights = sorted(path for path in Path(name).glob("*") if path.is_file())
+    same_weights = hashlib.sha256(json.dumps(fingerprints(weights)).encode()).hexdigest()
 
     def caption(settings, output):
         what = {"model": str(name), "4bit": arguments.load_in_4bit, "batch_size": arguments.batch_size,

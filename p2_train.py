@@ -114,7 +114,7 @@ HELP = dict(
     data_weights="how often an epoch shows the images of each folder: 0.5, half of them; 2, each twice; default: once",
     text="files of captions without pictures, one a line", text_batch_size="captions of them beside each batch of images",
     text_weight="what the loss on them counts",
-    meaning="the image's embedding in our CLIP's space stands beside it as one more token",
+    meaning="tokens that the image's embedding in our CLIP's space makes beside it; 0: none",
     meaning_noise="in training, of the meanings of captions, which stand for those of pictures; against their length of 1",
     concepts="how many things recognised in the image stand as words beside it; 0: none",
     concept_source="classifier: the encoder's own; clip: the nouns nearest in our CLIP's space",

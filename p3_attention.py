@@ -103,7 +103,7 @@ def align_words(tokens, decode, ended):
     words = [(match[0], [place for place, at in enumerate(last) if match.start() <= at < match.end()])
              for match in WORD.finditer(text)]
     words = [(word, places) for word, places in words if places] + [(END, [len(tokens)])] * ended
-    return words or [("", [*range(len(tokens))])]
+    return words or [("", [*range(len(tokens))])] * bool(tokens)
 
 
 def of_words(log_probs, places):
@@ -174,7 +174,7 @@ def p2_attention(model, pictures, generation=None, through_projection=False):
     for i, row in enumerate(rows):
         words = align_words(row, model.tokenizer.decode, ended=len(row) < longest)
         names = [model.words.names[number] for number in concepts.numbers[i].tolist()] if model.words else []
-        names += ["the whole picture"] * model.config.meaning
+        names += [f"the whole picture {number}" for number in range(1, model.config.meaning + 1)]
         found.append(Attention.of_tokens(model.text(row), row, words, weights[i], log_probs[i], model.encoder.grid,
                                          concepts=names))
     return found

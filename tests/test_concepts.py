@@ -334,16 +334,16 @@ def judged(monkeypatch):
     return judge
 
 
-@pytest.mark.parametrize("config", [{}, {"fusion": "prefix"}, {"concepts": 0}, {"projection_layers": 1}])
-def test_the_meaning_is_one_more_token(tmp_path, judged, config):
-    model = make_captioner(tmp_path, meaning=True, **config)
+@pytest.mark.parametrize("config", [{}, {"fusion": "prefix", "meaning": 2}, {"concepts": 0}, {"projection_layers": 1, "meaning": 3}])
+def test_the_meaning_makes_more_tokens(tmp_path, judged, config):
+    model = make_captioner(tmp_path, **{"meaning": 1} | config)
     torch.manual_seed(2)
     features = torch.randn(6, 4, 12)
     model.centres.copy_(torch.tensor([[0.1, 0.2], [0.3, 0.0]]))
     seen = model.concepts(features)
     raw = torch.nn.functional.normalize(features.mean(1)[:, :2], dim=-1)
     torch.testing.assert_close(seen.meaning, torch.nn.functional.normalize(raw - torch.tensor([0.1, 0.2]), dim=-1))
-    assert model.image_tokens(features).shape[1] == 4 + model.config.concepts + 1
+    assert model.image_tokens(features).shape[1] == 4 + model.config.concepts + model.config.meaning
     generation = GenerationConfig(max_length=6)
     together = model.search(features, generation)
     assert [model.search(features[i:i + 1], generation)[0] for i in range(6)] == together
@@ -459,7 +459,7 @@ def test_our_clip_rewards_captions_beside_cider(place):
 
 def test_meanings_in_training_are_those_of_captions(place, judged):
     """What our CLIP says of a picture that it learnt from would say too much."""
-    config = replace(CONFIG, meaning=True)
+    config = replace(CONFIG, meaning=2)
     p2_train.train(CONFIG, settings(text=(), epochs=1, output="first.safetensors"), "cpu")
     trainer = p2_train.Trainer(config, settings(meaning_noise=0.0, output="o.safetensors", init="first.safetensors"), "cpu")
     assert trainer.model.centres[1].tolist() == [1, 0]  # no caption of the training pictures has a zebra

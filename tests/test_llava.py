@@ -274,7 +274,7 @@ def test_an_interrupted_comparison_goes_on_with_its_next_setting(llava_folder, p
     ("one: text\n", "not a list of `name:`"),
     ("one:\n  instructions: x\n", "no option instructions"),
     ("one two:\n  seed: 1\n", "'one two'"),
-    ("one:\n  num_beams: 0\n", "num_beams must be at least 1"),
+    ("one:\n  num_beams: 0\n", "num_beams is 0, but must be at least 1"),
     ("one: [", "not YAML"),
 ])
 def test_odd_settings_are_named(tmp_path, text, message):

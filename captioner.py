@@ -151,20 +151,21 @@ class Projection(nn.Module):
             nn.init.zeros_(layer.attn.c_proj.weight)
             nn.init.zeros_(layer.mlp.c_proj.weight)
 
-    def forward(self, features, concepts=None, meaning=None, attentions=None):
+    def forward(self, features, concepts=None, strengths=None, meaning=None, attentions=None):
         """Image tokens (B, N + K + M, width).
 
         Args:
             features: (B, N, D); None: of no image, where the rest is all there is.
             concepts: (B, K, concept_dim); None: none.
+            strengths: (B, K), what the concepts' tokens are multiplied by once they are normalised, so that 0 says nothing.
             meaning: (B, meaning_dim); None: none.
             attentions: a list that receives each layer's weights (B, H, S, S) over all S of them.
         """
         parts = [] if features is None else [self.patches(features)]
         if concepts is not None:
             if self.training and self.concept_dropout:
-                kept = torch.rand(*concepts.shape[:2], 1, device=concepts.device) >= self.concept_dropout
-                concepts = concepts * kept
+                strengths = strengths * (torch.rand(strengths.shape, device=strengths.device) >= self.concept_dropout)
+            at = parts[0].shape[1] if parts else 0
             parts.append(self.concepts(concepts))
         if meaning is not None:
             parts.append(self.meaning(meaning).unflatten(-1, (-1, self.norm.weight.shape[0])))
@@ -172,7 +173,10 @@ class Projection(nn.Module):
         all_of_them = LayerContext(image=slice(None))  # image tokens are all that a layer here attends to
         for layer in self.layers:
             x = layer(x, all_of_them, attentions=attentions)
-        return self.norm(x)
+        x = self.norm(x)
+        if concepts is not None:
+            x = torch.cat([x[:, :at], x[:, at:at + strengths.shape[1]] * strengths[..., None], x[:, at + strengths.shape[1]:]], 1)
+        return x
 
     def patches(self, features):
         """(B, N, D) -> (B, N, width), or in training those of them that patch dropout leaves."""
@@ -290,8 +294,9 @@ class Captioner(nn.Module):
     def image_tokens(self, features, concepts=None, attentions=None):
         """What the text sees: a token for each patch, then one for each concept, then those of the meaning (B, N + K + M, width).
 
-        A concept's token comes of the mean of its words' embeddings, by the root of its probability (object tags: Li et al.
-        2020, arXiv:2004.06165; entity prompts: Fei et al. 2023, arXiv:2307.16525).
+        A concept's token comes of the mean of its words' embeddings (object tags: Li et al. 2020, arXiv:2004.06165; entity
+        prompts: Fei et al. 2023, arXiv:2307.16525), times the root of its probability. That comes after the normalisation,
+        which would undo it.
 
         Args:
             features: (B, N, D) from the encoder; None: of no image.
@@ -299,10 +304,12 @@ class Captioner(nn.Module):
             attentions: as of Projection.
         """
         concepts = self.concepts(features) if concepts is None else concepts
-        vectors, meaning = None, concepts and concepts.meaning
+        if concepts is None:
+            return self.projection(features, attentions=attentions)
+        vectors, strengths = None, None
         if self.words:
-            vectors = self.concept_vectors[concepts.numbers] * concepts.probabilities.sqrt()[..., None]
-        return self.projection(features, vectors, meaning, attentions)
+            vectors, strengths = self.concept_vectors[concepts.numbers], concepts.probabilities.sqrt()
+        return self.projection(features, vectors, strengths, concepts.meaning, attentions)
 
     # ---- training ----
 

@@ -106,8 +106,8 @@ class GenerationConfig:
 
     def __post_init__(self):
         check_settings(self, ("beam_size", "max_length"), signed=("length_penalty", "clip_weight"))
-        if self.temperature <= 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise UserError("temperature must be above 0, top_p in (0, 1] and top_k at least 0")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise UserError("temperature must be above 0 and top_p in (0, 1]")
         if self.sample and self.clip_weight:
             raise UserError("clip_weight chooses among beams: it goes without sample")
 
@@ -175,7 +175,7 @@ class Projection(nn.Module):
             x = layer(x, all_of_them, attentions=attentions)
         x = self.norm(x)
         if concepts is not None:
-            x = torch.cat([x[:, :at], x[:, at:at + strengths.shape[1]] * strengths[..., None], x[:, at + strengths.shape[1]:]], 1)
+            x = x * F.pad(strengths, (at, x.shape[1] - at - strengths.shape[1]), value=1.0)[..., None]
         return x
 
     def patches(self, features):

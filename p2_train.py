@@ -295,19 +295,21 @@ class Trainer:
         random = np.random.default_rng(self.settings.seed)
         some = np.sort(random.permutation(len(self.images))[:SEEN])
         batches = np.array_split(some, -(-len(some) // 100))
-        features = (self.data.features[part, np.zeros_like(part)].float().to(self.device) for part in batches)
-        if self.config.meaning:
-            judge, embeddings = self.model.judge, ([], [])
-            for part, seen in zip(batches, features):
+        centring = self.config.meaning and not self.model.centres.any()  # else the centres are those of --init
+        recognised, of_images, of_texts = [], [], []
+        for part in batches:
+            seen = self.data.features[part, np.zeros_like(part)].float().to(self.device)
+            if centring:
                 captions = [clean_captions(self.images[i])[0] for i in part]
-                for rows, vectors in zip(embeddings, (judge.embed_images(seen), judge.embed_texts(captions))):
-                    rows.append(F.normalize(vectors, dim=-1))
-            if not self.model.centres.any():  # else they are those of --init
-                self.model.centres.copy_(torch.stack([torch.cat(rows).mean(0) for rows in embeddings]))
-            features = (self.data.features[part, np.zeros_like(part)].float().to(self.device) for part in batches)
+                of_images.append(F.normalize(self.model.judge.embed_images(seen), dim=-1))
+                of_texts.append(F.normalize(self.model.judge.embed_texts(captions), dim=-1))
+            if self.text:
+                recognised.append(self.model.source.recognise(seen, self.config.concepts))
+        if centring:
+            self.model.centres.copy_(torch.stack([torch.cat(rows).mean(0) for rows in (of_images, of_texts)]))
         if self.text:
-            rows = [self.model.source.recognise(seen, self.config.concepts) for seen in features]
-            self.text.look(self.model.source, Concepts(*(torch.cat(part).cpu() for part in list(zip(*rows))[:2])))
+            numbers, probabilities, _ = zip(*recognised)
+            self.text.look(self.model.source, Concepts(torch.cat(numbers).cpu(), torch.cat(probabilities).cpu()))
 
     def read_folders(self):
         """The folders of images, each with some to train on and some to select on."""

@@ -11,7 +11,6 @@ there are not repeated, so it goes on where it was interrupted.
 import subprocess
 import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +89,7 @@ def main():
     checkpoints |= {Path(path).stem: path for path in arguments.others}
     checkpoints |= {f"{name}, {whose}": path for name, path in checkpoints.items() for whose in (OTHERS, NONE)
                     if read_metadata(path)["model"].get("concepts")}
-    training = [[caption for caption in image.captions] for folder in (arguments.flickr8k, *arguments.coco)
+    training = [image.captions for folder in (arguments.flickr8k, *arguments.coco)
                 for image in read_captions(Path(folder) / "train.json", None)]
     results = {"updates": arguments.updates, "images_of_an_update": BATCH, "rare": f"fewer than {RARE} training pictures",
                "runs": {name: " ".join(Path(option).name if "/" in option else option for option in options)
@@ -143,18 +142,21 @@ def caption(model, features, whose, batch_size=100):
     """Captions of these images by beam search, with the concepts of each, those of "others" or "no concepts"."""
     device, everyone = model.token_ids.device, np.arange(len(features))
     batches = np.array_split(everyone, -(-len(everyone) // batch_size))
-    features_of = [partial(lambda batch: features[batch, np.zeros_like(batch)].to(device).float(), batch) for batch in batches]
+
+    def features_of(batch):
+        return features[batch, np.zeros_like(batch)].to(device).float()
+
     if whose:
-        concepts = [model.concepts(of_batch()) for of_batch in features_of]
+        concepts = [model.concepts(features_of(batch)) for batch in batches]
         numbers, probabilities = (torch.cat(part) for part in list(zip(*concepts))[:2])
         concepts = Concepts(numbers.roll(len(everyone) // 2, 0), probabilities.roll(len(everyone) // 2, 0))
         if whose == NONE:
             concepts = Concepts(numbers, torch.zeros_like(probabilities))
     captions = []
-    for batch, of_batch in zip(batches, features_of):
-        features = of_batch()
-        instead = concepts.each(lambda part: part[batch])._replace(meaning=model.concepts(features).meaning) if whose else None
-        captions += model.generate(features, GenerationConfig(3), concepts=instead)
+    for batch in batches:
+        some = features_of(batch)
+        instead = concepts.each(lambda part: part[batch])._replace(meaning=model.concepts(some).meaning) if whose else None
+        captions += model.generate(some, GenerationConfig(3), concepts=instead)
     return captions
 
 

@@ -83,3 +83,15 @@ def test_checkpoints_of_before_are_searched_with_three_beams(tmp_path):
     save_file(load_file(tmp_path / "one.safetensors"), tmp_path / "one.safetensors", {"captioner": json.dumps(metadata)})
     loaded = Captioner.load(tmp_path / "one.safetensors", tmp_path / "decoder.bin", NamingEncoder())
     assert loaded.generation == GenerationConfig()
+
+
+def test_the_ablation_swaps_concepts_and_takes_them_away_in_any_batches(tmp_path):
+    import captioner_steps
+
+    model, features = make_captioner(tmp_path), torch.randn(8, 4, 12).half().float()
+    own = model.concepts(features)
+    swapped = own.each(lambda part: part.roll(4, 0))
+    none = own._replace(probabilities=torch.zeros_like(own.probabilities))
+    for whose, concepts in (("", own), (captioner_steps.OTHERS, swapped), (captioner_steps.NONE, none)):
+        expected = model.generate(features, GenerationConfig(3), concepts=concepts)
+        assert captioner_steps.caption(model, Features(features), whose, batch_size=3) == expected

@@ -262,12 +262,18 @@ class Captioner(nn.Module):
         return ClassifierWords(self.words, self.encoder)
 
     @torch.no_grad()
-    def concepts(self, features):
-        """Features (B, N, D) -> the Concepts that are recognised in them; None for a model that is told of none."""
+    def concepts(self, features, embeddings=None):
+        """Features (B, N, D) -> the Concepts that are recognised in them; None for a model that is told of none.
+
+        `embeddings` (B, width): of the images in our CLIP's space; None: worked out where they are needed.
+        """
         if not self.words and not self.config.meaning:
             return None
         found = self.source.recognise(features, self.config.concepts) if self.words else Concepts(None, None)
-        return found._replace(meaning=self.meaning(self.judge.embed_images(features), 0)) if self.config.meaning else found
+        if not self.config.meaning:
+            return found
+        embeddings = self.judge.embed_images(features) if embeddings is None else embeddings
+        return found._replace(meaning=self.meaning(embeddings, 0))
 
     def meaning(self, embeddings, of_texts):
         """Embeddings in our CLIP's space, of images (0) or of texts (1), seen from their centre: unit vectors (B, width)"""
@@ -371,25 +377,28 @@ class Captioner(nn.Module):
         return self.generate(self.encoder(images), generation, seeds)
 
     @torch.inference_mode()
-    def generate(self, features, generation=None, seeds=None, concepts=None):
+    def generate(self, features, generation=None, seeds=None, concepts=None, embeddings=None):
         """Features (B, N, D) -> list of B captions.
 
-        `concepts`: those to see instead of what is recognised.
+        `concepts`: those to see instead of what is recognised; `embeddings` (B, width): of the images in our CLIP's space,
+        instead of what it says of them.
 
         `seeds`: one number for each image, which with `generation.seed` decides its sample whatever the batch
         (default: 0 … B - 1); with K numbers for each image, K samples of each.
         """
-        return [self.text(row) for row in self.search(features, generation, seeds, concepts)]
+        return [self.text(row) for row in self.search(features, generation, seeds, concepts, embeddings)]
 
     @torch.inference_mode()
-    def search(self, features, generation=None, seeds=None, concepts=None):
+    def search(self, features, generation=None, seeds=None, concepts=None, embeddings=None):
         """As `generate`, but the captions as lists of token ids, without <|endoftext|>."""
         generation = generation or self.generation
-        image = self.image_tokens(features, concepts)
+        if embeddings is None and (generation.clip_weight or self.config.meaning and concepts is None):
+            embeddings = self.judge.embed_images(features)
+        image = self.image_tokens(features, self.concepts(features, embeddings) if concepts is None else concepts)
         if generation.sample:
             return self.sample(image, generation, seeds)
         if generation.clip_weight:
-            return self.choose(features, self.hypotheses(image, generation), generation.clip_weight)
+            return self.choose(embeddings, self.hypotheses(image, generation), generation.clip_weight)
         return self.beam_search(image, generation)
 
     def text(self, tokens):
@@ -476,19 +485,19 @@ class Captioner(nn.Module):
             raise UserError("the model's probabilities are not numbers: its weights, or the encoder's, are damaged")
         return hypotheses
 
-    def choose(self, features, hypotheses, weight):
+    def choose(self, embeddings, hypotheses, weight):
         """Of each image's hypotheses the token ids of the one that is best by its score and what the `judge` gives it."""
         chosen = []
-        for found, cosines in zip(hypotheses, self.cosines(features, hypotheses)):
+        for found, cosines in zip(hypotheses, self.cosines(embeddings, hypotheses)):
             scores = [score + weight * cosine for (score, _), cosine in zip(found, cosines)]
             chosen.append(found[scores.index(max(scores))][1])
         return chosen
 
     @torch.inference_mode()
-    def cosines(self, features, hypotheses):
-        """What the `judge` gives each image's hypotheses: B lists."""
+    def cosines(self, embeddings, hypotheses):
+        """What the `judge` gives each image's hypotheses, by the images' embeddings (B, width): B lists."""
         texts = [self.text(tokens) for found in hypotheses for _, tokens in found]
-        images = F.normalize(self.judge.embed_images(features), dim=-1)
+        images = F.normalize(embeddings, dim=-1)
         counts = torch.tensor([len(found) for found in hypotheses], device=images.device)
         of_clip = (images.repeat_interleave(counts, 0) * F.normalize(self.judge.embed_texts(texts), dim=-1)).sum(-1)
         return [values.tolist() for values in of_clip.split(counts.tolist())]
@@ -567,7 +576,8 @@ class Captioner(nn.Module):
         config = CaptionerConfig(**{"encoder_levels": 1} | metadata["model"])  # of checkpoints that say nothing of levels
         decoder = config.load_decoder(decoder_weights)
         encoder = encoder or config.load_encoder()
-        check_hashes(checkpoint, metadata, decoder, decoder_weights, encoder)
+        check_hash(checkpoint, metadata, "decoder", decoder.weights_hash, decoder_weights)
+        check_hash(checkpoint, metadata, "encoder", encoder.weights_hash, encoder.name)
         try:
             token_ids, centres = state.pop("token_ids").long(), state.pop("centres", None)
             model = cls(config, encoder, decoder, None if all_tokens else token_ids)
@@ -581,12 +591,10 @@ class Captioner(nn.Module):
         return model.eval()
 
 
-def check_hashes(checkpoint, metadata, decoder, decoder_weights, encoder):
-    """Raise UserError unless these are the frozen weights that the checkpoint was trained with."""
-    for part, now, where in (("decoder", decoder.weights_hash, decoder_weights),
-                             ("encoder", encoder.weights_hash, encoder.name)):
-        if now != metadata[f"{part}_hash"]:
-            raise UserError(f"the checkpoint {checkpoint} was trained with other {part} weights than {where}")
+def check_hash(checkpoint, metadata, part, now, where):
+    """Raise UserError unless the frozen weights of this part, "encoder" or "decoder", are those of the checkpoint's training."""
+    if now != metadata[f"{part}_hash"]:
+        raise UserError(f"the checkpoint {checkpoint} was trained with other {part} weights than {where}")
 
 
 def recorded_generation(metadata):

@@ -26,6 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cli import UserError, write_whole
+from dataset import fingerprints
 from encoder import EMBEDDED, WEIGHTS_FOLDER, load_encoder
 from weightfiles import check_digest, content_hash, digest, first_line, read_weights
 
@@ -307,6 +308,41 @@ class ClipSmall(nn.Module):
             raise UserError(f"{path} does not fit its own description: it is damaged")
         model.metadata = metadata
         return model.eval().requires_grad_(False)
+
+
+class Folds:
+    """What image heads that have not seen a picture say of it, in the space of a finished model's texts (p4_clip.py --folds).
+
+    Args:
+        path: what p4_clip.py wrote.
+        text_digest: of the ClipSmall whose texts they are to be compared with. Raises UserError where it is another.
+    """
+
+    def __init__(self, path, text_digest):
+        try:
+            with safe_open(path, "pt") as file:
+                metadata, self.embeddings = json.loads((file.metadata() or {})["clip_folds"]), file.get_tensor("embeddings")
+            self.numbers = {tuple(picture): number for number, picture in enumerate(metadata["pictures"])}
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} was not written by p4_clip.py --folds, or is damaged: {first_line(error)}") from None
+        self.path = path
+        if metadata["texts"] != text_digest:
+            raise UserError(f"{path} belongs to another CLIP than {SMALL_WEIGHTS}: run p4_clip.py --folds again")
+
+    @staticmethod
+    def save(path, embeddings, pictures, text_digest, training):
+        """Embeddings (n, views, width) of pictures, which `fingerprints` names."""
+        write_whole(path, save({"embeddings": embeddings.half().contiguous()}, {"clip_folds": json.dumps(
+            {"pictures": pictures, "texts": text_digest, "training": training})}))
+
+    def of(self, paths, views=1):
+        """Embeddings of these pictures (n, views, width), fp32. Raises UserError where one is missing, or a view."""
+        found = fingerprints(paths)
+        missing = [name for name, *rest in found if (name, *rest) not in self.numbers]
+        if missing or views > self.embeddings.shape[1]:
+            raise UserError(f"{self.path} lacks {len(missing)} of {len(paths)} pictures, the first is {missing[0]}" if missing else
+                            f"{self.path} has {self.embeddings.shape[1]} views of each picture, not {views}")
+        return self.embeddings[[self.numbers[picture] for picture in found], :views].float()
 
 
 def contrastive_loss(images, texts, scale):

@@ -176,7 +176,7 @@ class ClassWords:
             ranks = random.choice(len(row), len(shown), replace=False, p=weights / weights.sum())
             for rank, number in zip(np.sort(ranks), shown):
                 row[rank] = number
-        return Concepts(numbers, seen.probabilities)
+        return seen._replace(numbers=numbers)
 
 
 class ClassifierWords:

@@ -27,6 +27,7 @@ from training import adamw, autocast, check_settings, cosine, load_state, pick_d
 @dataclass
 class Settings:
     output: str = "weights/decoder_small.safetensors"
+    init: str = ""
     n_layer: int = 6
     n_embd: int = 256
     n_positions: int = 128
@@ -46,7 +47,7 @@ class Settings:
         check_settings(self, ("n_layer", "n_embd", "n_positions", "epochs", "batch_size"), ("dropout", "warmup"))
 
 
-HELP = dict(batch_size="captions", warmup="part of all steps", clip="gradient norm; 0: not clipped",
+HELP = dict(init="a decoder of the same size to go on from; empty: from nothing", batch_size="captions", warmup="part of all steps", clip="gradient norm; 0: not clipped",
             held_out="images at the end of each captions file that are kept out: p2_train.py selects on them",
             min_count="captions with a token that occurs less often are left out: each token costs a row of the head",
             save_minutes="minutes between states to resume from")
@@ -117,6 +118,25 @@ class SeenTokens:
         return whole
 
 
+@torch.no_grad()
+def start_from(path, decoder, seen):
+    """Take over another decoder's weights; a token that it never met keeps the embedding that it was drawn with.
+
+    Returns the hash of those weights. Raises UserError where they are of another size.
+    """
+    known = Decoder.from_pretrained(path)
+    state = known.state_dict()
+    table = state.pop("wte.weight")
+    sizes = [(model.config.n_layer, model.config.n_embd, model.config.n_positions) for model in (known, decoder)]
+    if sizes[0] != sizes[1] or len(table) < VOCAB_SIZE:
+        raise UserError(f"{path} is of another size: layers, width and positions are {sizes[0]}, not {sizes[1]}, "
+                        f"for {len(table)} tokens")
+    decoder.load_state_dict(state, strict=False)
+    rows = table[seen.ids]
+    decoder.wte.weight.copy_(torch.where(rows.any(1, keepdim=True), rows, decoder.wte.weight))
+    return known.weights_hash
+
+
 @torch.inference_mode()
 def perplexity(decoder, seen, rows, device, batch_size=256):
     """exp of the mean cross-entropy per token, <|endoftext|> included, on the rows whose tokens were all seen."""
@@ -150,6 +170,7 @@ def train(settings, text_files, caption_files, device=None):
     seen = SeenTokens(rows).to(device)
     decoder = Decoder(DecoderConfig(vocab_size=len(seen.ids), n_layer=settings.n_layer, n_embd=settings.n_embd,
                                     n_positions=settings.n_positions, dropout=settings.dropout))
+    first = start_from(settings.init, decoder, seen) if settings.init else ""
     decoder.to(device).train()
     parameters = dict(decoder.named_parameters())
     optimizer = adamw([(parameters.values(), 1.0)], settings.learning_rate, settings.weight_decay)
@@ -159,7 +180,7 @@ def train(settings, text_files, caption_files, device=None):
     print(f"{len(rows)} captions, {sum(lengths)} tokens, {len(seen.ids)} of them different; "
           f"{sum(p.numel() for p in parameters.values()) / 1e6:.1f}M parameters; {device}")
 
-    same = {**asdict(settings), "captions": len(rows), "tokens": sum(lengths)}
+    same = {**asdict(settings), "captions": len(rows), "tokens": sum(lengths), "first weights": first}
     same.pop("save_minutes")
     progress = load_state(state_file, same, optimizer, parameters, device)
     progress = progress or {"epoch": 0, "step": 0, "perplexity": []}

@@ -28,11 +28,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from captioner import MAX_TRAINED, Captioner, CaptionerConfig, GenerationConfig, Projection, check_hashes, is_fusion, read_metadata
+from captioner import MAX_TRAINED, Captioner, CaptionerConfig, GenerationConfig, Projection, check_hash, is_fusion, read_metadata
 from cider import CiderScorer
 from cli import ArgumentParser, UserError, add_options, read_lines, run, take_options, with_config
-from clip_small import ClipConfig
-from concepts import Concepts
+from clip_small import ClipConfig, Folds
+from concepts import Concepts, embed_texts
 from dataset import (IGNORE, FeatureCache, Folder, LiveFeatures, SomeFeatures, ahead, bucketed_batches, clean_caption,
                      clean_captions, collate, data_digest)
 from decoder import ADAPTER_PLACES, LORA_TARGETS, Decoder, DecoderConfig
@@ -53,7 +53,7 @@ class Settings:
     text: tuple = ()
     text_batch_size: int = 40
     text_weight: float = 1.0
-    meaning_noise: float = 1.0
+    folds: str = ""
     decoder: str = "weights/decoder_small.safetensors"
     output: str = "checkpoints/captioner.safetensors"
     cache: str = "cache"
@@ -115,7 +115,7 @@ HELP = dict(
     text="files of captions without pictures, one a line", text_batch_size="captions of them beside each batch of images",
     text_weight="what the loss on them counts",
     meaning="tokens that the image's embedding in our CLIP's space makes beside it; 0: none",
-    meaning_noise="in training, of the meanings of captions, which stand for those of pictures; against their length of 1",
+    folds="for --meaning and --scst_clip: what p4_clip.py --folds wrote, since our CLIP knows training images too well",
     concepts="how many things recognised in the image stand as words beside it; 0: none",
     concept_source="classifier: the encoder's own; clip: the nouns nearest in our CLIP's space",
     concept_dropout="part of the concepts left out of a step",
@@ -152,10 +152,11 @@ HELP = dict(
 
 
 class CaptionData:
-    """Tokens of every image's captions, and the cached features beside them."""
+    """Tokens of every image's captions, and beside them the cached features and, where they count, embeddings of the images by a CLIP
+    that has not seen them (images, views, width)."""
 
-    def __init__(self, images, tokenizer, max_tokens, features=None):
-        self.features, self.max_tokens = features, max_tokens
+    def __init__(self, images, tokenizer, max_tokens, features=None, embeddings=None):
+        self.features, self.embeddings, self.max_tokens = features, embeddings, max_tokens
         self.rows = []  # for each image, its captions' tokens
         self.cut = self.empty = 0  # captions that are too long, or say nothing
         for image in images:
@@ -167,9 +168,10 @@ class CaptionData:
         self.lengths = [max(map(len, rows), default=0) for rows in self.rows]
 
     def batch(self, indices, views):
-        """Image numbers and a view of each -> features (B, N, D), tokens and targets (B * K, T)"""
+        """Image numbers and a view of each -> features (B, N, D), embeddings (B, width) or None, tokens and targets (B * K, T)"""
         rows = [row for i in indices for row in self.rows[i] + [[]] * (self.captions - len(self.rows[i]))]
-        return self.features[np.array(indices), np.array(views)], *collate(rows)
+        embeddings = None if self.embeddings is None else self.embeddings[list(indices), list(views)]
+        return self.features[np.array(indices), np.array(views)], embeddings, *collate(rows)
 
 
 def token_ids(texts):
@@ -212,13 +214,14 @@ class TextData:
                 bucketed_batches([len(self.rows[i]) for i in order], batch_size, generator)]
 
     def look(self, source, seen):
-        """Say how nouns are recognised, by this source of concepts, and what it sees in real pictures: Concepts."""
+        """Say how nouns are recognised, by this source of concepts, and what it sees in real pictures: Concepts, the meaning of each
+        less what its own caption explains."""
         self.source, self.seen = source, seen
 
     def batch(self, numbers, random):
-        """Caption numbers and a numpy Generator -> tokens and targets (B, T), and B Concepts"""
+        """Caption numbers and a numpy Generator -> tokens and targets (B, T), and B Concepts, their meaning as of `look`"""
         pictures = random.integers(len(self.seen.numbers), size=len(numbers))
-        seen = Concepts(self.seen.numbers[pictures], self.seen.probabilities[pictures])
+        seen = self.seen.each(lambda part: part[pictures])
         things = [[self.source.meanings(noun) for noun in self.nouns[i]] for i in numbers]
         return *collate([self.rows[i] for i in numbers]), self.words.imagine(things, seen, random)
 
@@ -236,6 +239,8 @@ class Trainer:
         self.device = self.processes.device
         self.dtype = pick_precision(self.device, settings.precision, scaled=True)
         self.interruption = Interruption(settings.max_hours)
+        if (config.meaning or settings.scst_clip) and not settings.folds:
+            raise UserError("--meaning and --scst_clip need --folds, which p4_clip.py makes: our CLIP knows training images too well")
         if settings.fsdp and self.processes.count == 1:
             raise UserError("--fsdp shards over several processes: start them with accelerate launch")
         if settings.tensorboard:
@@ -258,6 +263,7 @@ class Trainer:
         if settings.init:
             self.start_from(settings.init, encoder, decoder)
         self.images, self.selection = parts
+        self.data.embeddings, self.selection_embeddings = self.read_folds() if settings.folds else (None, None)
         self.trained = self.model.trained_parameters()
         groups = {True: [], False: []}
         for name, parameter in self.trained.items():
@@ -283,6 +289,12 @@ class Trainer:
 
     # ---- what it needs ----
 
+    def read_folds(self):
+        """Embeddings of training and selection images by a CLIP that has not seen them: (n, views, width), and (n, width)."""
+        folds = Folds(self.settings.folds, self.model.judge.text_digest)
+        training, selection = ([image.path for image in images] for images in (self.images, self.selection))
+        return folds.of(training, self.settings.views), folds.of(selection)[:, 0] if selection else None
+
     def read_text(self, encoder, max_tokens, selection):
         """Captions without pictures, those of the selection images left out."""
         if not self.config.concepts:
@@ -291,25 +303,24 @@ class Trainer:
 
     @torch.no_grad()
     def look_around(self):
-        """See some training images: the concepts in them are a pattern for those of texts, and meanings are seen from their middle."""
+        """See some training images: the concepts in them are a pattern for those of texts, meanings are seen from their middle, and
+        how a picture's meaning follows from its caption's is measured."""
         random = np.random.default_rng(self.settings.seed)
         some = np.sort(random.permutation(len(self.images))[:SEEN])
-        batches = np.array_split(some, -(-len(some) // 100))
-        centring = self.config.meaning and not self.model.centres.any()  # else the centres are those of --init
-        recognised, of_images, of_texts = [], [], []
-        for part in batches:
-            seen = self.data.features[part, np.zeros_like(part)].float().to(self.device)
-            if centring:
-                captions = [clean_captions(self.images[i])[0] for i in part]
-                of_images.append(F.normalize(self.model.judge.embed_images(seen), dim=-1))
-                of_texts.append(F.normalize(self.model.judge.embed_texts(captions), dim=-1))
-            if self.text:
-                recognised.append(self.model.source.recognise(seen, self.config.concepts))
-        if centring:
-            self.model.centres.copy_(torch.stack([torch.cat(rows).mean(0) for rows in (of_images, of_texts)]))
+        residuals = None
+        if self.config.meaning:
+            captions = [clean_captions(self.images[i])[0] for i in some]
+            of_images, of_texts = self.data.embeddings[some, 0].to(self.device), embed_texts(self.model.judge, captions).to(self.device)
+            if not self.model.centres.any():  # else they are those of --init
+                self.model.centres.copy_(torch.stack([F.normalize(of_images, dim=-1).mean(0), of_texts.mean(0)]))
+            meanings, explaining = self.model.meaning(of_images, 0), self.model.meaning(of_texts, 1)
+            self.slope = (meanings * explaining).sum(-1).mean()
+            residuals = (meanings - self.slope * explaining).cpu()
         if self.text:
-            numbers, probabilities, _ = zip(*recognised)
-            self.text.look(self.model.source, Concepts(torch.cat(numbers).cpu(), torch.cat(probabilities).cpu()))
+            seen = [self.model.source.recognise(self.data.features[part, np.zeros_like(part)].float().to(self.device), self.config.concepts)
+                    for part in np.array_split(some, -(-len(some) // 100))]
+            numbers, probabilities, _ = zip(*seen)
+            self.text.look(self.model.source, Concepts(torch.cat(numbers).cpu(), torch.cat(probabilities).cpu(), residuals))
 
     def read_folders(self):
         """The folders of images, each with some to train on and some to select on."""
@@ -339,11 +350,14 @@ class Trainer:
         """Take a checkpoint's trained weights. Raises UserError unless it is of the same model.
 
         Its encoder may have been this one with fewer levels, or the first of those that are joined here: the channels
-        that it had come first then, and what the others add counts nothing to begin with. It may have known no concepts and no meaning.
+        that it had come first then, and what the others add counts nothing to begin with. It may have known no concepts and no meaning,
+        and its decoder may have had other weights of the same shapes.
         """
         metadata = read_metadata(checkpoint)
         known = encoder.first if metadata["model"]["encoder"] == encoder.first.name else encoder
-        check_hashes(checkpoint, metadata, decoder, self.settings.decoder, known)
+        check_hash(checkpoint, metadata, "encoder", known.weights_hash, known.name)
+        if metadata["decoder_hash"] != decoder.weights_hash and self.processes.main:
+            print(f"{checkpoint} was trained with other decoder weights than {self.settings.decoder}: a start, and no more", flush=True)
         try:
             state = read_weights(checkpoint, "checkpoint")
             if known is encoder.first and metadata["model"].get("encoder_levels", 1) <= encoder.levels:
@@ -501,7 +515,7 @@ class Trainer:
         return True
 
     def local_batch(self, indices, views):
-        """This process's part of a batch, cut for accumulation: [(indices, features, tokens, targets), …].
+        """This process's part of a batch, cut for accumulation: [(indices, features, embeddings, tokens, targets), …].
 
         Every process gets as many pieces, since they compute in step. One for which no image is left repeats the first,
         with nothing to learn.
@@ -512,8 +526,8 @@ class Trainer:
         pieces = []
         for start in range(0, -(-len(indices) // count), size):
             piece = mine[start:start + size]
-            features, tokens, targets = self.data.batch(piece or indices[:1], views[piece or indices[:1]])
-            pieces.append((piece, features, tokens, targets if piece else torch.full_like(targets, IGNORE)))
+            *seen, tokens, targets = self.data.batch(piece or indices[:1], views[piece or indices[:1]])
+            pieces.append((piece, *seen, tokens, targets if piece else torch.full_like(targets, IGNORE)))
         return pieces
 
     def local_texts(self, numbers, epoch, step):
@@ -528,39 +542,33 @@ class Trainer:
         """Leave the gradients of the cross-entropy of captions without pictures, averaged over all their target tokens."""
         if len(tokens):
             with autocast(self.device, self.dtype):
-                concepts = concepts.each(lambda part: part.to(self.device))._replace(meaning=self.meanings(captions))
+                concepts = concepts.each(lambda part: part.to(self.device))
+                concepts = concepts._replace(meaning=self.meanings(captions, concepts.meaning))
                 loss = self.model.loss(None, tokens.to(self.device), targets.to(self.device), self.settings.label_smoothing,
                                        reduction="sum", concepts=concepts)
             self.backward(loss * self.settings.text_weight / total)
 
     @torch.no_grad()
-    def meanings(self, captions):
-        """What stands for the meanings of pictures of these captions: those of the captions, and noise, since what our CLIP says of a
-        new picture is as far from them; of a picture that it learnt from it would say too much. (B, width), or None for a model
-        without."""
+    def meanings(self, captions, residuals):
+        """What may stand for the meanings of pictures of these captions: what the captions explain of them, and what they do not of
+        other pictures' (B, width). None for a model without."""
         if not self.config.meaning:
             return None
-        meanings = self.model.meaning(self.model.judge.embed_texts(captions), 1)
-        noise = torch.randn_like(meanings) * (self.settings.meaning_noise / meanings.shape[1]**0.5)
-        return F.normalize(meanings + noise, dim=-1)
+        return F.normalize(self.slope * self.model.meaning(self.model.judge.embed_texts(captions), 1) + residuals, dim=-1)
 
-    def seen_in(self, indices, features):
-        """The concepts of training images, each with the meaning of one of its captions; None for a model that is told of none."""
-        concepts = self.model.concepts(features)
-        if not self.config.meaning:
-            return concepts
-        captions = [clean_captions(self.images[i]) for i in indices]
-        return concepts._replace(meaning=self.meanings([some[torch.randint(len(some), ())] for some in captions]))
+    def on_device(self, embeddings):
+        return None if embeddings is None else embeddings.to(self.device)
 
     def cross_entropy(self, indices, pieces, seed):
         """Leave the gradients of a batch's cross-entropy, averaged over all its target tokens. Returns that average."""
         total = sum(self.targets[i] for i in indices)
         value = 0.0
-        for piece, features, tokens, targets in pieces:
+        for _, features, embeddings, tokens, targets in pieces:
             with autocast(self.device, self.dtype):
                 features = features.to(self.device).float()
+                concepts = self.model.concepts(features, self.on_device(embeddings))
                 loss = self.model.loss(features, tokens.to(self.device), targets.to(self.device), self.settings.label_smoothing,
-                                       reduction="sum", concepts=self.seen_in(piece or indices[:1], features)) / total
+                                       reduction="sum", concepts=concepts) / total
             value += self.backward(loss)
         return self.processes.add(value)
 
@@ -569,13 +577,13 @@ class Trainer:
         settings, drawn = self.settings, []
         self.model.eval()  # before LoRA is merged, which a change to training would undo
         with autocast(self.device, self.dtype), self.generating():
-            for piece, features, *_ in pieces:
+            for piece, features, embeddings, *_ in pieces:
                 # What is drawn for an image follows from its place in the batch, whichever process draws.
                 numbers = [settings.scst_samples * indices.index(i) + k for i in piece or indices[:1]
                            for k in range(settings.scst_samples)]
-                features = features.to(self.device).float()
-                reward = partial(self.reward, np.repeat(piece or indices[:1], settings.scst_samples), features)
-                concepts = self.seen_in(piece or indices[:1], features)
+                features, embeddings = features.to(self.device).float(), self.on_device(embeddings)
+                reward = partial(self.reward, np.repeat(piece or indices[:1], settings.scst_samples), embeddings)
+                concepts = self.model.concepts(features, embeddings)
                 drawn.append((features, concepts, *self.model.draw(
                     features, reward, settings.scst_samples, settings.scst_temperature, seed, numbers, concepts=concepts)))
         self.model.train()
@@ -590,13 +598,13 @@ class Trainer:
             self.backward(loss)
         return reward / (len(indices) * settings.scst_samples)
 
-    def reward(self, images, features, captions, ended):
-        """CIDEr of captions of the images with these numbers, and what our CLIP says of them (Cho et al. 2022,
-        arXiv:2205.13115): (n,)"""
+    def reward(self, images, embeddings, captions, ended):
+        """CIDEr of captions of the images with these numbers, and how near in our CLIP's space they are to the images' embeddings (Cho
+        et al. 2022, arXiv:2205.13115): (n,)"""
         rewards = torch.from_numpy(self.scorer.score(images, captions, ended))
         if self.settings.scst_clip:
             judge = self.model.judge
-            seen = F.normalize(judge.embed_images(features), dim=-1).repeat_interleave(self.settings.scst_samples, 0)
+            seen = F.normalize(embeddings, dim=-1).repeat_interleave(self.settings.scst_samples, 0)
             rewards += self.settings.scst_clip * (seen * F.normalize(judge.embed_texts(captions), dim=-1)).sum(-1).cpu()
         return rewards
 
@@ -660,7 +668,7 @@ class Trainer:
         part = np.array_split(np.arange(len(self.selection_features)), self.processes.count)[self.processes.number]
         with autocast(self.device, self.dtype), self.generating():
             generation = GenerationConfig(self.settings.selection_beam)
-            return self.processes.gather(caption_features(self.model, self.selection_features, part, generation))
+            return self.processes.gather(caption_features(self.model, self.selection_features, part, generation, self.selection_embeddings))
 
     def save(self):
         """Write the state to go on from."""
@@ -670,12 +678,13 @@ class Trainer:
         self.saved = time.monotonic()
 
 
-def caption_features(model, features, numbers, generation, batch_size=100):
-    """Captions of the first view of the images with these numbers."""
-    captions = []
+def caption_features(model, features, numbers, generation, embeddings=None, batch_size=100):
+    """Captions of the first view of the images with these numbers; `embeddings` (n, width): of all, in our CLIP's space, if known."""
+    captions, device = [], model.token_ids.device
     for start in range(0, len(numbers), batch_size):
         some = numbers[start:start + batch_size]
-        captions += model.generate(features[some, np.zeros_like(some)].to(model.token_ids.device).float(), generation)
+        seen = None if embeddings is None else embeddings[some].to(device)
+        captions += model.generate(features[some, np.zeros_like(some)].to(device).float(), generation, embeddings=seen)
     return captions
 
 

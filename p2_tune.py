@@ -4,7 +4,7 @@
 
 Searches once for each beam size and scores every combination of the others on what was found, by CIDEr. `--write` records the
 best in the checkpoint, so that p2_infer.py takes it unless told otherwise. Do it on pictures that are not those of the final
-score, and that neither the captioner nor our CLIP was trained on.
+score, and that neither the captioner nor our CLIP was trained on: for the pictures that our CLIP learnt from, name --folds.
 """
 
 import itertools
@@ -18,20 +18,22 @@ from safetensors.torch import save
 
 from captioner import EMBEDDED_DECODER, Captioner, GenerationConfig, read_metadata
 from cli import ArgumentParser, UserError, check_writable, run, write_whole
+from clip_small import Folds
 from dataset import FeatureCache, read_captions
 from metrics import cider, tokenize
 from training import pick_device
 
 
 @torch.inference_mode()
-def find_hypotheses(model, features, beam_size, batch_size=100):
+def find_hypotheses(model, features, embeddings, beam_size, batch_size=100):
     """What beam search finds for each image: lists of (log p, tokens' number with the end, caption, cosine in our CLIP's space)."""
     found = []
     for batch in np.array_split(np.arange(len(features)), -(-len(features) // batch_size)):
         some = features[batch, np.zeros_like(batch)].to(model.token_ids.device).float()
         generation = GenerationConfig(beam_size)
-        hypotheses = model.hypotheses(model.image_tokens(some), generation)
-        for rows, cosines in zip(hypotheses, model.cosines(some, hypotheses)):
+        seen = model.judge.embed_images(some) if embeddings is None else embeddings[batch].to(some.device)
+        hypotheses = model.hypotheses(model.image_tokens(some, model.concepts(some, seen)), generation)
+        for rows, cosines in zip(hypotheses, model.cosines(seen, hypotheses)):
             found.append([(score, min(len(tokens) + 1, generation.max_length), model.text(tokens), cosine)
                           for (score, tokens), cosine in zip(rows, cosines)])
     return found
@@ -56,6 +58,7 @@ def main():
     parser.add_argument("--decoder_weights", default=str(EMBEDDED_DECODER), help="the GPT-2 weights that it was trained with")
     parser.add_argument("--annotation_file", required=True, help="captions that people wrote, in COCO's form")
     parser.add_argument("--images_root", required=True, help="the folder of their images")
+    parser.add_argument("--folds", help="embeddings of these images that p4_clip.py --folds wrote, instead of what our CLIP says of them")
     parser.add_argument("--cache", default="cache", help="folder of the encoder's features")
     parser.add_argument("--beam_size", nargs="+", type=int, default=[3, 5])
     parser.add_argument("--length_penalty", nargs="+", type=float, default=[0.0, 0.5, 1.0])
@@ -69,11 +72,12 @@ def main():
     images = read_captions(arguments.annotation_file, arguments.images_root)
     model = Captioner.load(arguments.checkpoint, arguments.decoder_weights).to(pick_device())
     features = FeatureCache(model.encoder, [image.path for image in images], arguments.cache, device=pick_device())
+    embeddings = Folds(arguments.folds, model.judge.text_digest).of([image.path for image in images])[:, 0] if arguments.folds else None
     references = tokenize({str(i): image.captions for i, image in enumerate(images)})
     scores = {}
     print("CIDEr    beams  length penalty  CLIP's weight")
     for beam_size in arguments.beam_size:
-        found = find_hypotheses(model, features, beam_size)
+        found = find_hypotheses(model, features, embeddings, beam_size)
         for length_penalty, clip_weight in itertools.product(arguments.length_penalty, arguments.clip_weight):
             captions = choose(found, length_penalty, clip_weight)
             score, _ = cider(references, tokenize({str(i): [caption] for i, caption in enumerate(captions)}))

@@ -18,10 +18,10 @@ import encoder as encoder_module
 import p4_clip
 from cli import UserError
 from clip_model import Clip, SmallClip, TransformersClip, default_clip, load_clip, paired_similarity, similarity
-from clip_small import ClipConfig, ClipSmall, Summary, TextEncoder
+from clip_small import ClipConfig, ClipSmall, Folds, Summary, TextEncoder
 from conftest import COLOURS
 from encoder import ImageEncoder
-from p4_clip import Sentences, Settings, Trainer, VirtualPictures, keep_loss, multi_positive_loss
+from p4_clip import CrossFit, Sentences, Settings, Trainer, VirtualPictures, keep_loss, multi_positive_loss
 from retrieval import Ranks
 
 CNN = "test_efficientnet"
@@ -285,6 +285,31 @@ def test_a_loaded_clip_embeds_as_the_trained_one(place, trained):
     both = clip.encode_texts(["a red picture", "the colour blue is there ."])
     torch.testing.assert_close(both[:1], clip.encode_texts(["a red picture"]), atol=1e-5, rtol=0)
     assert clip.too_long(["a " * 200, "a dog"]) == 1
+
+
+def test_folds_embed_each_picture_by_a_head_that_has_not_seen_it(place, trained, capsys):
+    """So what is written of a picture does not change with its captions, but what is written of others may."""
+    def embeddings(name):
+        CrossFit(CONFIG, settings(folds=3, of=str(trained), output=name), "cpu").fit()
+        return load_file(name)["embeddings"]
+
+    first, paths = embeddings("first.safetensors"), [place / "data" / "images" / "train" / f"{i}.png" for i in range(24)]
+    assert first.shape == (24, 2, 32) and torch.allclose(first.float().norm(dim=-1), torch.ones(24, 2), atol=1e-2)
+    assert capsys.readouterr().out.count("text to image@5") == 3
+    captions = json.loads((place / "data" / "train.json").read_text())
+    for annotation in captions["annotations"]:
+        if annotation["image_id"] == captions["images"][7]["id"]:
+            annotation["caption"] = "there is a dog"
+    (place / "data" / "train.json").write_text(json.dumps(captions))
+    second = embeddings("folds.safetensors")
+    same = [torch.equal(*pair) for pair in zip(first, second)]
+    assert same[7] and 8 <= sum(same) < 24  # its fold, but for pictures that other folds hold
+    clip = ClipSmall.load(trained)
+    read = Folds("folds.safetensors", clip.text_digest)
+    assert torch.equal(read.of(paths[5:3:-1], 2), second[[5, 4]].float()) and read.of(paths[:3]).shape == (3, 1, 32)
+    for changes, message in (({"folds": 1}, "at least 2"), ({"of": "nowhere"}, "nowhere is not here")):
+        with pytest.raises(UserError, match=message):
+            CrossFit(CONFIG, settings(**{"folds": 3, "output": "other.safetensors"} | changes), "cpu")
 
 
 def test_other_weights_than_the_trainings_are_refused(place, trained):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ import p2_train
 from captioner import Captioner, CaptionerConfig, GenerationConfig, Projection, read_metadata
 from cli import UserError
 from concepts import MISSING, ClassWords, ClipWords, Concepts
-from clip_small import ClipConfig
+from clip_small import ClipConfig, Folds
 from conftest import VIT
-from dataset import collate
+from dataset import Folder, collate, fingerprints
 from p2_infer import read_datastore
 from p3_attention import p2_attention, teacher_forced
 from PIL import Image
@@ -439,7 +440,7 @@ def test_a_step_adds_the_gradients_of_both(place):
     trainer.cross_entropy([0, 1], piece, 0)
     found = {name: parameter.grad.clone() for name, parameter in trainer.trained.items() if parameter.grad is not None}
     model.zero_grad()
-    (_, features, *captions), (*lines, concepts, said, total) = piece[0], text
+    (_, features, _, *captions), (*lines, concepts, said, total) = piece[0], text
     assert said == [trainer.text.captions[i] for i in (0, 2)]
     loss = model.loss(features.float(), *captions) + 0.5 * model.loss(None, *lines, concepts=concepts)
     loss.backward()
@@ -448,11 +449,12 @@ def test_a_step_adds_the_gradients_of_both(place):
         torch.testing.assert_close(gradient, trainer.trained[name].grad, atol=1e-6, rtol=1e-4)
 
 
-def test_our_clip_rewards_captions_beside_cider(place):
-    config = settings(text=(), epochs=0, scst_epochs=1, scst_clip=2.0, output="o.safetensors")
+def test_our_clip_rewards_captions_beside_cider(place, judged):
+    write_folds()
+    config = settings(text=(), epochs=0, scst_epochs=1, scst_clip=2.0, folds="folds.safetensors", output="o.safetensors")
     trainer = p2_train.Trainer(CONFIG, config, "cpu")
     trainer.model.judge = FakeJudge(lambda text: (1.0, 0.0) if "zebra" in text else (-1.0, 0.0))
-    features = looking_at((3.0, 0.0))[:, :, :2]
+    features = torch.tensor([[3.0, 0.0]])
     captions, numbers = ["a red picture", "a zebra", "a red zebra", "", "red"], np.zeros(5, int)
     rewards = trainer.reward(numbers, features, captions, [True] * 5)
     cider = trainer.scorer.score(numbers, captions, [True] * 5)
@@ -461,24 +463,59 @@ def test_our_clip_rewards_captions_beside_cider(place):
     assert trainer.reward(numbers, features, captions, [True] * 5).tolist() == pytest.approx(cider.tolist())
 
 
-def test_meanings_in_training_are_those_of_captions(place, judged):
-    """What our CLIP says of a picture that it learnt from would say too much."""
-    config = replace(CONFIG, meaning=2)
+def write_folds(views=2):
+    """Embeddings of the workplace's pictures, as p4_clip.py --folds writes them: each its own."""
+    folder = Folder("data")
+    embeddings = torch.randn(len(folder.images), views, 2, generator=torch.Generator().manual_seed(4))
+    Folds.save("folds.safetensors", embeddings, fingerprints(folder.paths()), FakeJudge.text_digest, {})
+    return embeddings.half().float()
+
+
+def test_meanings_of_training_pictures_are_those_of_a_clip_that_has_not_seen_them(place, judged):
+    config, embeddings = replace(CONFIG, meaning=2), write_folds()
     p2_train.train(CONFIG, settings(text=(), epochs=1, output="first.safetensors"), "cpu")
-    trainer = p2_train.Trainer(config, settings(meaning_noise=0.0, output="o.safetensors", init="first.safetensors"), "cpu")
+    trainer = p2_train.Trainer(config, settings(folds="folds.safetensors", output="o.safetensors", init="first.safetensors"), "cpu")
+    assert torch.equal(trainer.data.embeddings, embeddings[:20]) and torch.equal(trainer.selection_embeddings, embeddings[20:, 0])
+    torch.testing.assert_close(trainer.model.centres[0], torch.nn.functional.normalize(embeddings[:20, 0], dim=-1).mean(0))
     assert trainer.model.centres[1].tolist() == [1, 0]  # no caption of the training pictures has a zebra
-    trainer.model.centres[1] = 0
-    features = trainer.data.features[[0, 1], [0, 0]].float()
-    assert trainer.seen_in([0, 1], features).meaning.tolist() == [[1, 0], [1, 0]]
-    assert trainer.meanings(["two zebras", "red"]).tolist() == [[0, 1], [1, 0]]
-    trainer.settings.meaning_noise = 1.0
-    torch.manual_seed(0)
-    noisy = trainer.meanings(["red"] * 500)
-    assert noisy.norm(dim=-1).allclose(torch.ones(500)) and 0.6 < noisy[:, 0].mean() < 0.9
+    (_, features, known, *_), = trainer.local_batch([3, 5], np.ones(20, int))
+    assert torch.equal(known, embeddings[[3, 5], 1])
+    model = trainer.model
+    torch.testing.assert_close(model.concepts(features.float(), known).meaning, model.meaning(embeddings[[3, 5], 1], 0))
+    assert model.generate(features.float(), embeddings=known) == model.generate(features.float(), concepts=model.concepts(features.float(), known))
     assert trainer.fit() and "projection.meaning.weight" in load_file("o.safetensors")
-    again = p2_train.Trainer(config, settings(init="o.safetensors", scst_epochs=1, epochs=0, output="p.safetensors"), "cpu")
-    assert again.model.centres[1].tolist() == [0, 0] != again.model.centres[0].tolist()  # those of --init
+    again = p2_train.Trainer(config, settings(folds="folds.safetensors", init="o.safetensors", text=(), scst_epochs=1, epochs=0,
+                                              output="p.safetensors"), "cpu")
+    assert torch.equal(again.model.centres, model.centres.half().float())  # those of --init
     assert again.fit()
+
+
+def test_the_meaning_of_a_caption_without_a_picture_is_as_far_from_it_as_a_pictures_is(place, judged):
+    """What captions explain of pictures' meanings is kept, what they do not is another picture's."""
+    write_folds()
+    config = settings(folds="folds.safetensors", output="o.safetensors")
+    trainer = p2_train.Trainer(replace(CONFIG, meaning=1), config, "cpu")
+    assert trainer.text.seen.meaning.shape == (20, 2)
+    trainer.slope, trainer.model.centres[:] = 0.5, 0
+    residuals = torch.tensor([[0.0, 0.5], [0.5, 0.0]])
+    torch.testing.assert_close(trainer.meanings(["red", "two zebras"], residuals), torch.tensor([[0.5, 0.5], [0.5, 0.5]]) * 2**0.5)
+    *_, concepts, captions, _ = trainer.local_texts([0, 2], 0, 0)
+    assert concepts.meaning.shape == (2, 2) and all(any(torch.equal(row, other) for other in trainer.text.seen.meaning) for row in concepts.meaning)
+
+
+def test_folds_that_lack_something_are_refused(place, judged):
+    write_folds(views=1)
+    for config, changes, message in ((replace(CONFIG, meaning=1), {}, "--meaning and --scst_clip need --folds"),
+                                     (CONFIG, {"scst_clip": 1.0}, "--meaning and --scst_clip need --folds"),
+                                     (CONFIG, {"folds": "folds.safetensors", "views": 2}, "1 views of each picture, not 2"),
+                                     (CONFIG, {"folds": "data/train.json"}, "data/train.json was not written by p4_clip.py --folds")):
+        with pytest.raises(UserError, match=message):
+            p2_train.Trainer(config, settings(output="o.safetensors", **changes), "cpu")
+    judged.text_digest = "other"
+    with pytest.raises(UserError, match="belongs to another CLIP"):
+        Folds("folds.safetensors", judged.text_digest)
+    with pytest.raises(UserError, match="lacks 1 of 1 pictures, the first is missing.png"):
+        Folds("folds.safetensors", "fake").of([Path("missing.png")])
 
 
 def test_concepts_are_added_to_a_captioner_that_knew_none(place):

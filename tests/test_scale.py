@@ -140,7 +140,7 @@ def test_a_loss_is_averaged_over_the_tokens_of_the_whole_batch(workplace):
     trainer = p2_train.Trainer(CONFIG, settings(), "cpu")
     trainer.model.train()
     whole = trainer.data.batch([0, 1, 2], np.zeros(3, int))
-    expected = trainer.model.loss(whole[0].float(), *whole[1:], 0.1)
+    expected = trainer.model.loss(whole[0].float(), *whole[2:], 0.1)
     pieces = [([i], *trainer.data.batch([i], np.zeros(1, int))) for i in (0, 1, 2)]
     assert trainer.cross_entropy([0, 1, 2], pieces, 0) == pytest.approx(expected.item(), rel=1e-5)
     # Targets that are not scored count for nothing.

@@ -205,7 +205,8 @@ def test_batches_hold_every_caption_of_each_image_beside_its_features():
     images = [type("Image", (), {"captions": ["one", "three words here"]}), type("Image", (), {"captions": ["four"]})]
     features = np.arange(2 * 3 * 4).reshape(2, 3, 4)  # images, views, a number for the tokens
     data = p2_train.CaptionData(images, Tokenizer(), 10, features)
-    inputs, tokens, targets = data.batch([1, 0], [2, 0])
+    inputs, embeddings, tokens, targets = data.batch([1, 0], [2, 0])
+    assert embeddings is None
     assert inputs.tolist() == [features[1, 2].tolist(), features[0, 0].tolist()]
     assert tokens.tolist() == [[END_OF_TEXT, 5, 5], [END_OF_TEXT] * 3, [END_OF_TEXT, 4, 4], [END_OF_TEXT, 17, 17]]
     assert targets.tolist() == [[5, 5, END_OF_TEXT], [-100] * 3, [4, 4, END_OF_TEXT], [17, 17, END_OF_TEXT]]
@@ -278,6 +279,31 @@ def test_softmax_over_seen_tokens_is_the_softmax_over_all(tmp_path):
     whole.tie_weights()
     logits = whole(tokens).logits
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+
+
+def test_a_decoder_goes_on_from_another_and_keeps_what_it_knew(tmp_path):
+    (tmp_path / "first.txt").write_text("A red picture.\nA green picture .\na blue picture\n" * 30)
+    (tmp_path / "second.txt").write_text("A red zebra.\n" * 4)
+    (tmp_path / "captions.json").write_text(json.dumps({"images": [{"id": i, "file_name": f"{i}.png"} for i in range(2)], "annotations": [
+        {"id": i, "image_id": i, "caption": caption} for i, caption in enumerate(["A red picture.", "A picture."])]}))
+
+    def run(text, name, **options):
+        settings = p2_pretrain_decoder.Settings(output=str(tmp_path / name), **{
+            "n_layer": 1, "n_embd": 64, "n_positions": 32, "batch_size": 4, "min_count": 1, "held_out": 1, "warmup": 0.0} | options)
+        return p2_pretrain_decoder.train(settings, [tmp_path / text], [tmp_path / "captions.json"], "cpu")
+
+    run("first.txt", "first.safetensors", epochs=40, learning_rate=1e-2)
+    first = str(tmp_path / "first.safetensors")
+    cold = run("second.txt", "cold.safetensors", learning_rate=1e-9)[-1]
+    warm = run("second.txt", "second.safetensors", learning_rate=1e-9, init=first)[-1]
+    assert warm < 0.1 * cold
+    before, after = (load_file(tmp_path / f"{name}.safetensors") for name in ("first", "second"))
+    tokens = p2_pretrain_decoder.BPETokenizer().encode
+    red, zebra = tokens(" red")[0], tokens(" zebra")[0]
+    torch.testing.assert_close(before["wte.weight"][red], after["wte.weight"][red], atol=1e-3, rtol=0)
+    assert not before["wte.weight"][zebra].any() and after["wte.weight"][zebra].any()
+    with pytest.raises(UserError, match="is of another size"):
+        run("second.txt", "third.safetensors", init=first, n_layer=2)
 
 
 def test_pretrained_decoder_learns_resumes_and_loads_in_hugging_face(tmp_path, monkeypatch):

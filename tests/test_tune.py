@@ -33,10 +33,16 @@ def make_model(tmp_path):
 def test_what_is_chosen_is_what_the_captioner_would_say(tmp_path):
     model, features = make_model(tmp_path), torch.randn(7, 4, 12).half().float()
     for beam_size in 1, 4:
-        found = p2_tune.find_hypotheses(model, Features(features), beam_size, batch_size=3)
+        found = p2_tune.find_hypotheses(model, Features(features), None, beam_size, batch_size=3)
         for length_penalty, clip_weight in ((0.0, 0.0), (1.0, 0.0), (0.0, 3.0), (0.7, 30.0)):
             generation = GenerationConfig(beam_size, length_penalty, clip_weight)
             assert p2_tune.choose(found, length_penalty, clip_weight) == model.generate(features, generation)
+    # By embeddings that are known, those count instead of what our CLIP says.
+    known = torch.randn(7, 2, generator=torch.Generator().manual_seed(1))
+    found = p2_tune.find_hypotheses(model, Features(features), known, 4, batch_size=3)
+    generation = GenerationConfig(4, clip_weight=30.0)
+    captions = model.generate(features, generation, embeddings=known)
+    assert p2_tune.choose(found, 0.0, 30.0) == captions != model.generate(features, generation)
 
 
 def test_a_checkpoint_is_tuned_and_says_so(tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ Shapes: B images, K captions or beams of each, N patches, D the encoder's width,
 """
 
 import json
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,16 +18,19 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
+from tqdm import tqdm
 
-from cli import UserError, write_whole
+from cli import UserError, check_settings, option, printable
 from clip_small import SMALL_WEIGHTS, ClipSmall
 from concepts import ClassifierWords, ClassWords, ClipWords, Concepts, RetrievedWords
 from dataset import IGNORE, collate
-from decoder import ADAPTER_PLACES, Block, Cache, Decoder, DecoderConfig, LayerContext, init_weights
-from encoder import EMBEDDED, WEIGHTS_FOLDER, load_encoder
+from decoder import Block, Decoder, DecoderConfig, LayerContext, init_weights, read_gpt2
+from encoder import EMBEDDED, load_encoder
+from files import WEIGHTS_FOLDER, check_digest, content_hash, digest, first_line, read_weights, write_whole
+from generation import GenerationConfig, TextGenerator
+from images import load_ahead
+from peft import PeftConfig
 from tokenizer import END_OF_TEXT, BPETokenizer
-from training import check_settings
-from weightfiles import check_digest, digest, first_line, read_weights
 
 EMBEDDED_DECODER = WEIGHTS_FOLDER / "decoder_small.safetensors"
 EMBEDDED_CHECKPOINT = WEIGHTS_FOLDER / "captioner.safetensors"
@@ -36,37 +40,27 @@ CONCEPT_SOURCES = "classifier", "clip"
 
 
 @dataclass
-class CaptionerConfig:
+class CaptionerConfig(PeftConfig):
     """What joins the encoder to the decoder. With the two weight files it rebuilds the model."""
 
-    encoder: str = EMBEDDED
-    image_size: int = 0  # 0: the encoder's own
-    encoder_levels: int = 0  # a CNN's feature maps that make a token; 0: up to three
-    fusion: str = "cross"  # cross-attention, or "prefix": image tokens before the text
-    concepts: int = 0  # things recognised in the image whose words the text sees beside it; 0: none
-    concept_source: str = "classifier"  # or "clip": the nouns nearest to the image in our CLIP's space
-    meaning: int = 0  # tokens that the image's embedding in our CLIP's space makes beside it; 0: none
-    concept_dropout: float = 0.2  # part of the concepts that a training step leaves out
-    projection_layers: int = 0  # transformer layers over the image tokens; 0: a linear projection
-    projection_dim: int = 384  # under fusion "prefix", the decoder's width instead
-    projection_dropout: float = 0.3
-    patch_dropout: float = 0.3  # part of an image's patches that a training step leaves out
-    dropout: float = 0.1  # in the decoder
-    cross_dim: int = 0  # 0: the decoder's width
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    lora_targets: tuple = ("q", "k", "v", "attn_proj", "mlp")
-    adapter_dim: int = 0
-    adapter_places: tuple = ADAPTER_PLACES
-    prefix_length: int = 0
-    prefix_hidden: int = 0
-    prompt_length: int = 0
+    encoder: str = option(EMBEDDED, "timm's name of a ViT or a CNN, or several joined by +")
+    image_size: int = option(0, "0: the encoder's own")
+    encoder_levels: int = option(0, "how many of a CNN's feature maps make its tokens; 0: up to three")
+    fusion: str = option("cross", "cross: cross-attention; prefix: image tokens before the text")
+    concepts: int = option(0, "how many things recognised in the image stand as words beside it; 0: none")
+    concept_source: str = option("classifier", "classifier: the encoder's own; clip: the nouns nearest in our CLIP's space")
+    meaning: int = option(0, "tokens that the image's embedding in our CLIP's space makes beside it; 0: none")
+    concept_dropout: float = option(0.2, "part of the concepts left out of a step")
+    projection_layers: int = option(0, "transformer layers; 0: a linear projection")
+    projection_dim: int = option(384, "width of the image tokens; under fusion prefix always the decoder's")
+    projection_dropout: float = option(0.3, "of the image tokens")
+    patch_dropout: float = option(0.3, "part of an image's patches left out of a step")
+    dropout: float = option(0.1, "in the decoder")
+    cross_dim: int = option(0, "inner width of cross-attention; 0: the decoder's")
 
     def __post_init__(self):
-        # Lists on the command line and in a checkpoint.
-        self.lora_targets, self.adapter_places = tuple(self.lora_targets), tuple(self.adapter_places)
         check_settings(self, fractions=("projection_dropout", "patch_dropout", "concept_dropout", "dropout", "lora_dropout"))
+        super().__post_init__()
         if self.concept_source not in CONCEPT_SOURCES:
             raise UserError(f"unknown concept_source {self.concept_source}: choose from {', '.join(CONCEPT_SOURCES)}")
 
@@ -86,30 +80,8 @@ class CaptionerConfig:
 
     def decoder_options(self):
         """The fields of DecoderConfig that add to GPT-2."""
-        shared = {field.name for field in fields(DecoderConfig)} & {field.name for field in fields(self)}
-        return {"image_dim": self.projection_dim} | {name: getattr(self, name) for name in shared}
-
-
-@dataclass
-class GenerationConfig:
-    """How captions are searched for. `sample` draws tokens; otherwise beam search, greedy at beam_size 1."""
-
-    beam_size: int = 3
-    length_penalty: float = 0.0  # a hypothesis of n tokens scores log p / n ** length_penalty
-    clip_weight: float = 0.0  # what the cosine of image and text in our CLIP's space counts beside a hypothesis' score
-    max_length: int = 40  # tokens, the closing <|endoftext|> included
-    sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        check_settings(self, ("beam_size", "max_length"), signed=("length_penalty", "clip_weight"))
-        if self.temperature <= 0 or not 0 < self.top_p <= 1:
-            raise UserError("temperature must be above 0 and top_p in (0, 1]")
-        if self.sample and self.clip_weight:
-            raise UserError("clip_weight chooses among beams: it goes without sample")
+        peft = PeftConfig(**{field.name: getattr(self, field.name) for field in fields(PeftConfig)})
+        return {"image_dim": self.projection_dim, "fusion": self.fusion, "cross_dim": self.cross_dim, "dropout": self.dropout, "peft": peft}
 
 
 class Projection(nn.Module):
@@ -190,12 +162,7 @@ class Projection(nn.Module):
         return x
 
 
-def is_fusion(name):
-    """Whether a trained parameter of this name joins encoder and decoder, rather than tuning the decoder."""
-    return name.startswith("projection.") or ".cross." in name or ".ln_cross." in name
-
-
-class Captioner(nn.Module):
+class Captioner(TextGenerator, nn.Module):
     """Encoder, projection and decoder. `loss` and `generate` take the encoder's features, `caption` takes images.
 
     Args:
@@ -223,13 +190,13 @@ class Captioner(nn.Module):
         self.register_buffer("concept_vectors", self.vectors_of_concepts(config.concept_source == "clip"), persistent=False)
         token_ids = known if token_ids is None else token_ids[torch.isin(token_ids, known)]
         # Where each token stands among those scored; others, as targets, do not count.
-        places = torch.full((self.decoder.config.vocab_size,), IGNORE)
-        places[token_ids] = torch.arange(len(token_ids))
-        self.end = int(places[min(END_OF_TEXT, len(places) - 1)])  # in a smaller vocabulary, its last token
+        columns = torch.full((self.decoder.config.vocab_size,), IGNORE)
+        columns[token_ids] = torch.arange(len(token_ids))
+        self.end = int(columns[min(END_OF_TEXT, len(columns) - 1)])  # in a smaller vocabulary, its last token
         if self.end == IGNORE:
             raise UserError("the decoder weights, or the tokens of the checkpoint, lack <|endoftext|>: they are damaged")
         self.register_buffer("token_ids", torch.as_tensor(token_ids), persistent=False)
-        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("column_of", columns, persistent=False)
         if self.num_trained() > MAX_TRAINED:
             raise UserError(f"{self.num_trained() / 1e6:.1f}M trained parameters are more than the "
                             f"{MAX_TRAINED / 1e6:.0f}M allowed: shrink the projection, cross_dim or the LoRA rank")
@@ -240,10 +207,14 @@ class Captioner(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters()
                 if name not in frozen and not name.startswith("encoder.")}
 
+    def is_fusion(self, name):
+        """Whether a trained parameter of this name joins encoder and decoder, rather than tuning the decoder."""
+        return self.decoder.added.get(name.removeprefix("decoder."), "projection") in ("projection", "cross-attention")
+
     def train_fusion_alone(self, alone):
         """Freeze, or thaw, what PEFT adds: all that is trained but the projection and cross-attention."""
         for name, parameter in self.trained_parameters().items():
-            parameter.requires_grad_(not alone or is_fusion(name))
+            parameter.requires_grad_(not alone or self.is_fusion(name))
 
     def num_trained(self):
         return sum(parameter.numel() for parameter in self.trained_parameters().values())
@@ -329,10 +300,10 @@ class Captioner(nn.Module):
             weights: (B * K), what each caption's tokens count.
         """
         hidden = self.decoder.hidden(tokens, self.decoder.context(self.image_tokens(features, concepts)))
-        places = torch.where(targets == IGNORE, IGNORE, self.places[targets.clamp(min=0)])
-        used = places != IGNORE
+        columns = torch.where(targets == IGNORE, IGNORE, self.column_of[targets.clamp(min=0)])
+        used = columns != IGNORE
         logits = F.linear(hidden[used], self.decoder.head_weight(self.token_ids)).float()  # (tokens used, V)
-        losses = F.cross_entropy(logits / temperature, places[used], label_smoothing=label_smoothing, reduction="none")
+        losses = F.cross_entropy(logits / temperature, columns[used], label_smoothing=label_smoothing, reduction="none")
         if weights is not None:
             losses = losses * weights[:, None].expand_as(targets)[used]
         return losses.sum() if reduction == "sum" else losses.mean()
@@ -406,85 +377,6 @@ class Captioner(nn.Module):
         caption = " ".join(self.tokenizer.decode(tokens).split())
         return caption[:1].upper() + caption[1:]
 
-    def next_log_probs(self, tokens, context, cache, head, temperature=1.0):
-        """The step of generation: tokens (R, 1) after those in the cache -> log-probabilities (R, V), fp32."""
-        hidden = self.decoder.hidden(tokens, context, cache)[:, -1]
-        return (F.linear(hidden, head).float() / temperature).log_softmax(-1)
-
-    def beam_search(self, image, generation):
-        """Image tokens (B, N, C) -> B lists of token ids, without <|endoftext|>: the best hypothesis of each."""
-        return [found[0][1] for found in self.hypotheses(image, generation)]
-
-    def hypotheses(self, image, generation):
-        """Image tokens (B, N, C) -> what beam search found for each image, best first: B lists of (score, token ids).
-
-        Each image keeps K running beams. Of each step's 2K best continuations, those among the first K that end
-        are finished hypotheses, and the K best that do not end run on. An image is done, and leaves the batch,
-        when K hypotheses have finished (first come, first served: Kasai et al. 2022, arXiv:2204.05424) or
-        max_length is reached, where its best running beam counts as it is.
-        """
-        K, alpha, max_length = generation.beam_size, generation.length_penalty, generation.max_length
-        max_length = min(max_length, self.decoder.config.n_positions)
-        device, images = image.device, len(image)
-        end = self.end
-        head = self.decoder.head_weight(self.token_ids)
-        context = self.decoder.context(image)
-        cache = Cache(max_length)
-
-        active = torch.arange(images, device=device)  # which image each slot of the batch holds
-        scores = torch.full((images, K), -torch.inf, device=device)
-        scores[:, 0] = 0  # one beam to begin with
-        tokens = torch.full((images, K, max_length + 1), end, device=device)  # places, not ids
-        finished = torch.zeros(images, dtype=torch.long, device=device)  # hypotheses, for each slot
-        # Of each image, in the order in which they were finished: below K before a step, and K more in it.
-        found_scores = torch.full((images, 2 * K), -torch.inf, device=device)
-        found = torch.full((images, 2 * K, max_length + 1), end, device=device)
-
-        for length in range(1, max_length + 1):
-            last = self.token_ids[tokens[:, :, length - 1]].view(-1, 1)
-            log_probs = self.next_log_probs(last, context, cache, head).view(len(active), K, -1)
-            V = log_probs.shape[-1]
-            scores, flat = (scores[:, :, None] + log_probs).flatten(1).topk(min(2 * K, K * V))
-            beam, token = flat // V, flat % V  # (B, 2K) each
-            ends = token == end
-
-            # Those that end.
-            ended = scores.masked_fill(~ends, -torch.inf)[:, :K] / length**alpha
-            ending = ended > -torch.inf
-            slot, which = ending.nonzero(as_tuple=True)
-            if len(slot):
-                place = active[slot], (finished[:, None] + ending.cumsum(1) - 1)[slot, which]
-                found_scores[place] = ended[slot, which]
-                found[place] = tokens[slot, beam[slot, which]]
-            finished += ending.sum(1)
-
-            # Those that run on.
-            scores, pick = scores.masked_fill(ends, -torch.inf).topk(min(K, scores.shape[1]))
-            beam, token = beam.gather(1, pick), token.gather(1, pick)
-            going = ((finished < K) & (scores[:, 0] > -torch.inf)).nonzero().squeeze(1)
-            if not len(going):
-                break
-            if len(going) < len(active):
-                context = [layer.select(going) for layer in context]
-                active, finished, scores = active[going], finished[going], scores[going]
-            beam, token = beam[going], token[going]
-            if beam.shape[1] < K:  # fewer continuations than beams, in a tiny vocabulary: fill with dead ones
-                pad = (0, K - beam.shape[1])
-                scores, beam, token = F.pad(scores, pad, value=-torch.inf), F.pad(beam, pad), F.pad(token, pad)
-            tokens = tokens[going[:, None], beam]
-            tokens[:, :, length] = token
-            cache.select((going[:, None] * K + beam).flatten())
-        else:
-            found_scores[active, finished] = scores[:, 0] / max_length**alpha
-            found[active, finished] = tokens[:, 0]
-
-        order = found_scores.argsort(dim=1, descending=True, stable=True)
-        hypotheses = [[(score[i], self.until_end(rows[i][1:])) for i in best if score[i] > -torch.inf]
-                      for best, score, rows in zip(order.tolist(), found_scores.tolist(), found.tolist())]
-        if not all(hypotheses):
-            raise UserError("the model's probabilities are not numbers: its weights, or the encoder's, are damaged")
-        return hypotheses
-
     def choose(self, embeddings, hypotheses, weight):
         """Of each image's hypotheses the token ids of the one that is best by its score and what the `judge` gives it."""
         chosen = []
@@ -502,43 +394,6 @@ class Captioner(nn.Module):
         of_clip = (images.repeat_interleave(counts, 0) * F.normalize(self.judge.embed_texts(texts), dim=-1)).sum(-1)
         return [values.tolist() for values in of_clip.split(counts.tolist())]
 
-    def until_end(self, places):
-        places = places[:places.index(self.end)] if self.end in places else places
-        return self.token_ids[places].tolist()
-
-    def sample(self, image, generation, seeds=None):
-        """Image tokens (B, N, C) -> as many lists of token ids as seeds, drawn with temperature, top-k and top-p.
-
-        Top-p is nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751). Drawn as the largest of log p + Gumbel noise,
-        each image's noise its own, so that its caption depends neither on the others of the batch nor on p's last bit.
-        """
-        max_length = min(generation.max_length, self.decoder.config.n_positions)
-        head = self.decoder.head_weight(self.token_ids)
-        context = self.decoder.context(image)
-        cache = Cache(max_length)
-        seeds = range(len(image)) if seeds is None else seeds
-        random = [np.random.default_rng([generation.seed, seed]) for seed in seeds]
-        tokens = torch.full((len(random), max_length + 1), self.end, device=image.device)
-        ended = torch.zeros(len(random), dtype=torch.bool, device=image.device)
-        for length in range(1, max_length + 1):
-            last = self.token_ids[tokens[:, length - 1:length]]
-            log_probs = self.next_log_probs(last, context, cache, head, generation.temperature)
-            if generation.top_k or generation.top_p < 1:
-                likely = log_probs.sort(-1, descending=True).values
-                if generation.top_k:
-                    likely = likely[:, :generation.top_k]
-                probs = likely.softmax(-1)
-                # Tokens before which less than top_p lies stay: the one that crosses it as well.
-                kept = (probs.cumsum(-1) - probs < generation.top_p).sum(-1, keepdim=True)
-                log_probs = log_probs.masked_fill(log_probs < likely.gather(1, kept - 1), -torch.inf)
-            noise = np.stack([rng.standard_exponential(len(head), dtype=np.float32) for rng in random])
-            choice = (log_probs - torch.from_numpy(noise).to(image.device).log()).argmax(-1)
-            tokens[:, length] = choice.masked_fill(ended, self.end)
-            ended |= tokens[:, length] == self.end
-            if ended.all():
-                break
-        return [self.until_end(row) for row in tokens[:, 1:].tolist()]
-
     # ---- checkpoints ----
 
     def save(self, path, training=None, scores=None):
@@ -552,7 +407,8 @@ class Captioner(nn.Module):
         config = replace(self.config, prefix_hidden=0)  # that MLP has done its work
         metadata = {"model": asdict(config), "encoder_hash": self.encoder.weights_hash,
                     "decoder_hash": self.decoder.weights_hash, "digest": digest(tensors),
-                    "trained_parameters": self.num_trained(), "generation": asdict(self.generation), "training": training or {}, "scores": scores or {}}
+                    "trained_parameters": self.num_trained(), "generation": asdict(self.generation), "training": training or {},
+                    "scores": scores or {}}
         write_whole(path, save(tensors, {"captioner": json.dumps(metadata)}))
 
     def load_trained(self, state):
@@ -627,3 +483,58 @@ def newest_checkpoint(decoder_hash, folders=CHECKPOINT_FOLDERS):
         except (UserError, KeyError):
             continue  # some other file: not ours to complain about
     return None
+
+
+# ---- captions of a folder ------------------------------------------------------------------------------------------
+
+
+def find_weights(decoder_weights=None, checkpoint=None):
+    """The two weight files to use: without decoder weights the embedded model's; with them and no checkpoint, the newest of checkpoints/
+    that was trained with them. Raises UserError."""
+    if decoder_weights is None:
+        return EMBEDDED_DECODER, EMBEDDED_CHECKPOINT
+    if checkpoint is None:
+        decoder_hash = content_hash(read_gpt2(decoder_weights))
+        checkpoint = newest_checkpoint(decoder_hash)
+        if checkpoint is None and read_metadata(EMBEDDED_CHECKPOINT)["decoder_hash"] == decoder_hash:
+            checkpoint = EMBEDDED_CHECKPOINT
+    if checkpoint is None:
+        raise UserError(f"no checkpoint in checkpoints/ was trained with {decoder_weights}: train one with "
+                        f"`python3 p2_train.py --decoder {decoder_weights}` or name one")
+    return decoder_weights, checkpoint
+
+
+def caption_folder(model, images, generation, batch_size=32, device="cpu", processes=None):
+    """Caption {stem: path}, each process a part of them.
+
+    Returns ({stem: caption}, {path: reason} of the images that could not be read). Pictures are decoded in threads
+    while the model works, with a progress bar on stderr.
+    """
+    model.to(device)
+    numbers = {path: number for number, path in enumerate(images.values())}
+    number, count, main = (processes.number, processes.count, processes.main) if processes else (0, 1, True)
+    mine = list(numbers)[number::count]
+    captions, unread = {}, {}
+    with tqdm(total=len(mine), unit="image", desc="captioning", disable=not main) as bar:
+        for paths, batch, bad in load_ahead(mine, model.encoder.preprocess, model.encoder.image_size, batch_size):
+            if batch is not None:
+                with torch.autocast("cuda", torch.float16, enabled=device == "cuda"):
+                    texts = model.caption(batch.to(device), generation, [numbers[path] for path in paths])
+                captions.update((path.stem, text) for path, text in zip(paths, texts))
+            for path, error in bad:
+                unread[path] = str(error)
+                tqdm.write(f"skipped {printable(str(path))}: {printable(str(error))}", file=sys.stderr)
+            bar.update(len(paths) + len(bad))
+    if processes:
+        captions, unread = (dict(processes.gather(list(found.items()))) for found in (captions, unread))
+    return {stem: captions[stem] for stem in images if stem in captions}, unread
+
+
+def caption_features(model, features, numbers, generation, embeddings=None, batch_size=100):
+    """Captions of the first view of the images with these numbers; `embeddings` (n, width): of all, in our CLIP's space, if known."""
+    captions, device = [], model.token_ids.device
+    for start in range(0, len(numbers), batch_size):
+        some = numbers[start:start + batch_size]
+        seen = None if embeddings is None else embeddings[some].to(device)
+        captions += model.generate(features[some, np.zeros_like(some)].to(device).float(), generation, embeddings=seen)
+    return captions

@@ -45,7 +45,7 @@ def word_tokens(word):
     return tuple(token for token in tokens if token not in PUNCTUATION and token.strip("."))
 
 
-def tokenize(caption):
+def ptb_tokens(caption):
     """The tokens that pycocoevalcap scores: PTB's, lower case, without punctuation. list of str
 
     Where it differs from the Java tokenizer: there a single letter or an abbreviation before a full stop depends on
@@ -69,7 +69,7 @@ class CiderScorer:
     def __init__(self, references, end=None):
         self.end = [end] if end else []
         self.numbers = {}  # n-gram -> its number
-        captions = [tokenize(caption) + self.end for group in references for caption in group]
+        captions = [ptb_tokens(caption) + self.end for group in references for caption in group]
         sizes = np.array([len(group) for group in references])
         image = np.repeat(np.arange(len(sizes)), sizes)  # of each caption
         place = np.arange(len(image)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # its place among the image's
@@ -123,7 +123,7 @@ class CiderScorer:
         """
         images, known = np.asarray(images, np.int64), len(self.numbers)
         ended = [True] * len(captions) if ended is None else ended
-        rows = [tokenize(caption) + (self.end if whole else []) for caption, whole in zip(captions, ended)]
+        rows = [ptb_tokens(caption) + (self.end if whole else []) for caption, whole in zip(captions, ended)]
         owner, gram, count = self._count(rows, self.numbers, {})
         weight = count * self.weights[np.minimum(gram, known)]
         norms = np.sqrt(np.bincount(owner, weight**2, minlength=4 * len(rows))).reshape(-1, 4, 1)

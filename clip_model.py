@@ -6,6 +6,7 @@ one, or any dual encoder of transformers, behind one interface.
     similarity(images, clip.encode_texts(["a dog"]))        # cosines (n, 1)
 """
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -16,9 +17,9 @@ from tqdm import tqdm
 
 from cli import UserError
 from clip_small import SMALL_WEIGHTS, TEXT_FOLDER, ClipSmall
-from dataset import load_ahead
-from encoder import EMBEDDED, WEIGHTS_FOLDER
-from weightfiles import first_line, read_archive, read_weights
+from encoder import EMBEDDED
+from files import WEIGHTS_FOLDER, first_line, read_archive, read_weights
+from images import load_ahead
 
 CLIP_WEIGHTS = WEIGHTS_FOLDER / "ViT-B-32.pt"
 SMALL = "clip_small"  # our own, on the embedded encoder
@@ -68,7 +69,7 @@ class DualEncoder:
                 if images is not None:
                     embeddings.append(F.normalize(self.embed_images(images.to(self.device)).float(), dim=-1).cpu())
                 read += good
-                unread.update(bad)
+                unread.update((path, str(error)) for path, error in bad)
                 bar.update(len(good) + len(bad))
         return read, torch.cat(embeddings) if embeddings else self.encode_texts([]), unread
 
@@ -286,3 +287,25 @@ def is_small_clip(path):
 def whole_characters(text):
     """The text with "?" for each half of a surrogate pair, which neither CLIP's tokenizer nor matplotlib takes."""
     return text.encode("utf-8", "replace").decode()
+
+TEMPLATE = "A photo of a {object}."  # the paper's default
+ASSIGNMENT_TEMPLATES = ["This is a photo of {object}", "This is not a photo of {object}", "No {object}, no score."]
+CLASS_NAME = re.compile(r"\{(object)?\}")  # {object} as the assignment writes it, {} as CLIP's own lists of prompts
+
+
+def prompt_name(name):
+    """A class's name as a sentence has it: aquarium_fish -> aquarium fish."""
+    return " ".join(name.replace("_", " ").split())
+
+
+def embed_classes(clip, names, templates):
+    """Normalised embeddings (K, C, D) of each of K templates filled with each of C class names."""
+    prompts = [CLASS_NAME.sub(lambda _: prompt_name(name), template) for template in templates for name in names]
+    if cut := clip.too_long(prompts):
+        print(f"{cut} prompts are longer than CLIP's {clip.limit} tokens and were cut", file=sys.stderr)
+    return clip.encode_texts(prompts).view(len(templates), len(names), -1)
+
+
+def average(embeddings):
+    """One classifier (C, D) of those of several templates (K, C, D): their mean, of length 1 again, as in the paper."""
+    return F.normalize(embeddings.mean(0), dim=-1)

@@ -25,10 +25,9 @@ from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
-from cli import UserError, write_whole
-from dataset import fingerprints
-from encoder import EMBEDDED, WEIGHTS_FOLDER, load_encoder
-from weightfiles import check_digest, content_hash, digest, first_line, read_weights
+from cli import UserError, option
+from encoder import EMBEDDED, load_encoder
+from files import WEIGHTS_FOLDER, check_digest, content_hash, digest, fingerprints, first_line, read_weights, write_whole
 
 USUAL = "stats_mean", "stats_std", "cell_mean"  # of ImageHead; differences from them are small
 SMALL_WEIGHTS = WEIGHTS_FOLDER / "clip_small.safetensors"
@@ -39,15 +38,15 @@ TEXT_FOLDER = WEIGHTS_FOLDER / "all-minilm-l6-v2"
 class ClipConfig:
     """With the weights of the two encoders it rebuilds the model."""
 
-    encoder: str = EMBEDDED
-    image_size: int = 0  # 0: the encoder's own
-    encoder_levels: int = 0  # a CNN's feature maps that make a token; 0: up to three
-    width: int = 512  # of the shared space
-    attention_heads: int = 4  # of the pooling over patches; 0: none
-    cell_dim: int = 160  # principal components of a patch that it sees
-    classes: bool = True  # names by the encoder's own classifier
-    text_layers: int = 0  # last layers of the sentence encoder that are trained
-    text_heads: int = 4  # of the pooling over its tokens, beside their mean; 0: none
+    encoder: str = option(EMBEDDED, "timm's name of a ViT or a CNN, or several joined by +")
+    image_size: int = option(0, "0: the encoder's own")
+    encoder_levels: int = option(0, "how many of a CNN's feature maps make its tokens; 0: up to three")
+    width: int = option(512, "of the shared space")
+    attention_heads: int = option(4, "of the pooling over patches; 0: none")
+    cell_dim: int = option(160, "principal components of a patch")
+    classes: bool = option(True, "what the encoder's own classifier says is seen too")
+    text_layers: int = option(0, "last layers of the sentence encoder to train")
+    text_heads: int = option(4, "of the pooling over a sentence's tokens; 0: none")
 
     def load_encoder(self, weights=None):
         return load_encoder(self.encoder, self.image_size, self.encoder_levels, weights)
@@ -351,3 +350,26 @@ def contrastive_loss(images, texts, scale):
         logits = scale * images.float() @ texts.float().t()
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
+
+
+def multi_positive_loss(images, texts, owners, scale):
+    """CLIP's loss where a picture has several texts: unit vectors (B, C) and (M, C), and each text's picture (M,).
+
+    A text is to find its picture among all; a picture each of its texts among the other pictures' texts.
+    """
+    logits = scale * texts @ images.t()  # (M, B)
+    to_image = F.cross_entropy(logits, owners)
+    own = F.one_hot(owners, len(images)).bool()
+    others = logits.masked_fill(own, -torch.inf).logsumexp(0)  # (B,)
+    positives = logits.gather(1, owners[:, None]).squeeze(1)
+    to_text = (torch.logaddexp(positives, others[owners]) - positives).mean()
+    return (to_image + to_text) / 2
+
+
+def keep_loss(embeddings, vectors, scale):
+    """How far the likenesses of sentences to each other, unit vectors (B, C), are from those that the sentence encoder sees
+    (B, 384): cross-entropy of one softmax over the others to the other, less its entropy."""
+    own = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
+    target = (scale * vectors @ vectors.t()).masked_fill(own, -torch.inf).log_softmax(-1).masked_fill(own, 0)
+    found = (scale * embeddings @ embeddings.t()).masked_fill(own, -torch.inf).log_softmax(-1).masked_fill(own, 0)
+    return (target.exp().masked_fill(own, 0) * (target - found)).sum(-1).mean()

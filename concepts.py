@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from timm.data import ImageNetInfo
 from tqdm import tqdm
 
-from cli import UserError, read_json
+from cli import UserError
+from files import read_json
 
 TABLE = Path(__file__).resolve().parent / "concepts.json"
 KINDS = 4  # of those that a class belongs to, the narrowest that describe it

@@ -1,252 +1,19 @@
-"""Images and captions: folders of pictures, COCO-format captions, collation, cached encoder features."""
+"""Captions: COCO-format files, folders in the course's layout, token batches, and what a captioner learns from."""
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import sys
-import threading
-import warnings
-import zlib
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
-from fcntl import LOCK_EX, flock
 from pathlib import Path, PurePath
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, features
-from tqdm import tqdm
 
-from cli import UserError, is_file, printable, read_json, write_json
+from cli import UserError
+from files import fingerprints, is_file, read_json, read_lines, write_json
 from tokenizer import END_OF_TEXT
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
-PHONES = {".heic", ".heif"}  # which a package of its own reads
-# Pictures too, but not read here: a folder's are named when they are passed over.
-OTHER_SUFFIXES = {".svg", ".jp2", ".jxl", ".psd", ".ico", ".tga", ".ppm", ".pgm", ".eps", ".pdf", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
-# What is read, whatever a file's name says. Some of Pillow's other formats start programs.
-FORMATS = ["JPEG", "PNG", "BMP", "DIB", "WEBP", "GIF", "TIFF"] + ["AVIF"] * features.check("avif")
-Image.MAX_IMAGE_PIXELS = None  # PIL's own bound knows one number for all formats
-MOST_PIXELS = {"JPEG": 2**28, "other": 2**27}  # a phone's 200 megapixels are JPEGs, which decode at a fraction of their size
-NODATA = 42113  # GDAL's TIFF tag
-MOST_SCANS = 200  # of a progressive JPEG, which has ten or so; each is decoded over all of the picture
-LARGE = 30_000_000  # pixels of a picture beside which no other such is decoded
-LARGE_ONE = threading.Lock()
 IGNORE = -100  # the target that cross_entropy leaves out
-
-# PIL warns of large pictures and of odd EXIF blocks. Once for all: catch_warnings is not for threads.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-# ---- images ----------------------------------------------------------------------------------------------------
-
-
-def image_files(folder):
-    """Paths of the folder's own image files, sorted by name. Raises UserError where there are none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"the image folder {folder} does not exist" if not folder.exists()
-                        else f"{folder} is a file: name the folder that holds the images")
-    try:
-        paths = sorted(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
-    others = [path.name for path in paths if path.suffix.lower() in OTHER_SUFFIXES]
-    paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES
-             and (not_a_folder(path) or path.is_symlink())]
-    if others:
-        print(f"passed over, since pictures of their kind are not read: {printable(', '.join(others[:5]))}"
-              + (f" and {len(others) - 5} more" if len(others) > 5 else ""), file=sys.stderr)
-    if not paths:
-        raise UserError(f"the folder {folder} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))})")
-    return paths
-
-
-def not_a_folder(path):
-    """Whether a file is there, or something that cannot be asked about: a name of a picture is then a picture's, to be named."""
-    try:
-        return path.is_file()
-    except OSError:
-        return True
-
-
-def list_images(folder):
-    """`image_files` as {stem: path}; stems are the keys of predictions, so no two may be the same."""
-    images = {}
-    for path in image_files(folder):
-        if path.stem in images:
-            raise UserError(f"{images[path.stem].name} and {path.name} would both be called {path.stem!r} in the "
-                            "output: rename one")
-        images[path.stem] = path
-    return images
-
-
-class ImageError(Exception):
-    """A file that cannot be read as an image; the message is the reason."""
-
-
-def load_image(path, side=None):
-    """Read a picture as a person would see it: upright, first frame, on white where transparent.
-
-    Args:
-        side: length in pixels that is needed; a larger JPEG, or a huge picture of another format, is decoded or shrunk to a
-            fraction of its size, three times `side` or more, which is visually the same, much faster, and takes less memory.
-    Returns an RGB PIL image. Raises ImageError.
-    """
-    try:
-        with open_image(path) as image:
-            pixels = image.width * image.height
-            with LARGE_ONE if pixels > LARGE else nullcontext():
-                if side:
-                    image.draft(None, (3 * side, 3 * side))
-                image.load()
-                turn, tags = orientation(image), getattr(image, "tag_v2", {})  # which a shrunk copy would lack
-                image = to_rgb(shrink(image, 3 * side) if side and pixels > LARGE else image, tags)
-                return image.transpose(UPRIGHT[turn]) if turn in UPRIGHT else image
-    except ImageError:
-        raise
-    except Image.UnidentifiedImageError:
-        raise ImageError("not an image" if Path(path).stat().st_size else "the file is empty") from None
-    except MemoryError:
-        raise ImageError("there is no memory for it") from None
-    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, …
-        raise ImageError(str(error).strip().split("\n")[0] or type(error).__name__) from None
-
-
-def open_image(path):
-    """Open a picture, its pixels not decoded yet. Raises ImageError for one that would take minutes or gigabytes."""
-    if Path(path).suffix.lower() in PHONES and "HEIF" not in FORMATS:
-        try:
-            from pillow_heif import register_heif_opener  # not before it is needed
-        except ImportError:
-            raise ImageError("pictures of its kind need a package: pip install pillow-heif") from None
-        register_heif_opener()
-        FORMATS.append("HEIF")
-    image = Image.open(path, formats=FORMATS)
-    pixels, most = image.width * image.height, MOST_PIXELS["JPEG" if image.format in ("JPEG", "MPO") else "other"]
-    reason = None
-    if pixels > most:
-        reason = f"its size in pixels is absurd: {pixels / 1e6:.0f} million, more than {most / 1e6:.0f}"
-    elif image.info.get("progressive"):
-        # Within a scan a byte FF is followed by 00, so these two bytes are nothing but a scan's beginning.
-        scans = Path(path).read_bytes().count(b"\xff\xda")
-        if scans > MOST_SCANS:
-            reason = f"decoding its {scans:,} scans would take too long"
-    if reason:
-        image.close()
-        raise ImageError(reason)
-    return image
-
-
-def shrink(image, side):
-    """A copy with sides a whole number of times smaller, of at least `side` pixels, as a mean over pixels; or the image itself."""
-    factor = min(image.size) // side
-    if factor < 2:
-        return image
-    if image.mode == "1":
-        image = image.convert("L")
-    if image.mode in ("L", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "I", "F"):
-        return image.reduce(factor)
-    return image.resize([length // factor for length in image.size], Image.Resampling.NEAREST)  # palettes, 16 bits
-
-
-# EXIF's orientations, as what turns such a picture upright.
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
-
-
-def orientation(image):
-    """How its EXIF data says that it lies, of which nothing else has to be in order; None where it says nothing."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # whatever damaged EXIF data makes of PIL: the picture is there all the same
-        return None
-
-
-def load_picture(path, size):
-    """`load_image` for those who cannot do without the picture. Raises UserError, which names it."""
-    try:
-        return load_image(path, size)
-    except ImageError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-
-
-def to_rgb(image, tags=None):
-    """Any PIL mode -> RGB. `tags`: of the TIFF that it was, by number."""
-    if image.mode.startswith(("I", "F")):  # 16 and 32 bits, which PIL's own conversion clips at 255
-        tags = tags or {}
-        grey = Image.fromarray(tones(np.asarray(image, dtype=np.float32), str(tags.get(NODATA, "")).strip("\0 ")))
-        if image.mode.startswith("I;16") and tags.get(ExifTags.Base.PhotometricInterpretation) == 0:
-            grey = ImageOps.invert(grey)  # "min is white": PIL turns those of 8 bits itself
-        return grey.convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def tones(values, nodata=""):
-    """Grey values of any range (rows, columns) -> uint8, as a viewer shows them.
-
-    The range is that of the fewest bits that hold all values, or from 0 to 1; else, since there is none agreed on, from the
-    least to the greatest. What is not finite, or stands for "no data", is black.
-    """
-    values = np.asarray(values, np.float64)
-    known = np.isfinite(values)
-    with suppress(ValueError):
-        known &= values != np.float32(nodata)
-    if not known.any():
-        return np.zeros(values.shape, np.uint8)
-    low, high = values[known].min(), values[known].max()
-    if low >= 0 and (values[known] != values[known].round()).any() and high <= 1:
-        low, high = 0, 1
-    elif low >= 0 and high <= 65535:
-        low, high = 0, next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if high <= 2**bits - 1)
-    scaled = np.where(known, values - low, 0) / max(high - low, 1e-12)
-    return (255 * scaled.clip(0, 1)).round().astype(np.uint8)
-
-
-def squeeze(image, size):
-    """RGB PIL image of any size -> uint8 tensor (3, size, size): the whole picture, aspect ignored, bicubic."""
-    if image.size != (size, size):
-        # reducing_gap: box-shrink big photographs to 3 times the target first, visually the same, much faster
-        image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
-
-
-def load_ahead(paths, preprocess, side, batch_size, workers=4):
-    """Decode images in threads while the caller computes.
-
-    Yields (paths, images uint8 (B, 3, S, S) or None, [(path, reason), …] of those that could not be read).
-    At most three batches wait in memory.
-    """
-
-    def read(path):
-        try:
-            return preprocess(load_image(path, side))
-        except ImageError as error:
-            return str(error)
-
-    paths = list(paths)
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = deque()
-        starts = iter(range(0, len(paths), batch_size))
-        while True:
-            while len(waiting) < 3 and (start := next(starts, None)) is not None:
-                batch = paths[start:start + batch_size]
-                waiting.append((batch, [pool.submit(read, path) for path in batch]))
-            if not waiting:
-                return
-            batch, futures = waiting.popleft()
-            results = [future.result() for future in futures]
-            good = [(path, x) for path, x in zip(batch, results) if not isinstance(x, str)]
-            bad = [(path, x) for path, x in zip(batch, results) if isinstance(x, str)]
-            yield [path for path, _ in good], torch.stack([x for _, x in good]) if good else None, bad
 
 
 # ---- captions --------------------------------------------------------------------------------------------------
@@ -334,6 +101,42 @@ class Folder:
         return [image.path for image in self.images]
 
 
+class Mixture:
+    """Images of several folders: those to train on, those to select on, and how many of each an epoch shows.
+
+    Attributes: `images`, `selection`, lists of CaptionedImage, folder by folder; `size`, images of an epoch.
+
+    Args:
+        paths: of the folders. selection: images at the end of each to select on: one number, or one for each.
+        weights: how often an epoch shows a folder's images; none: once.
+    """
+
+    def __init__(self, paths, selection=(0,), weights=()):
+        self.folders = [Folder(path, kept) for path, kept in zip(paths, selection * (len(paths) if len(selection) == 1 else 1))]
+        self.images = [image for folder in self.folders for image in folder.images[:folder.train]]
+        self.selection = [image for folder in self.folders for image in folder.images[folder.train:]]
+        self.without_captions = sum(folder.without_captions for folder in self.folders)
+        ends = np.cumsum([folder.train for folder in self.folders]).tolist()
+        self.numbers = [range(end - folder.train, end) for end, folder in zip(ends, self.folders)]
+        self.shown = [max(1, round(weight * folder.train)) for weight, folder in zip(weights or [1.0] * len(ends), self.folders)]
+        self.size = sum(self.shown)
+
+    def sample_epoch(self, generator):
+        """The image numbers that an epoch shows: every folder's as often as its weight says, the rest of it by chance."""
+        drawn = []
+        for count, numbers in zip(self.shown, self.numbers):
+            whole, rest = divmod(count, len(numbers))
+            drawn += [*numbers] * whole
+            if rest:
+                drawn += [numbers[i] for i in torch.randperm(len(numbers), generator=generator)[:rest].tolist()]
+        return drawn
+
+    def places(self):
+        """(folder, number in it) of the images to train on, and of those to select on."""
+        return ([(number, i) for number, folder in enumerate(self.folders) for i in range(folder.train)],
+                [(number, i) for number, folder in enumerate(self.folders) for i in range(folder.train, len(folder.images))])
+
+
 def write_subset(data, folder, count):
     """Write a folder in the course's layout with the first images of another's train.json alone."""
     data, folder = Path(data), Path(folder)
@@ -378,225 +181,100 @@ def bucketed_batches(lengths, batch_size, generator):
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-# ---- cached features -------------------------------------------------------------------------------------------
-
-
-def make_view(image, view, seed):
-    """View 0 is the picture, later ones are random crops of at least 60%, every other, from the first on, mirrored.
-
-    Returns an RGB PIL image; the same for the same (view, seed).
-    """
-    if view:
-        random = np.random.default_rng((seed, view))
-        width, height = image.size
-        w, h = (max(1, round(length * random.uniform(0.775, 1))) for length in (width, height))
-        x, y = random.integers(0, width - w + 1), random.integers(0, height - h + 1)
-        image = image.crop((x, y, x + w, y + h))
-    return ImageOps.mirror(image) if view % 2 else image
-
-
-def read_views(path, encoder, views, seed):
-    """These views of a picture, preprocessed: uint8 (views, 3, S, S). Raises ImageError."""
-    image = load_image(path, encoder.image_size)
-    return torch.stack([encoder.preprocess(make_view(image, view, seed)) for view in views])
-
-
-def ahead(function, items, count=2):
-    """`function` of each item, in order, worked out by a thread while the caller is busy with earlier ones."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > count:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-class SomeFeatures:
-    """Features of some images of several caches, numbered anew.
-
-    Args:
-        parts: FeatureCaches, or LiveFeatures, with as many views.
-        numbers: (part, its number there) of each image.
-    """
-
-    def __init__(self, parts, numbers):
-        self.parts, self.numbers = parts, np.array(numbers, int).reshape(-1, 2)
-
-    def __len__(self):
-        return len(self.numbers)
-
-    def __getitem__(self, index_and_view):
-        """(image numbers, view numbers) -> features (B, N, D), fp16 tensor"""
-        index, view = np.broadcast_arrays(*map(np.asarray, index_and_view))
-        part, number = self.numbers[index].T
-        places = [(one, np.flatnonzero(part == one)) for one in np.unique(part)]
-        rows = [(place, self.parts[one][number[place], view[place]]) for one, place in places]
-        if len(rows) == 1:
-            return rows[0][1]
-        features = rows[0][1].new_empty(len(index), *rows[0][1].shape[1:])
-        for place, some in rows:
-            features[place] = some
-        return features
-
-
-class LiveFeatures:
-    """The same features as FeatureCache's, encoded anew each time they are asked for: no disk, but far slower."""
-
-    def __init__(self, encoder, paths, views=1, device="cpu"):
-        self.encoder, self.paths, self.views, self.device = encoder.to(device), paths, views, device
-        self.pool = ThreadPoolExecutor(4)
-
-    def __len__(self):
-        return len(self.paths)
-
-    @torch.inference_mode()
-    def __getitem__(self, index_and_view):
-        """(image numbers, view numbers) -> features (B, N, D), fp16 tensor. Raises UserError for a broken image."""
-        try:
-            images = torch.cat(list(self.pool.map(self.read, *index_and_view)))
-        except ImageError as error:
-            raise UserError(f"{error}: mend the picture or drop it") from None
-        images = images.to(self.encoder.mean.device)  # not "cuda", which in another thread than the first is GPU 0
-        with torch.autocast("cuda", torch.float16, enabled=self.device == "cuda"):
-            return self.encoder(images).half()
-
-    def read(self, number, view):
-        try:
-            return read_views(self.paths[number], self.encoder, [view], int(number))
-        except ImageError as error:
-            raise ImageError(f"{self.paths[number]} cannot be read: {error}") from None
-
-
-def fingerprint(path):
-    """Size in bytes and a checksum of the file: not its date, so that a copy of a dataset is the same."""
-    size, checksum = 0, 0
-    with suppress(OSError), open(path, "rb") as file:  # one that cannot be read is named when it is encoded
-        while part := file.read(2**20):
-            size, checksum = size + len(part), zlib.crc32(part, checksum)
-    return size, checksum
-
-
-def fingerprints(paths):
-    """(name, size, checksum) of each file, read by several threads."""
-    with ThreadPoolExecutor() as pool:
-        return [(path.name, *found) for path, found in zip(paths, pool.map(fingerprint, paths))]
-
-
 def data_digest(images):
     """sha256 over CaptionedImages: names, captions and fingerprints of the pictures, in their order."""
     found = [[*of_file, image.captions] for of_file, image in zip(fingerprints([image.path for image in images]), images)]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-class FeatureCache:
-    """Frozen features of images, encoded once and read by memory map: fp16, for each view (images, N, D).
+def load_references(annotation_file, images_root=None):
+    """COCO-format captions as {file name without its last extension: CaptionedImage}, in the file's order of images."""
+    references = {}
+    for image in read_captions(annotation_file, images_root):
+        if image.path.stem in references:
+            raise UserError(f"{annotation_file} has two images called {image.path.stem!r}: predictions could mean either")
+        if not image.captions:
+            raise UserError(f"{annotation_file} has no caption for {image.path.name}")
+        references[image.path.stem] = image
+    if not references:
+        raise UserError(f"{annotation_file} lists no images")
+    return references
 
-    A view's file is named by a digest of the encoder's weights and levels, the images and the view, so a change of any
-    makes a new one, and more views of the same images add only theirs. An interrupted build goes on where it stopped; of
-    two runs that want the same features, one computes and the other waits.
 
-    Attributes: `files`, `data`, a file and its array (images, N, D) for each view.
+# ---- what a captioner learns from ----------------------------------------------------------------------------------
+SEEN = 1000  # pictures whose concepts are a pattern for those of captions without pictures
+
+
+class CaptionData:
+    """Tokens of every image's captions, and beside them the cached features and, where they count, embeddings of the images by a CLIP
+    that has not seen them (images, views, width)."""
+
+    def __init__(self, images, tokenizer, max_tokens, features=None, embeddings=None):
+        self.features, self.embeddings, self.max_tokens = features, embeddings, max_tokens
+        self.rows = []  # for each image, its captions' tokens
+        self.cut = self.empty = 0  # captions that are too long, or say nothing
+        for image in images:
+            rows = tokenizer.encode_batch(clean_captions(image))
+            self.empty += len(image.captions) - len(rows)
+            self.cut += sum(len(row) > max_tokens for row in rows)
+            self.rows.append([row[:max_tokens] for row in rows])
+        self.captions = max(map(len, self.rows), default=0)  # K; images with fewer get empty rows
+        self.lengths = [max(map(len, rows), default=0) for rows in self.rows]
+
+    def batch(self, indices, views):
+        """Image numbers and a view of each -> features (B, N, D), embeddings (B, width) or None, tokens and targets (B * K, T)"""
+        rows = [row for i in indices for row in self.rows[i] + [[]] * (self.captions - len(self.rows[i]))]
+        embeddings = None if self.embeddings is None else self.embeddings[list(indices), list(views)]
+        return self.features[np.array(indices), np.array(views)], embeddings, *collate(rows)
+
+
+class TextData:
+    """Captions without pictures, and the concepts that pictures of them might show.
+
+    Attributes: `rows`, the tokens of each caption. `look` has to be called before there are batches.
     """
 
-    def __init__(self, encoder, paths, folder, views=1, batch_size=32, device="cpu"):
-        folder = Path(folder)
-        images = fingerprints(paths)
-        of_all = [encoder.name, encoder.weights_hash, encoder.image_size, *([encoder.dim] if encoder.levels > 1 else []),
-                  device, images]
-        self.files = [folder / f"{hashlib.sha256(json.dumps([view, *of_all]).encode()).hexdigest()[:16]}.npy"
-                      for view in range(views)]
-        shape = (len(paths), encoder.num_tokens, encoder.dim)
-        if not all(self._is_whole(file, shape) for file in self.files):  # a full cache may be one that can only be read
-            try:
-                self._fill(folder, shape, encoder, paths, batch_size, device)
-            except OSError as error:
-                raise UserError(f"cannot keep features in the cache {folder}: {error.strerror or error}") from None
-        self.data = [np.load(file, mmap_mode="r") for file in self.files]
+    def __init__(self, files, tokenizer, max_tokens, words, without=()):
+        """Captions of these files, each once, less those of the CaptionedImages `without`. Raises UserError."""
+        self.words = words
+        known = {clean_caption(line).lower(): clean_caption(line) for file in files for line in read_lines(file)}
+        for caption in (caption for image in without for caption in clean_captions(image)):
+            known.pop(caption.lower(), None)
+        known.pop("", None)
+        if not known:
+            raise UserError(f"{', '.join(files)}: no captions are there")
+        self.captions = list(known.values())
+        self.nouns = [words.find(caption) for caption in self.captions]
+        self.rows = [row[:max_tokens] for row in tokenizer.encode_batch(self.captions)]
+        self.digest = hashlib.sha256("\n".join(self.captions).encode()).hexdigest()
 
-    def __len__(self):
-        return len(self.data[0])
+    def sample_epoch(self, count, batch_size, generator):
+        """`count` batches of captions, their lengths alike: lists of numbers."""
+        rounds = -(-count * batch_size // len(self.rows))
+        order = torch.cat([torch.randperm(len(self.rows), generator=generator) for _ in range(rounds)])
+        order = order[:count * batch_size].tolist()
+        return [[order[i] for i in batch] for batch in
+                bucketed_batches([len(self.rows[i]) for i in order], batch_size, generator)]
 
-    def _fill(self, folder, shape, encoder, paths, batch_size, device):
-        """Encode what is missing."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as locks:
-            for file in self.files:  # in one order, so that no two runs wait for each other
-                flock(locks.enter_context(open(file.with_suffix(".lock"), "w")), LOCK_EX)
-            done = [self._done(file, shape) for file in self.files]
-            missing = [view for view, count in enumerate(done) if count < len(paths)]
-            size = 2 * int(np.prod(shape)) * sum(not done[view] for view in missing)
-            if size > shutil.disk_usage(folder).free:
-                raise UserError(f"the features need {size / 1e9:.1f} GB in {folder}, more than is free there: name "
-                                "another --cache or fewer --views")
-            if not missing:  # another run has encoded them meanwhile
-                return
-            print(f"encoding {len(paths)} images in {len(missing)} views: {2 * int(np.prod(shape)) * len(missing) / 1e9:.1f} GB in {folder}",
-                  file=sys.stderr)
-            data = {}
-            for view in missing:
-                data[view] = np.lib.format.open_memmap(self.files[view], "r+" if done[view] else "w+", np.float16, shape)
-                with open(self.files[view], "r+b") as file:  # a disk that fills up later would kill the process
-                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-            self._build(data, encoder.to(device), paths, min(done[view] for view in missing),
-                        max(1, batch_size // len(missing)), device)
+    def look(self, source, seen):
+        """Say how nouns are recognised, by this source of concepts, and what it sees in real pictures: Concepts, the meaning of each
+        less what its own caption explains."""
+        self.source, self.seen = source, seen
 
-    @classmethod
-    def _is_whole(cls, file, shape):
-        try:
-            return cls._done(file, shape) == shape[0]
-        except OSError:
-            return False
+    def batch(self, numbers, random):
+        """Caption numbers and a numpy Generator -> tokens and targets (B, T), and B Concepts, their meaning as of `look`"""
+        pictures = random.integers(len(self.seen.numbers), size=len(numbers))
+        seen = self.seen.each(lambda part: part[pictures])
+        things = [[self.source.meanings(noun) for noun in self.nouns[i]] for i in numbers]
+        return *collate([self.rows[i] for i in numbers]), self.words.imagine(things, seen, random)
 
-    @staticmethod
-    def _done(file, shape):
-        """How many images of this file are encoded; 0 for a file that is damaged."""
-        progress = file.with_suffix(".json")
-        if not is_file(progress) or not is_file(file):
-            return 0
-        try:
-            done = read_json(progress, "cache")["done"]
-            whole = np.load(file, mmap_mode="r").shape == shape  # raises ValueError for one that was cut
-        except (UserError, LookupError, TypeError, ValueError, EOFError):
-            return 0
-        return done if whole and isinstance(done, int) and 0 < done <= shape[0] else 0
 
-    @torch.inference_mode()
-    def _build(self, data, encoder, paths, done, batch_size, device):
-        """Encode the views that are the keys of `data`, from image number `done` on."""
-        numbers = {path: number for number, path in enumerate(paths)}
+def token_ids(texts):
+    """Lists of token lists -> sorted ids of all tokens that occur, <|endoftext|> among them: (V,)"""
+    return torch.tensor(sorted({token for rows in texts for row in rows for token in row} | {END_OF_TEXT}))
 
-        def read(path):
-            try:
-                return read_views(path, encoder, data, numbers[path])
-            except ImageError as error:
-                return f"{path.name}: {error}"
 
-        with ThreadPoolExecutor() as pool, tqdm(total=len(paths), initial=done, desc="encoding", unit="image") as bar:
-            for start in range(done, len(paths), batch_size):
-                images = list(pool.map(read, paths[start:start + batch_size]))
-                if any(isinstance(image, str) for image in images):  # name all there are, not one a run
-                    bad = [image for image in pool.map(read, paths[start:]) if isinstance(image, str)]
-                    raise UserError(f"{len(bad)} images cannot be read, mend or drop them: {'; '.join(bad[:10])}"
-                                    + ("; …" if len(bad) > 10 else ""))
-                images = torch.stack(images)  # (B, views, 3, S, S)
-                with torch.autocast("cuda", torch.float16, enabled=device == "cuda"):
-                    features = encoder(images.flatten(0, 1).to(device))
-                end = start + len(images)
-                features = features.unflatten(0, images.shape[:2]).half().cpu().numpy()
-                for number, rows in enumerate(data.values()):
-                    rows[start:end] = features[:, number]
-                bar.update(len(images))
-                if start // batch_size % 50 == 0 or end == len(paths):
-                    for view, rows in data.items():
-                        rows.flush()
-                        write_json(self.files[view].with_suffix(".json"), {"done": end})
-
-    def __getitem__(self, index_and_view):
-        """(image numbers, view numbers) -> features (B, N, D), fp16 tensor on the CPU"""
-        index, view = np.broadcast_arrays(*map(np.asarray, index_and_view))
-        features = np.empty((len(index), *self.data[0].shape[1:]), np.float16)
-        for number in np.unique(view):
-            features[view == number] = self.data[number][index[view == number]]
-        return torch.from_numpy(features)
+def count_targets(texts, token_ids):
+    """How many target tokens each list of token lists has, of those scored: what a batch's loss is divided by."""
+    scored = set(token_ids.tolist())
+    return [sum(1 + sum(token in scored for token in row) for row in rows) for rows in texts]

@@ -1,15 +1,14 @@
-"""GPT-2 in plain PyTorch, with two ways to see image tokens and four ways to tune it with few parameters.
+"""GPT-2 in plain PyTorch, with two ways to see image tokens, and what peft.py adds to tune it with few parameters.
 
 Radford et al. 2019, in the layout of its published weights. Image tokens are seen through a cross-attention sublayer in
-every block (fusion "cross") or stand before the text ("prefix"). LoRA, adapters, prefix-tuning and prompt tuning can be
-had alone or together.
+every block (fusion "cross") or stand before the text ("prefix").
 
 Shapes in the comments: B images, K captions of each (rows R = B * K, an image's captions adjacent), T text tokens,
 N image tokens, M positions before the text, C width, H heads of 64, V vocabulary.
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import loralib
@@ -17,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cli import UserError, read_json
-from weightfiles import content_hash, first_line, read_weights
+from cli import UserError
+from files import content_hash, first_line, read_json, read_weights
+from peft import LoRA, PeftConfig, Prefix, Prompt, at, known, mark
 
 HEAD_WIDTH = 64
 FUSIONS = "cross", "prefix"
-LORA_TARGETS = "q", "k", "v", "attn_proj", "mlp", "wte", "wpe", "head"
-ADAPTER_PLACES = "attn", "cross", "mlp"
 
 
 @dataclass
@@ -38,65 +36,17 @@ class DecoderConfig:
     image_dim: int = 0  # width of the image tokens (under fusion "prefix" n_embd); 0: a language model that sees none
     fusion: str = "cross"
     cross_dim: int = 0  # inner width of cross-attention; 0: n_embd
-    lora_rank: int = 0  # 0: no LoRA
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    lora_targets: tuple = ("q", "v")  # of LORA_TARGETS
-    adapter_dim: int = 0  # bottleneck of the adapters; 0: none
-    adapter_places: tuple = ADAPTER_PLACES  # after which sublayers
-    prefix_length: int = 0  # learned keys and values in every layer; 0: no prefix-tuning
-    prefix_hidden: int = 0  # width of the MLP that reparametrises them; 0: none
-    prompt_length: int = 0  # learned embeddings before the text; 0: no prompt tuning
+    peft: PeftConfig = field(default_factory=PeftConfig.off)
 
     def __post_init__(self):
         self.cross_dim = self.cross_dim or self.n_embd
-        self.lora_targets, self.adapter_places = tuple(self.lora_targets), tuple(self.adapter_places)
-        for name in ("lora_rank", "adapter_dim", "prefix_length", "prefix_hidden", "prompt_length"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}, but must be at least 0")
         if self.fusion == "prefix" and self.image_dim:
             self.image_dim = self.n_embd
         for name in ("n_embd", "cross_dim"):
             if getattr(self, name) % HEAD_WIDTH:
                 raise UserError(f"{name} is {getattr(self, name)}, but heads are {HEAD_WIDTH} wide: "
                                 "it must be a multiple")
-        for what, names, known in (("fusion", [self.fusion], FUSIONS), ("LoRA target", self.lora_targets, LORA_TARGETS),
-                                   ("place of adapters", self.adapter_places, ADAPTER_PLACES)):
-            unknown = set(names) - set(known)
-            if unknown:
-                raise UserError(f"unknown {what} {sorted(unknown)[0]}: choose from {', '.join(known)}")
-
-    def lora(self, target):
-        """Whether LoRA updates this target."""
-        return bool(self.lora_rank) and target in self.lora_targets
-
-
-def linear(config, n_in, n_out, target=None):
-    """A linear layer; loralib's, with its low-rank update, where `target` is one of the LoRA targets.
-
-    Hu et al. 2021, https://arxiv.org/abs/2106.09685. Merging is left to `Decoder.merge_lora`: loralib's own
-    merges at every eval() and subtracts at train(), which drifts and would make a resumed run differ.
-    """
-    if not config.lora(target):
-        return nn.Linear(n_in, n_out)
-    return loralib.Linear(n_in, n_out, r=config.lora_rank, lora_alpha=config.lora_alpha,
-                          lora_dropout=config.lora_dropout, merge_weights=False)
-
-
-def qkv_linear(config):
-    """GPT-2's fused projection to queries, keys and values, LoRA on those among the targets."""
-    enabled = [config.lora(name) for name in "qkv"]
-    if not any(enabled):
-        return nn.Linear(config.n_embd, 3 * config.n_embd)
-    return loralib.MergedLinear(config.n_embd, 3 * config.n_embd, r=config.lora_rank, enable_lora=enabled,
-                                lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, merge_weights=False)
-
-
-def embedding(config, rows, target):
-    """An embedding of width n_embd, with LoRA where `target` is one of its targets."""
-    if not config.lora(target):
-        return nn.Embedding(rows, config.n_embd)
-    return loralib.Embedding(rows, config.n_embd, r=config.lora_rank, lora_alpha=config.lora_alpha, merge_weights=False)
+        known("fusion", [self.fusion], FUSIONS)
 
 
 def split_heads(x):
@@ -115,56 +65,15 @@ def attention_weights(q, k, mask=None):
     return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
 
 
-class Adapter(nn.Module):
-    """A bottleneck after a sublayer, starting as the identity (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.down = nn.Linear(config.n_embd, config.adapter_dim)
-        self.up = nn.Linear(config.adapter_dim, config.n_embd)
-
-    def forward(self, x):
-        return x + self.up(F.gelu(self.down(x)))
-
-
-def adapter(config, place):
-    return Adapter(config) if config.adapter_dim and place in config.adapter_places else nn.Identity()
-
-
-class Prefix(nn.Module):
-    """Keys and values of P learned positions in every layer (prefix-tuning: Li and Liang 2021, https://arxiv.org/abs/2101.00190).
-
-    With `prefix_hidden` they are the output of an MLP, as in the paper, which trains more steadily; the MLP is needed
-    for training alone (`Decoder.trained_state`).
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        shape = config.n_layer, 2, config.prefix_length, config.n_embd
-        self.shape, self.hidden = shape, config.prefix_hidden
-        if self.hidden:
-            self.tokens = nn.Embedding(config.prefix_length, config.n_embd)
-            self.mlp = nn.Sequential(nn.Linear(config.n_embd, self.hidden), nn.Tanh(),
-                                     nn.Linear(self.hidden, 2 * config.n_layer * config.n_embd))
-        else:
-            self.values = nn.Parameter(0.1 * torch.randn(shape))
-
-    def forward(self):
-        """(layers, 2, P, C): keys and values"""
-        if not self.hidden:
-            return self.values
-        layers, _, length, width = self.shape
-        return self.mlp(self.tokens.weight).view(length, layers, 2, width).permute(1, 2, 0, 3)
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention: causal over text, with a cache of keys and values; or over a set of tokens."""
 
     def __init__(self, config, causal=True):
         super().__init__()
         self.causal = causal
-        self.c_attn = qkv_linear(config)
-        self.c_proj = linear(config, config.n_embd, config.n_embd, "attn_proj")
+        self.c_attn = LoRA.qkv_linear(config.peft, config.n_embd)
+        self.c_proj = LoRA.linear(config.peft, config.n_embd, config.n_embd, "attn_proj")
+        self.peft_key, self.peft_value = (at(config.peft, place, config.n_embd) for place in ("key", "value"))
         self.dropout = config.dropout
 
     def forward(self, x, before=None, cache=None, mask=None, attentions=None):
@@ -175,7 +84,8 @@ class SelfAttention(nn.Module):
             mask: (T, M + T) boolean, what each position sees; default: all of M, and the text causally.
             attentions: a list that receives the weights over all that is seen (R, H, T, M + past + T).
         """
-        q, k, v = (split_heads(part) for part in self.c_attn(x).chunk(3, dim=-1))  # (R, H, T, 64) each
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)
+        q, k, v = (split_heads(part) for part in (q, self.peft_key(k), self.peft_value(v)))  # (R, H, T, 64) each
         if cache is not None:
             k, v = cache.append(self, k, v)  # (R, H, past + T, 64)
         if before is not None:
@@ -203,6 +113,13 @@ class CrossAttention(nn.Module):
         self.c_kv = nn.Linear(config.image_dim, 2 * config.cross_dim)
         self.c_proj = nn.Linear(config.cross_dim, config.n_embd)
         self.dropout = config.dropout
+        mark(self, "cross-attention")
+
+    def start(self):
+        # 0.02 suits width 768 and more; in a narrow model it leaves attention uniform for hundreds of steps.
+        for layer in self.c_q, self.c_kv:
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        nn.init.zeros_(self.c_proj.weight)
 
     def keys_values(self, image):
         """(B, N, image_dim) -> keys and values (B, H, N, 64) each"""
@@ -226,12 +143,14 @@ class CrossAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = linear(config, config.n_embd, 4 * config.n_embd, "mlp")
-        self.c_proj = linear(config, 4 * config.n_embd, config.n_embd, "mlp")
+        self.c_fc = LoRA.linear(config.peft, config.n_embd, 4 * config.n_embd, "mlp")
+        self.c_proj = LoRA.linear(config.peft, 4 * config.n_embd, config.n_embd, "mlp")
+        self.peft_inner = at(config.peft, "inner", 4 * config.n_embd)
         self.dropout = config.dropout
 
     def forward(self, x):
-        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
+        inner = self.peft_inner(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(self.c_proj(inner), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -241,14 +160,14 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = SelfAttention(config, causal)
-        self.adapter_attn = adapter(config, "attn")
+        self.adapter_attn = at(config.peft, "attn", config.n_embd)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
-        self.adapter_mlp = adapter(config, "mlp")
+        self.adapter_mlp = at(config.peft, "mlp", config.n_embd)
         if config.image_dim and config.fusion == "cross":
-            self.ln_cross = nn.LayerNorm(config.n_embd)
+            self.ln_cross = mark(nn.LayerNorm(config.n_embd), "cross-attention")
             self.cross = CrossAttention(config)
-            self.adapter_cross = adapter(config, "cross")
+            self.adapter_cross = at(config.peft, "cross", config.n_embd)
 
     def forward(self, x, seen=None, cache=None, mask=None, attentions=None):
         """(R, T, C) -> (R, T, C); `seen`: a LayerContext."""
@@ -287,17 +206,8 @@ def init_weights(model, n_layer):
     for module in model.modules():
         if isinstance(module, (SelfAttention, MLP)):
             nn.init.normal_(module.c_proj.weight, std=0.02 / (2 * n_layer) ** 0.5)
-        if isinstance(module, CrossAttention):
-            # 0.02 suits width 768 and more; in a narrow model it leaves attention uniform for hundreds of steps.
-            for layer in module.c_q, module.c_kv:
-                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-            nn.init.zeros_(module.c_proj.weight)
-        if isinstance(module, Adapter):
-            nn.init.normal_(module.down.weight, std=module.down.in_features**-0.5)
-            nn.init.zeros_(module.up.weight)
-        if isinstance(module, Prefix) and module.hidden:
-            nn.init.normal_(module.tokens.weight)
-            nn.init.normal_(module.mlp[0].weight, std=module.mlp[0].in_features**-0.5)
+        if hasattr(module, "start"):
+            module.start()
 
 
 class Cache:
@@ -376,20 +286,22 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = embedding(config, config.vocab_size, "wte")
-        self.wpe = embedding(config, config.n_positions, "wpe")
+        peft = config.peft
+        self.wte = LoRA.embedding(peft, config.vocab_size, config.n_embd, "wte")
+        self.wpe = LoRA.embedding(peft, config.n_positions, config.n_embd, "wpe")
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        if config.lora("head"):
-            self.head = loralib.Linear(config.n_embd, config.vocab_size, bias=False, r=config.lora_rank,
-                                       lora_alpha=config.lora_alpha, merge_weights=False)
-        if config.prefix_length:
-            self.prefix = Prefix(config)
-        if config.prompt_length:
-            self.prompt = nn.Embedding(config.prompt_length, config.n_embd)
+        if LoRA.updates(peft, "head"):
+            self.head = LoRA.linear(replace(peft, lora_dropout=0.0), config.n_embd, config.vocab_size, "head", bias=False)
+        if peft.prefix_length:
+            self.prefix = mark(Prefix(peft, config.n_layer, config.n_embd), Prefix.name)
+        if peft.prompt_length:
+            self.prompt = mark(Prompt(peft.prompt_length, config.n_embd), Prompt.name)
         init_weights(self, config.n_layer)
-        if config.lora("head"):
+        if LoRA.updates(peft, "head"):
             self.head.weight = self.wte.weight  # tied, until one of them is merged
+        # Of each parameter that was added for captioning, by whom. Noted here, since sharding makes other parameters of them.
+        self.added = {name: parameter.added for name, parameter in self.named_parameters() if hasattr(parameter, "added")}
         self.untied = None  # the head, where the token embedding was merged with its LoRA
         self.weights_hash = None  # content hash of the pretrained weights, which checkpoints record
 
@@ -399,7 +311,7 @@ class Decoder(nn.Module):
 
         Args:
             path: `.bin` or `.safetensors`; keys may start with `transformer.`.
-            options: fields of DecoderConfig that add to GPT-2 (image_dim, lora_rank, …); what they add is trainable.
+            options: fields of DecoderConfig, or of its PeftConfig, that add to GPT-2 (image_dim, lora_rank, …); what they add is trainable.
         Raises UserError for a file that is missing, damaged, or not GPT-2's.
         """
         state = read_gpt2(path)
@@ -411,7 +323,8 @@ class Decoder(nn.Module):
             raise UserError(f"{path} does not hold GPT-2 weights in the Hugging Face layout: "
                             f"no {first_line(error)}") from None
         check_architecture(path, n_embd)
-        decoder = cls(DecoderConfig(**sizes, **options))
+        peft = {field.name: options.pop(field.name) for field in fields(PeftConfig) if field.name in options}
+        decoder = cls(DecoderConfig(**sizes, **{"peft": PeftConfig.off(**peft)} | options))
         decoder.weights_hash = content_hash(state)
         for key, value in state.items():
             # Hugging Face keeps these as Conv1D, (in, out).
@@ -433,8 +346,7 @@ class Decoder(nn.Module):
 
     def pretrained_names(self):
         """Names of GPT-2's own parameters, without what was added for captioning."""
-        added = ".cross.", ".ln_cross.", ".lora_", ".adapter_", ".prefix.", ".prompt."
-        return {name for name, _ in self.named_parameters() if not any(part in f".{name}" for part in added)}
+        return {name for name, _ in self.named_parameters()} - self.added.keys()
 
     def pretrained_state(self):
         """GPT-2's own tensors in the Hugging Face layout, for saving and for the content hash."""
@@ -450,15 +362,15 @@ class Decoder(nn.Module):
         """
         config, rows = self.config, 1 if image is None else len(image)
         learned = [None] * len(self.h)
-        if config.prefix_length:  # one row for all images
+        if config.peft.prefix_length:  # one row for all images
             learned = [tuple(split_heads(part[None]) for part in pair) for pair in self.prefix()]
         cross = [None] * len(self.h)
-        early, first, tokens = [], config.prefix_length, 0  # embeddings before the text; where they begin; N
+        early, first, tokens = [], config.peft.prefix_length, 0  # embeddings before the text; where they begin; N
         if image is not None and config.fusion == "cross":
             cross = [block.cross.keys_values(image) for block in self.h]
         elif image is not None:
             early, tokens = [image], image.shape[1]
-        if config.prompt_length:
+        if config.peft.prompt_length:
             early.append(self.prompt.weight.expand(rows, -1, -1))
         where = slice(first, first + tokens) if tokens else None
         seen = [LayerContext(*pairs, where) for pairs in zip(cross, learned)]
@@ -501,7 +413,7 @@ class Decoder(nn.Module):
     def head_weight(self, token_ids=None):
         """(V, C), or the rows of `token_ids`; what LoRA adds is folded in."""
         rows = slice(None) if token_ids is None else token_ids
-        if not self.config.lora("head"):
+        if not LoRA.updates(self.config.peft, "head"):
             return (self.untied if self.untied is not None else self.wte.weight)[rows]
         weight = self.head.weight[rows]
         return weight if self.head.merged else weight + self.head.lora_B[rows] @ self.head.lora_A * self.head.scaling
@@ -512,13 +424,12 @@ class Decoder(nn.Module):
         return F.linear(self.hidden(tokens, context), self.head_weight(token_ids))
 
     def trained_state(self):
-        """What was trained, by name, for a checkpoint: the MLP behind a prefix stays behind, its output goes along."""
-        pretrained = self.pretrained_names()
-        state = {name: parameter.detach() for name, parameter in self.named_parameters() if name not in pretrained}
-        if self.config.prefix_length and self.config.prefix_hidden:
-            state = {name: value for name, value in state.items() if not name.startswith("prefix.")}
-            with torch.no_grad():
-                state["prefix.values"] = self.prefix().contiguous()
+        """What was trained, by name, for a checkpoint; of a module that knows better what is worth keeping, that (`saved`)."""
+        state = {name: parameter.detach() for name, parameter in self.named_parameters() if name in self.added}
+        for path, module in self.named_modules():
+            if hasattr(module, "saved"):
+                state = {name: value for name, value in state.items() if not name.startswith(f"{path}.")}
+                state |= {f"{path}.{name}": value for name, value in module.saved().items()}
         return state
 
     def lora_layers(self):
@@ -528,10 +439,10 @@ class Decoder(nn.Module):
 
     def merge_lora(self):
         """Fold the low-rank updates into the weights: the same outputs, faster. For inference only."""
-        if self.config.lora("wte") or self.config.lora("head"):
+        if any(LoRA.updates(self.config.peft, target) for target in ("wte", "head")):
             # The input embedding and the head are one tensor, but their updates differ.
             untied = self.wte.weight.detach().clone()
-            if self.config.lora("head"):
+            if LoRA.updates(self.config.peft, "head"):
                 self.head.weight = nn.Parameter(untied, requires_grad=False)
             else:
                 self.untied = untied

@@ -11,7 +11,6 @@ import copy
 import hashlib
 import sys
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import timm
@@ -23,10 +22,9 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cli import UserError
-from dataset import squeeze
-from weightfiles import content_hash, first_line, read_weights
+from files import WEIGHTS_FOLDER, content_hash, first_line, read_weights
+from images import resize_to_square
 
-WEIGHTS_FOLDER = Path(__file__).resolve().parent / "weights"
 EMBEDDED = "tf_efficientnet_lite2+tf_efficientnet_lite1"  # the embedded captioner's, which hw3_download.py fetches
 # Pixels that a CNN takes at a time on a CPU, so that its feature maps stay in the cache: 8 images at 224², 4 at 288².
 CPU_PIXELS = 8 * 224**2
@@ -108,7 +106,7 @@ class ImageEncoder(nn.Module):
                 self.stages = list(channels)[:(levels or 3) - 1]
                 self.dim += sum(channels[stage] for stage in self.stages)
             if not features.is_meta:
-                self.weights_hash  # of the weights as they came
+                _ = self.weights_hash  # of the weights as they came
                 self.model = without_batch_norm(self.model, self.image_size)
         self.levels = 1 + len(self.stages)
         if levels > self.levels:
@@ -216,7 +214,7 @@ class ImageEncoder(nn.Module):
 
     def preprocess(self, image):
         """RGB PIL image of any size -> uint8 tensor (3, S, S): the whole picture, aspect ignored, bicubic."""
-        return squeeze(image, self.image_size)
+        return resize_to_square(image, self.image_size)
 
     def forward(self, images):
         """uint8 images (B, 3, S, S) -> tokens (B, N, D): prefix tokens, then patches row by row."""
@@ -323,3 +321,23 @@ def fold_batch_norm(module):
         elif not isinstance(child, nn.Conv2d):
             fold_batch_norm(child)
         conv = name if isinstance(child, nn.Conv2d) else None
+
+
+def dinov2_names(depth=12):
+    """Pairs of names of a DINOv2 ViT's tensors: timm's, and those of Meta's models on the model hub, as a tuple.
+
+    Three of the latter make one of timm's where the projections to queries, keys and values are joined. The position
+    embedding is not among them, since not every file holds it whole.
+    """
+    pairs = [("cls_token", ("embeddings.cls_token",))]
+    for kind in "weight", "bias":
+        pairs += [(f"patch_embed.proj.{kind}", (f"embeddings.patch_embeddings.projection.{kind}",)),
+                  (f"norm.{kind}", (f"layernorm.{kind}",))]
+        for i in range(depth):
+            ours, theirs = f"blocks.{i}", f"encoder.layer.{i}"
+            pairs.append((f"{ours}.attn.qkv.{kind}", tuple(
+                f"{theirs}.attention.attention.{part}.{kind}" for part in ("query", "key", "value"))))
+            pairs.append((f"{ours}.attn.proj.{kind}", (f"{theirs}.attention.output.dense.{kind}",)))
+            pairs += [(f"{ours}.{part}.{kind}", (f"{theirs}.{part}.{kind}",)) for part in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")]
+    return pairs + [(f"blocks.{i}.ls{k}.gamma", (f"encoder.layer.{i}.layer_scale{k}.lambda1",))
+                    for i in range(depth) for k in (1, 2)]

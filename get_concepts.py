@@ -13,7 +13,8 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo
 
-from cli import ArgumentParser, UserError, check_output, run, write_json
+from cli import ArgumentParser, UserError, run
+from files import check_output, write_json
 
 # Kinds that say little of a picture: they hold too many classes, such as "artifact", or stand too near to WordNet's top,
 # such as "matter".

@@ -9,15 +9,14 @@ COCO: Lin et al. 2014, https://arxiv.org/abs/1405.0312; https://cocodataset.org/
 
 import http.client
 import shutil
-import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
 
 from tqdm import tqdm
 
-from cli import ArgumentParser, UserError, read_json, run, write_json
-from hw3_download import digest_of
+from cli import ArgumentParser, UserError, run
+from files import digest_of, read_json, write_json
 
 SERVER = "http://images.cocodataset.org"  # whose certificate is another name's, so the digests below vouch for the files
 # Bytes and MD5.

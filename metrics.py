@@ -21,9 +21,11 @@ from pycocoevalcap.meteor.meteor import METEOR_JAR
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
 
-from cli import UserError, write_whole
-from clip_model import load_clip, paired_similarity
-from significance import BLEU
+from cli import UserError
+from clip_model import CLIP_WEIGHTS, NO_CLIP, SMALL, default_clip, load_clip, paired_similarity
+from devices import pick_device
+from files import write_whole
+from significance import BLEU, bleu_statistics
 
 PACKAGE = Path(pycocoevalcap.__path__[0])
 SPICE_MODELS = PACKAGE / "spice" / "lib" / "stanford-corenlp-3.6.0-models.jar"
@@ -252,3 +254,35 @@ class ClipScorer:
             of_references = torch.where(both > 0, 2 * score * closest / both, 0)
             found.append((score.double().numpy(), of_references.double().numpy()))
         return found
+
+
+def evaluate(systems, images, clip=None):
+    """Score each system's {key: caption} against {key: CaptionedImage} with the same keys.
+
+    `clip`: a ClipScorer, for its two scores as well; the images must then be there.
+    Returns for each system {name: corpus score}, {name: scores of the images (n,)}, and bleu_statistics.
+    """
+    raw_references = {key: image.captions for key, image in images.items()}
+    raw_systems = [{key: [predictions[key]] for key in images} for predictions in systems]
+    references, tokens = tokenize_all(raw_references, raw_systems)
+    found = text_scores(references, tokens, raw_references, raw_systems)
+    if clip:
+        captions = [[predictions[key] for key in images] for predictions in systems]
+        of_clip = clip.scores([image.path for image in images.values()], captions, list(raw_references.values()))
+        for scores, values in zip(found, of_clip):
+            scores.update((name, (value.mean(), value)) for name, value in zip(clip.names, values))
+    return [({name: float(value) for name, (value, _) in scores.items()}, {name: each for name, (_, each) in scores.items()},
+             bleu_statistics(references, candidates)) for scores, candidates in zip(found, tokens)]
+
+
+def clip_scorer(images_root, weights, prefix):
+    """A ClipScorer, or None, and a line that says what is lacking, or None."""
+    found = weights or default_clip()
+    line = None if weights or found == CLIP_WEIGHTS else f"CLIPScore {NO_CLIP}"
+    if found is None:
+        return None, line
+    if images_root is None:
+        return None, line or "CLIPScore needs the images: --images_root FOLDER"
+    if line:
+        line += f"; ImageTextScore is by {SMALL}, our own"
+    return ClipScorer(found, prefix, pick_device()), line

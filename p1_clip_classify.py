@@ -11,20 +11,26 @@ be read and are named.
 
 import csv
 import io
-import re
 import sys
 from pathlib import Path
 
-import torch.nn.functional as F
-
-from cli import ArgumentParser, UserError, check_output, printable, read_json, run, write_whole
-from clip_model import NO_CLIP, default_clip, load_clip, similarity, whole_characters
-from dataset import image_files, load_image
-from training import pick_device
-
-TEMPLATE = "A photo of a {object}."  # the paper's default
-ASSIGNMENT_TEMPLATES = ["This is a photo of {object}", "This is not a photo of {object}", "No {object}, no score."]
-CLASS_NAME = re.compile(r"\{(object)?\}")  # {object} as the assignment writes it, {} as CLIP's own lists of prompts
+from cli import ArgumentParser, UserError, printable, run
+from clip_model import (
+    ASSIGNMENT_TEMPLATES,
+    CLASS_NAME,
+    NO_CLIP,
+    TEMPLATE,
+    average,
+    default_clip,
+    embed_classes,
+    load_clip,
+    prompt_name,
+    similarity,
+    whole_characters,
+)
+from devices import pick_device
+from files import check_output, read_json, write_whole
+from images import image_files, load_image
 
 # The picture of bars, in inches: a cell is an image with its bars to the right.
 CELL, GAP, IMAGE, BARS = (6.4, 2.7), 0.2, 2.5, 3.2
@@ -43,29 +49,11 @@ def read_classes(id2label):
     return classes
 
 
-def prompt_name(name):
-    """A class's name as a sentence has it: aquarium_fish -> aquarium fish."""
-    return " ".join(name.replace("_", " ").split())
-
-
 def true_label(file_name, labels):
     """The label that a name like {label}_{id}.png begins with, the longest if several do, or None."""
     parts = file_name.split("_")
     beginnings = ("_".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
     return next((beginning for beginning in beginnings if beginning in labels), None)
-
-
-def embed_classes(clip, names, templates):
-    """Normalised embeddings (K, C, D) of each of K templates filled with each of C class names."""
-    prompts = [CLASS_NAME.sub(lambda _: prompt_name(name), template) for template in templates for name in names]
-    if cut := clip.too_long(prompts):
-        print(f"{cut} prompts are longer than CLIP's {clip.limit} tokens and were cut", file=sys.stderr)
-    return clip.encode_texts(prompts).view(len(templates), len(names), -1)
-
-
-def average(embeddings):
-    """One classifier (C, D) of those of several templates (K, C, D): their mean, of length 1 again, as in the paper."""
-    return F.normalize(embeddings.mean(0), dim=-1)
 
 
 def predict(images, classifier, labels):
@@ -91,7 +79,7 @@ def write_labels(path, rows):
     write_whole(path, table.getvalue().encode("utf-8", "backslashreplace"))
 
 
-def draw_bars(path, shown, names, truths):
+def plot_bars(path, shown, names, truths):
     """A PNG of images, each beside its five likeliest classes; the true one, where it is known, is green.
 
     Args:
@@ -216,7 +204,7 @@ def main():
     probabilities = (clip.logit_scale * similarity(images, classifier)).softmax(-1)
     likely = dict(zip(read, probabilities))
     if shown := {path: likely[path] for path in chosen if path in likely}:
-        draw_bars(args.figure, shown, list(map(prompt_name, names)),
+        plot_bars(args.figure, shown, list(map(prompt_name, names)),
                   {path: truths[path] and prompt_name(classes[truths[path]]) for path in shown})
         print(f"drawn in {args.figure}", file=sys.stderr)
     return 3 if unread else 0

@@ -14,28 +14,15 @@ import textwrap
 from pathlib import Path
 
 from chair import Chair
-from cli import SUFFIX_KINDS, ArgumentParser, UserError, check_output, read_json, run, write_json, write_whole
-from clip_model import CLIP_WEIGHTS, NO_CLIP, SMALL, default_clip, whole_characters
-from dataset import ImageError, load_image, read_captions
-from metrics import ClipScorer, text_metrics, text_scores, tokenize_all
-from significance import BLEU, DRAWS, bleu_statistics, compare, paired_bootstrap
-from training import pick_device
+from cli import ArgumentParser, UserError, run
+from clip_model import whole_characters
+from dataset import load_references
+from files import SUFFIX_KINDS, check_output, read_json, write_json, write_whole
+from images import ImageError, load_image
+from metrics import clip_scorer, evaluate, text_metrics
+from significance import BLEU, DRAWS, compare, paired_bootstrap
 
 PICTURES = ".png", ".jpg", ".pdf", ".svg"
-
-
-def load_references(annotation_file, images_root=None):
-    """COCO-format captions as {file name without its last extension: CaptionedImage}, in the file's order of images."""
-    references = {}
-    for image in read_captions(annotation_file, images_root):
-        if image.path.stem in references:
-            raise UserError(f"{annotation_file} has two images called {image.path.stem!r}: predictions could mean either")
-        if not image.captions:
-            raise UserError(f"{annotation_file} has no caption for {image.path.name}")
-        references[image.path.stem] = image
-    if not references:
-        raise UserError(f"{annotation_file} lists no images")
-    return references
 
 
 def check_form(predictions, name):
@@ -70,25 +57,6 @@ def some(keys):
     return ", ".join(map(repr, keys[:5])) + (", …" if len(keys) > 5 else "")
 
 
-def evaluate(systems, images, clip=None):
-    """Score each system's {key: caption} against {key: CaptionedImage} with the same keys.
-
-    `clip`: a ClipScorer, for its two scores as well; the images must then be there.
-    Returns for each system {name: corpus score}, {name: scores of the images (n,)}, and bleu_statistics.
-    """
-    raw_references = {key: image.captions for key, image in images.items()}
-    raw_systems = [{key: [predictions[key]] for key in images} for predictions in systems]
-    references, tokens = tokenize_all(raw_references, raw_systems)
-    found = text_scores(references, tokens, raw_references, raw_systems)
-    if clip:
-        captions = [[predictions[key] for key in images] for predictions in systems]
-        of_clip = clip.scores([image.path for image in images.values()], captions, list(raw_references.values()))
-        for scores, values in zip(found, of_clip):
-            scores.update((name, (value.mean(), value)) for name, value in zip(clip.names, values))
-    return [({name: float(value) for name, (value, _) in scores.items()}, {name: each for name, (_, each) in scores.items()},
-             bleu_statistics(references, candidates)) for scores, candidates in zip(found, tokens)]
-
-
 def write_scores(path, predictions, corpus, each, keys, chair=None):
     """The scores of every image: CSV, or JSON with the corpus scores and CHAIR's, by the file's suffix."""
     if Path(path).suffix == ".json":
@@ -103,7 +71,7 @@ def write_scores(path, predictions, corpus, each, keys, chair=None):
     write_whole(path, table.getvalue().encode("utf-8", "backslashreplace"))
 
 
-def draw_ranking(path, name, scores, predictions, images, number):
+def plot_ranking(path, name, scores, predictions, images, number):
     """A picture of the `number` best and worst pairs by the metric `name`: image, score, caption and references."""
     import matplotlib
 
@@ -134,19 +102,6 @@ def draw_ranking(path, name, scores, predictions, images, number):
     figure.savefig(picture, dpi=110, format=Path(path).suffix[1:])
     plt.close(figure)
     write_whole(path, picture.getvalue())
-
-
-def clip_scorer(images_root, weights, prefix):
-    """A ClipScorer, or None, and a line that says what is lacking, or None."""
-    found = weights or default_clip()
-    line = None if weights or found == CLIP_WEIGHTS else f"CLIPScore {NO_CLIP}"
-    if found is None:
-        return None, line
-    if images_root is None:
-        return None, line or "CLIPScore needs the images: --images_root FOLDER"
-    if line:
-        line += f"; ImageTextScore is by {SMALL}, our own"
-    return ClipScorer(found, prefix, pick_device()), line
 
 
 def print_difference(name, difference, kind, width):
@@ -226,7 +181,7 @@ def main():
     if args.out:
         write_scores(args.out, systems[0], corpus, each, list(images), chairs[0].scores())
     if args.rank:
-        draw_ranking(args.rank_file, args.rank_by, each[args.rank_by], systems[0], images, args.rank)
+        plot_ranking(args.rank_file, args.rank_by, each[args.rank_by], systems[0], images, args.rank)
 
 
 if __name__ == "__main__":

@@ -14,30 +14,13 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner, GenerationConfig, newest_checkpoint, read_metadata, recorded_generation
-from cli import ArgumentParser, UserError, add_options, check_output, printable, read_json, run, take_options, write_json
-from dataset import list_images, load_ahead, read_captions
-from decoder import read_gpt2
-from training import Processes
-from weightfiles import content_hash
-
-
-def find_weights(decoder_weights=None, checkpoint=None):
-    """The two weight files to use, by the rules above. Raises UserError."""
-    if decoder_weights is None:
-        return EMBEDDED_DECODER, EMBEDDED_CHECKPOINT
-    if checkpoint is None:
-        decoder_hash = content_hash(read_gpt2(decoder_weights))
-        checkpoint = newest_checkpoint(decoder_hash)
-        if checkpoint is None and read_metadata(EMBEDDED_CHECKPOINT)["decoder_hash"] == decoder_hash:
-            checkpoint = EMBEDDED_CHECKPOINT
-    if checkpoint is None:
-        raise UserError(f"no checkpoint in checkpoints/ was trained with {decoder_weights}: train one with "
-                        f"`python3 p2_train.py --decoder {decoder_weights}` or name one")
-    return decoder_weights, checkpoint
+from captioner import Captioner, caption_folder, find_weights, read_metadata, recorded_generation
+from cli import ArgumentParser, UserError, add_options, run, take_options
+from dataset import read_captions
+from devices import Processes
+from files import check_output, read_json, write_json
+from generation import GenerationConfig
+from images import list_images
 
 
 def read_datastore(path):
@@ -52,32 +35,6 @@ def read_datastore(path):
     return captions
 
 
-def caption_folder(model, images, generation, batch_size=32, device="cpu", processes=None):
-    """Caption {stem: path}, each process a part of them.
-
-    Returns ({stem: caption}, {path: reason} of the images that could not be read). Pictures are decoded in threads
-    while the model works, with a progress bar on stderr.
-    """
-    model.to(device)
-    numbers = {path: number for number, path in enumerate(images.values())}
-    number, count, main = (processes.number, processes.count, processes.main) if processes else (0, 1, True)
-    mine = list(numbers)[number::count]
-    captions, unread = {}, {}
-    with tqdm(total=len(mine), unit="image", desc="captioning", disable=not main) as bar:
-        for paths, batch, bad in load_ahead(mine, model.encoder.preprocess, model.encoder.image_size, batch_size):
-            if batch is not None:
-                with torch.autocast("cuda", torch.float16, enabled=device == "cuda"):
-                    texts = model.caption(batch.to(device), generation, [numbers[path] for path in paths])
-                captions.update((path.stem, text) for path, text in zip(paths, texts))
-            for path, reason in bad:
-                unread[path] = reason
-                tqdm.write(f"skipped {printable(str(path))}: {printable(reason)}", file=sys.stderr)
-            bar.update(len(paths) + len(bad))
-    if processes:
-        captions, unread = (dict(processes.gather(list(found.items()))) for found in (captions, unread))
-    return {stem: captions[stem] for stem in images if stem in captions}, unread
-
-
 def main():
     parser = ArgumentParser(description="Caption a folder of images.")
     parser.add_argument("images", help="folder; its own image files count, not those in subfolders")
@@ -89,10 +46,7 @@ def main():
                         "by our CLIP, is recognised too")
     parser.add_argument("--cache", default="cache", help="folder for the datastore's embeddings")
     parser.add_argument("--all_tokens", action="store_true", help="score all tokens, not only those of the training captions")
-    add_options(parser, GenerationConfig, beam_size="this and the next two: unless named, as the checkpoint says",
-                length_penalty="a hypothesis of n tokens scores log p / n ** this",
-                clip_weight="what our CLIP's image-text cosine counts beside that score", max_length="tokens",
-                sample="draw tokens instead of searching", top_k="0: all")
+    add_options(parser, GenerationConfig)
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         raise UserError("--batch_size must be at least 1")
@@ -108,7 +62,7 @@ def main():
     generation = take_options(parser.parse_args(), GenerationConfig)
     model = Captioner.load(checkpoint, decoder_weights, all_tokens=arguments.all_tokens)
     if generation.clip_weight:
-        model.judge  # what it lacks shows before the work
+        _ = model.judge  # what it lacks shows before the work
     if arguments.decoder_weights and not arguments.checkpoint:
         print(f"with the checkpoint {checkpoint}", file=sys.stderr)
     processes = Processes()

@@ -7,50 +7,43 @@ goes on when the same command is given again.
 """
 
 import math
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
-from tqdm import tqdm
 
-from cli import ArgumentParser, UserError, add_options, read_lines, run, take_options, write_whole
+from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options
 from dataset import IGNORE, bucketed_batches, clean_caption, collate, read_captions
 from decoder import Decoder, DecoderConfig
+from devices import Processes, autocast, pick_device
+from files import read_lines, write_whole
 from tokenizer import END_OF_TEXT, VOCAB_SIZE, BPETokenizer
-from training import adamw, autocast, check_settings, cosine, load_state, pick_device, prepare_output, save_state, step_optimizer
+from training import Run, adamw, cosine, prepare_output
 
 
 @dataclass
 class Settings:
     output: str = "weights/decoder_small.safetensors"
-    init: str = ""
+    init: str = option("", "a decoder of the same size to go on from; empty: from nothing")
     n_layer: int = 6
     n_embd: int = 256
     n_positions: int = 128
     dropout: float = 0.0
     epochs: int = 1
-    batch_size: int = 64
+    batch_size: int = option(64, "captions")
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.1
-    warmup: float = 0.03
-    clip: float = 1.0
-    held_out: int = 500
-    min_count: int = 5
+    warmup: float = option(0.03, "part of all steps")
+    clip: float = option(1.0, "gradient norm; 0: not clipped")
+    held_out: int = option(500, "images at the end of each captions file that are kept out: p2_train.py selects on them")
+    min_count: int = option(5, "captions with a token that occurs less often are left out: each token costs a row of the head")
     seed: int = 0
-    save_minutes: float = 5.0
+    save_minutes: float = option(5.0, "minutes between states to resume from")
 
     def __post_init__(self):
         check_settings(self, ("n_layer", "n_embd", "n_positions", "epochs", "batch_size"), ("dropout", "warmup"))
-
-
-HELP = dict(init="a decoder of the same size to go on from; empty: from nothing", batch_size="captions", warmup="part of all steps", clip="gradient norm; 0: not clipped",
-            held_out="images at the end of each captions file that are kept out: p2_train.py selects on them",
-            min_count="captions with a token that occurs less often are left out: each token costs a row of the head",
-            save_minutes="minutes between states to resume from")
 
 
 def read_texts(text_files, caption_files, held_out):
@@ -93,27 +86,27 @@ class SeenTokens:
 
     def __init__(self, rows, vocab_size=VOCAB_SIZE):
         self.ids = torch.tensor(sorted({token for row in rows for token in row} | {END_OF_TEXT}))
-        self.places = torch.full((vocab_size,), IGNORE)
-        self.places[self.ids] = torch.arange(len(self.ids))
+        self.column_of = torch.full((vocab_size,), IGNORE)
+        self.column_of[self.ids] = torch.arange(len(self.ids))
         self.unseen = vocab_size - len(self.ids)
 
     def to(self, device):
-        self.ids, self.places = self.ids.to(device), self.places.to(device)
+        self.ids, self.column_of = self.ids.to(device), self.column_of.to(device)
         return self
 
     def loss(self, decoder, tokens, targets, reduction="mean"):
         """Cross-entropy of next tokens; ids of tokens and targets (R, T), IGNORE where there is no target."""
         used = targets != IGNORE
-        logits = F.linear(decoder.hidden(self.places[tokens])[used], decoder.head_weight()).float()
+        logits = F.linear(decoder.hidden(self.column_of[tokens])[used], decoder.head_weight()).float()
         denominator = logits.logsumexp(-1)
         if self.unseen:
             denominator = torch.logaddexp(denominator, denominator.new_tensor(math.log(self.unseen)))
-        losses = denominator - logits.gather(1, self.places[targets[used]][:, None]).squeeze(1)
+        losses = denominator - logits.gather(1, self.column_of[targets[used]][:, None]).squeeze(1)
         return losses.mean() if reduction == "mean" else losses.sum()
 
     def whole_table(self, table):
         """Embeddings of the seen tokens (len(ids), C) -> of all tokens (vocab_size, C)"""
-        whole = table.new_zeros(len(self.places), table.shape[1])
+        whole = table.new_zeros(len(self.column_of), table.shape[1])
         whole[self.ids] = table
         return whole
 
@@ -154,7 +147,8 @@ def perplexity(decoder, seen, rows, device, batch_size=256):
 
 
 def train(settings, text_files, caption_files, device=None):
-    """Train and write the decoder. Returns the perplexity on the held-out captions after each epoch."""
+    """Train and write the decoder. Returns the perplexity on the held-out captions after each epoch; None where it was interrupted, ready
+    to go on."""
     device = device or pick_device()
     state_file = prepare_output(settings.output)
     texts, kept_out = read_texts(text_files, caption_files, settings.held_out)
@@ -182,47 +176,42 @@ def train(settings, text_files, caption_files, device=None):
 
     same = {**asdict(settings), "captions": len(rows), "tokens": sum(lengths), "first weights": first}
     same.pop("save_minutes")
-    progress = load_state(state_file, same, optimizer, parameters, device)
-    progress = progress or {"epoch": 0, "step": 0, "perplexity": []}
-    saved = time.monotonic()
-    for epoch in range(progress["epoch"], settings.epochs):
-        generator = torch.Generator().manual_seed(settings.seed * 1000 + epoch)
-        batches = bucketed_batches(lengths, settings.batch_size, generator)
-        running = None
-        bar = tqdm(range(progress["step"], steps), desc=f"epoch {epoch + 1}/{settings.epochs}", unit="step")
-        for step in bar:
-            tokens, targets = (x.to(device) for x in collate([rows[i] for i in batches[step]]))
-            with autocast(device):
-                loss = seen.loss(decoder, tokens, targets)
-            loss.backward()
-            factor = cosine(epoch * steps + step, total, max(1, int(settings.warmup * total)))
-            step_optimizer(optimizer, settings.learning_rate * factor, settings.clip)
-            if step % 50 == 0:
-                running = loss.item() if running is None else 0.8 * running + 0.2 * loss.item()
-                bar.set_postfix(loss=f"{running:.3f}")
-            if time.monotonic() - saved > 60 * settings.save_minutes:
-                progress.update(epoch=epoch, step=step + 1)
-                save_state(state_file, same, optimizer, parameters, progress)
-                saved = time.monotonic()
-        if held_out_rows:
-            progress["perplexity"].append(perplexity(decoder, seen, held_out_rows, device))
-            print(f"epoch {epoch + 1}: perplexity {progress['perplexity'][-1]:.2f} on {len(held_out_rows)} held-out captions")
-        progress.update(epoch=epoch + 1, step=0)
-        save_state(state_file, same, optimizer, parameters, progress)
+    run = Run(state_file, same, parameters, optimizer, processes=Processes(device), clip=settings.clip,
+              save_minutes=settings.save_minutes, first={"perplexity": []})
+    scores = run.progress["perplexity"]
+    if "epoch" in run.progress:  # a state of before `step` counted over all epochs
+        run.progress["step"] += run.progress.pop("epoch") * steps
+    with run:
+        for epoch in range(len(scores), settings.epochs):
+            generator = torch.Generator().manual_seed(settings.seed * 1000 + epoch)
+            batches = bucketed_batches(lengths, settings.batch_size, generator)
+            for step in run.steps((epoch + 1) * steps, epoch * steps, f"epoch {epoch + 1}/{settings.epochs}"):
+                tokens, targets = (x.to(device) for x in collate([rows[i] for i in batches[step - epoch * steps]]))
+                with autocast(device):
+                    loss = seen.loss(decoder, tokens, targets)
+                loss.backward()
+                rate = settings.learning_rate * cosine(step, total, max(1, int(settings.warmup * total)))
+                run.update(rate, len(tokens), loss=loss.item())
+            if run.stopped:
+                return None
+            scores.append(perplexity(decoder, seen, held_out_rows, device))
+            if held_out_rows:
+                print(f"epoch {epoch + 1}: perplexity {scores[-1]:.2f} on {len(held_out_rows)} held-out captions")
+            run.save()
     state = decoder.pretrained_state()
     state["wte.weight"] = seen.whole_table(state["wte.weight"])
     # safetensors refuses transposed views, hence the copies; fp16 halves the file.
     state = {name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in state.items()}
     write_whole(settings.output, save(state, {"format": "pt"}))
-    state_file.unlink(missing_ok=True)
-    return progress["perplexity"]
+    run.finish(["loss"])
+    return scores if held_out_rows else []
 
 
 def main():
     parser = ArgumentParser(description="Train a small GPT-2 as a language model of captions.")
     parser.add_argument("--text", nargs="*", default=[], help="files with one caption a line")
     parser.add_argument("--captions", nargs="*", default=[], help="COCO-format captions files")
-    add_options(parser, Settings, **HELP)
+    add_options(parser, Settings)
     arguments = parser.parse_args()
     train(take_options(arguments, Settings), arguments.text, arguments.captions)
 

@@ -15,76 +15,78 @@ A run that was killed, or stopped by SIGTERM or --max_hours, goes on when the sa
 of processes: exactly, if the number is the same.
 """
 
-import hashlib
 import math
-import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from captioner import MAX_TRAINED, Captioner, CaptionerConfig, GenerationConfig, Projection, check_hash, is_fusion, read_metadata
+from captioner import MAX_TRAINED, Captioner, CaptionerConfig, Projection, caption_features, check_hash, read_metadata
 from cider import CiderScorer
-from cli import ArgumentParser, UserError, add_options, read_lines, run, take_options, with_config
+from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options, with_config
 from clip_small import ClipConfig, Folds
 from concepts import Concepts, embed_texts
-from dataset import (IGNORE, FeatureCache, Folder, LiveFeatures, SomeFeatures, ahead, bucketed_batches, clean_caption,
-                     clean_captions, collate, data_digest)
-from decoder import ADAPTER_PLACES, LORA_TARGETS, Decoder, DecoderConfig
+from dataset import IGNORE, SEEN, CaptionData, Mixture, TextData, bucketed_batches, clean_captions, count_targets, data_digest, token_ids
+from decoder import Decoder, DecoderConfig
+from devices import Processes, autocast, memory_in_use, pick_precision
+from features import FeatureCache, LiveFeatures, SomeFeatures
+from files import read_weights
+from generation import GenerationConfig
+from images import ahead
 from metrics import cider, tokenize
-from tokenizer import END_OF_TEXT, BPETokenizer
-from training import (Interruption, MovingAverage, Processes, TrainingLog, adamw, autocast, check_finite, check_settings, cosine, load_state,
-                      memory_in_use, pick_precision, prepare_output, save_state, step_optimizer, what_matters)
-from weightfiles import read_weights
-
-LOG_STEPS = 20  # updates between lines of the log
-SEEN = 1000  # pictures whose concepts are a pattern for those of captions without pictures
+from tokenizer import BPETokenizer
+from training import MovingAverage, Run, TrainingLog, adamw, comparable, cosine, prepare_output
 
 
 @dataclass
 class Settings:
-    data: tuple = ("data",)
-    data_weights: tuple = ()
-    text: tuple = ()
-    text_batch_size: int = 40
-    text_weight: float = 1.0
-    folds: str = ""
-    decoder: str = "weights/decoder_small.safetensors"
-    output: str = "checkpoints/captioner.safetensors"
-    cache: str = "cache"
-    views: int = 4
-    init: str = ""
-    fusion_epochs: int = 0
-    epochs: int = 9
-    batch_size: int = 8
-    accumulation: int = 1
-    precision: str = "auto"
-    fsdp: bool = False
-    max_tokens: int = 64
+    data: tuple = option(("data",), "folders with train.json and images/train")
+    data_weights: tuple = option(
+        (), "how often an epoch shows the images of each folder: 0.5, half of them; 2, each twice; default: once")
+    text: tuple = option((), "files of captions without pictures, one a line")
+    text_batch_size: int = option(40, "captions of them beside each batch of images")
+    text_weight: float = option(1.0, "what the loss on them counts")
+    folds: str = option(
+        "", "for --meaning and --scst_clip: what p4_clip.py --folds wrote, since our CLIP knows training images too well")
+    decoder: str = option("weights/decoder_small.safetensors", "GPT-2 weights, .bin or .safetensors")
+    output: str = option(
+        "checkpoints/captioner.safetensors", "the checkpoint to write; beside it the log (.jsonl) and its curves (.png)")
+    cache: str = option("cache", "folder for the encoder's features; empty: encode in every step, which is far slower")
+    views: int = option(4, "of each image in the cache: 1 as it is, more: random crops too, every other mirrored")
+    init: str = option(
+        "", "checkpoint whose trained weights to start from; same model options, but its encoder may be the first part of this one")
+    fusion_epochs: int = option(0, "of cross-entropy on the projection and cross-attention alone, before PEFT")
+    epochs: int = option(9, "of cross-entropy")
+    batch_size: int = option(8, "images of an update, over all processes, each with all its captions")
+    accumulation: int = option(1, "parts of a batch that go through the model one after the other, to save memory")
+    precision: str = option("auto", "auto (bf16 on CUDA, else fp32), fp32, bf16 or fp16")
+    fsdp: bool = option(False, "shard the frozen decoder over the processes")
+    max_tokens: int = option(64, "longer captions are cut")
     learning_rate: float = 1.2e-3
-    fusion_learning_rate: float = 0.0
+    fusion_learning_rate: float = option(0.0, "of the projection and cross-attention in both; 0: as learning_rate")
     weight_decay: float = 0.1
-    warmup: float = 0.02
-    clip: float = 1.0
-    average: float = 0.999
-    label_smoothing: float = 0.1
-    scst_epochs: int = 4
+    warmup: float = option(0.02, "part of all steps")
+    clip: float = option(1.0, "gradient norm; 0: not clipped")
+    average: float = option(0.999, "decay of the moving average of the weights, which is what is saved; 0: the last step's")
+    label_smoothing: float = option(0.1, "of the targets of cross-entropy")
+    scst_epochs: int = option(4, "of self-critical training on CIDEr, after the others")
     scst_learning_rate: float = 2e-4
-    scst_samples: int = 5
-    scst_temperature: float = 0.5
-    scst_clip: float = 0.0
-    selection: tuple = (500,)
-    selection_beam: int = 3
+    scst_samples: int = option(5, "captions drawn for each image")
+    scst_temperature: float = option(0.5, "of the drawing")
+    scst_clip: float = option(0.0, "what our CLIP's image-text cosine counts beside CIDEr")
+    selection: tuple = option(
+        (500,), "images at the end of each train.json, on which checkpoints are selected: one number, or one for each folder; 0: train "
+        "on all, keep the last epoch")
+    selection_beam: int = option(3, "beam size on them")
     seed: int = 0
-    samples: int = 3
-    save_minutes: float = 5.0
-    max_hours: float = 0.0
-    tensorboard: str = ""
+    samples: int = option(3, "of the selection images, whose captions are shown after each epoch")
+    save_minutes: float = option(5.0, "minutes between states to resume from")
+    max_hours: float = option(0.0, "stop then, ready to go on; 0: no limit")
+    tensorboard: str = option("", "folder for its files; empty: none")
 
     def __post_init__(self):
         self.data, self.text = (tuple(map(str, np.atleast_1d(paths))) for paths in (self.data, self.text))
@@ -109,124 +111,7 @@ class Settings:
             raise UserError("--scst_samples must be at least 2, --scst_temperature above 0")
 
 
-HELP = dict(
-    data="folders with train.json and images/train",
-    data_weights="how often an epoch shows the images of each folder: 0.5, half of them; 2, each twice; default: once",
-    text="files of captions without pictures, one a line", text_batch_size="captions of them beside each batch of images",
-    text_weight="what the loss on them counts",
-    meaning="tokens that the image's embedding in our CLIP's space makes beside it; 0: none",
-    folds="for --meaning and --scst_clip: what p4_clip.py --folds wrote, since our CLIP knows training images too well",
-    concepts="how many things recognised in the image stand as words beside it; 0: none",
-    concept_source="classifier: the encoder's own; clip: the nouns nearest in our CLIP's space",
-    concept_dropout="part of the concepts left out of a step",
-    decoder="GPT-2 weights, .bin or .safetensors",
-    output="the checkpoint to write; beside it the log (.jsonl) and its curves (.png)",
-    cache="folder for the encoder's features; empty: encode in every step, which is far slower",
-    init="checkpoint whose trained weights to start from; same model options, but its encoder may be the first part of this one",
-    fusion_epochs="of cross-entropy on the projection and cross-attention alone, before PEFT", epochs="of cross-entropy",
-    fusion_learning_rate="of the projection and cross-attention in both; 0: as learning_rate",
-    scst_epochs="of self-critical training on CIDEr, after the others", scst_samples="captions drawn for each image",
-    scst_temperature="of the drawing", scst_clip="what our CLIP's image-text cosine counts beside CIDEr",
-    views="of each image in the cache: 1 as it is, more: random crops too, every other mirrored",
-    batch_size="images of an update, over all processes, each with all its captions",
-    accumulation="parts of a batch that go through the model one after the other, to save memory",
-    precision="auto (bf16 on CUDA, else fp32), fp32, bf16 or fp16",
-    fsdp="shard the frozen decoder over the processes", max_tokens="longer captions are cut",
-    max_hours="stop then, ready to go on; 0: no limit", tensorboard="folder for its files; empty: none",
-    samples="of the selection images, whose captions are shown after each epoch",
-    warmup="part of all steps", clip="gradient norm; 0: not clipped",
-    average="decay of the moving average of the weights, which is what is saved; 0: the last step's",
-    selection="images at the end of each train.json, on which checkpoints are selected: one number, or one for each folder; "
-    "0: train on all, keep the last epoch",
-    selection_beam="beam size on them", save_minutes="minutes between states to resume from",
-    image_size="0: the encoder's own", encoder="timm's name of a ViT or a CNN, or several joined by +",
-    encoder_levels="how many of a CNN's feature maps make its tokens; 0: up to three",
-    projection_layers="transformer layers; 0: a linear projection",
-    fusion="cross: cross-attention; prefix: image tokens before the text",
-    projection_dim="width of the image tokens; under fusion prefix always the decoder's",
-    cross_dim="inner width of cross-attention; 0: the decoder's", lora_rank="0: no LoRA",
-    lora_targets=f"of {' '.join(LORA_TARGETS)}", adapter_dim="bottleneck of the adapters; 0: none",
-    adapter_places=f"of {' '.join(ADAPTER_PLACES)}", prefix_length="of prefix-tuning; 0: none",
-    prefix_hidden="width of the MLP behind the prefix, for training alone; 0: none",
-    prompt_length="of prompt tuning; 0: none", patch_dropout="part of an image's patches left out of a step")
-
-
-class CaptionData:
-    """Tokens of every image's captions, and beside them the cached features and, where they count, embeddings of the images by a CLIP
-    that has not seen them (images, views, width)."""
-
-    def __init__(self, images, tokenizer, max_tokens, features=None, embeddings=None):
-        self.features, self.embeddings, self.max_tokens = features, embeddings, max_tokens
-        self.rows = []  # for each image, its captions' tokens
-        self.cut = self.empty = 0  # captions that are too long, or say nothing
-        for image in images:
-            rows = tokenizer.encode_batch(clean_captions(image))
-            self.empty += len(image.captions) - len(rows)
-            self.cut += sum(len(row) > max_tokens for row in rows)
-            self.rows.append([row[:max_tokens] for row in rows])
-        self.captions = max(map(len, self.rows), default=0)  # K; images with fewer get empty rows
-        self.lengths = [max(map(len, rows), default=0) for rows in self.rows]
-
-    def batch(self, indices, views):
-        """Image numbers and a view of each -> features (B, N, D), embeddings (B, width) or None, tokens and targets (B * K, T)"""
-        rows = [row for i in indices for row in self.rows[i] + [[]] * (self.captions - len(self.rows[i]))]
-        embeddings = None if self.embeddings is None else self.embeddings[list(indices), list(views)]
-        return self.features[np.array(indices), np.array(views)], embeddings, *collate(rows)
-
-
-def token_ids(texts):
-    """Lists of token lists -> sorted ids of all tokens that occur, <|endoftext|> among them: (V,)"""
-    return torch.tensor(sorted({token for rows in texts for row in rows for token in row} | {END_OF_TEXT}))
-
-
-def count_targets(texts, token_ids):
-    """How many target tokens each list of token lists has, of those scored: what a batch's loss is divided by."""
-    scored = set(token_ids.tolist())
-    return [sum(1 + sum(token in scored for token in row) for row in rows) for rows in texts]
-
-
-class TextData:
-    """Captions without pictures, and the concepts that pictures of them might show.
-
-    Attributes: `rows`, the tokens of each caption. `look` has to be called before there are batches.
-    """
-
-    def __init__(self, files, tokenizer, max_tokens, words, without=()):
-        """Captions of these files, each once, less those of the CaptionedImages `without`. Raises UserError."""
-        self.words = words
-        known = {clean_caption(line).lower(): clean_caption(line) for file in files for line in read_lines(file)}
-        for caption in (caption for image in without for caption in clean_captions(image)):
-            known.pop(caption.lower(), None)
-        known.pop("", None)
-        if not known:
-            raise UserError(f"{', '.join(files)}: no captions are there")
-        self.captions = list(known.values())
-        self.nouns = [words.find(caption) for caption in self.captions]
-        self.rows = [row[:max_tokens] for row in tokenizer.encode_batch(self.captions)]
-        self.digest = hashlib.sha256("\n".join(self.captions).encode()).hexdigest()
-
-    def draw_epoch(self, count, batch_size, generator):
-        """`count` batches of captions, their lengths alike: lists of numbers."""
-        rounds = -(-count * batch_size // len(self.rows))
-        order = torch.cat([torch.randperm(len(self.rows), generator=generator) for _ in range(rounds)])
-        order = order[:count * batch_size].tolist()
-        return [[order[i] for i in batch] for batch in
-                bucketed_batches([len(self.rows[i]) for i in order], batch_size, generator)]
-
-    def look(self, source, seen):
-        """Say how nouns are recognised, by this source of concepts, and what it sees in real pictures: Concepts, the meaning of each
-        less what its own caption explains."""
-        self.source, self.seen = source, seen
-
-    def batch(self, numbers, random):
-        """Caption numbers and a numpy Generator -> tokens and targets (B, T), and B Concepts, their meaning as of `look`"""
-        pictures = random.integers(len(self.seen.numbers), size=len(numbers))
-        seen = self.seen.each(lambda part: part[pictures])
-        things = [[self.source.meanings(noun) for noun in self.nouns[i]] for i in numbers]
-        return *collate([self.rows[i] for i in numbers]), self.words.imagine(things, seen, random)
-
-
-class Trainer:
+class CaptionerTrainer:
     """One run: data, model, optimizer and the place that it has come to.
 
     Every process holds all that is trained and takes its part of each batch; gradients are added up. What is random in
@@ -238,7 +123,6 @@ class Trainer:
         self.processes = Processes(device)
         self.device = self.processes.device
         self.dtype = pick_precision(self.device, settings.precision, scaled=True)
-        self.interruption = Interruption(settings.max_hours)
         if (config.meaning or settings.scst_clip) and not settings.folds:
             raise UserError("--meaning and --scst_clip need --folds, which p4_clip.py makes: our CLIP knows training images too well")
         if settings.fsdp and self.processes.count == 1:
@@ -246,44 +130,39 @@ class Trainer:
         if settings.tensorboard:
             TrainingLog.find_tensorboard()
         self.state_file = prepare_output(settings.output, self.processes.main)
-        folders = self.read_folders()
-        parts = [[image for folder in folders for image in some(folder)]
-                 for some in (lambda folder: folder.images[:folder.train], lambda folder: folder.images[folder.train:])]
+        self.mixture = Mixture(settings.data, settings.selection, settings.data_weights)
+        self.images, self.selection = self.mixture.images, self.mixture.selection
 
         torch.manual_seed(settings.seed)
         encoder = config.load_encoder()
         decoder = config.load_decoder(settings.decoder)
         max_tokens = min(settings.max_tokens, decoder.config.n_positions - 1)
-        self.data = CaptionData(parts[0], BPETokenizer(), max_tokens)
-        self.text = self.read_text(encoder, max_tokens, parts[1]) if settings.text else None
+        self.data = CaptionData(self.images, BPETokenizer(), max_tokens)
+        self.text = self.read_text(encoder, max_tokens) if settings.text else None
         texts = [self.text.rows] if self.text else []
         self.model = Captioner(config, encoder, decoder, token_ids(self.data.rows + texts)).to(self.device)
         self.targets, self.text_targets = (count_targets(rows, self.model.token_ids) for rows in (
             self.data.rows, [[row] for rows in texts for row in rows]))
         if settings.init:
             self.start_from(settings.init, encoder, decoder)
-        self.images, self.selection = parts
         self.data.embeddings, self.selection_embeddings = self.read_folds() if settings.folds else (None, None)
         self.trained = self.model.trained_parameters()
         groups = {True: [], False: []}
         for name, parameter in self.trained.items():
-            groups[is_fusion(name)].append(parameter)
+            groups[self.model.is_fusion(name)].append(parameter)
         factor = (settings.fusion_learning_rate or settings.learning_rate) / settings.learning_rate
         self.optimizer = adamw([(groups[True], factor), (groups[False], 1.0)], settings.learning_rate,
                                settings.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device) if self.dtype == torch.float16 else None
         self.average = MovingAverage(self.trained, settings.average)
-        self.shown = self.shown_in_an_epoch(folders)
-        self.steps = -(-sum(self.shown[0]) // settings.batch_size)
+        self.steps = -(-self.mixture.size // settings.batch_size)
         if settings.fsdp:
             self.shard()
         self.restore()
         # Last, since it can take long: whatever is wrong above shows first.
-        features = [self.encode(encoder, folder.paths()) for folder in folders]
-        self.data.features, self.selection_features = (
-            SomeFeatures(features, [(number, i) for number, folder in enumerate(folders) for i in some(folder)])
-            for some in (lambda folder: range(folder.train), lambda folder: range(folder.train, len(folder.images))))
-        self.references = tokenize({str(i): image.captions for i, image in enumerate(parts[1])}) if parts[1] else {}
+        features = [self.encode(encoder, folder.paths()) for folder in self.mixture.folders]
+        self.data.features, self.selection_features = (SomeFeatures(features, places) for places in self.mixture.places())
+        self.references = tokenize({str(i): image.captions for i, image in enumerate(self.selection)}) if self.selection else {}
         if self.text or config.meaning:
             self.look_around()
 
@@ -295,11 +174,11 @@ class Trainer:
         training, selection = ([image.path for image in images] for images in (self.images, self.selection))
         return folds.of(training, self.settings.views), folds.of(selection)[:, 0] if selection else None
 
-    def read_text(self, encoder, max_tokens, selection):
+    def read_text(self, encoder, max_tokens):
         """Captions without pictures, those of the selection images left out."""
         if not self.config.concepts:
             raise UserError("--text needs --concepts: without a picture, they are what a caption is written from")
-        return TextData(self.settings.text, BPETokenizer(), max_tokens, self.config.concept_words(encoder), selection)
+        return TextData(self.settings.text, BPETokenizer(), max_tokens, self.config.concept_words(encoder), self.selection)
 
     @torch.no_grad()
     def look_around(self):
@@ -321,30 +200,6 @@ class Trainer:
                     for part in np.array_split(some, -(-len(some) // 100))]
             numbers, probabilities, _ = zip(*seen)
             self.text.look(self.model.source, Concepts(torch.cat(numbers).cpu(), torch.cat(probabilities).cpu(), residuals))
-
-    def read_folders(self):
-        """The folders of images, each with some to train on and some to select on."""
-        selection = self.settings.selection * (len(self.settings.data) if len(self.settings.selection) == 1 else 1)
-        folders = [Folder(path, kept) for path, kept in zip(self.settings.data, selection)]
-        self.without_captions = sum(folder.without_captions for folder in folders)
-        return folders
-
-    def shown_in_an_epoch(self, folders):
-        """How many images of each folder an epoch shows, and the folder's image numbers."""
-        weights = self.settings.data_weights or [1.0] * len(folders)
-        ends = np.cumsum([folder.train for folder in folders])
-        return ([max(1, round(weight * folder.train)) for weight, folder in zip(weights, folders)],
-                [range(end - folder.train, end) for end, folder in zip(ends.tolist(), folders)])
-
-    def draw_epoch(self, generator):
-        """The image numbers that an epoch shows: every folder's as often as its weight says, the rest of it by chance."""
-        drawn = []
-        for count, numbers in zip(*self.shown):
-            whole, rest = divmod(count, len(numbers))
-            drawn += [*numbers] * whole
-            if rest:
-                drawn += [numbers[i] for i in torch.randperm(len(numbers), generator=generator)[:rest].tolist()]
-        return drawn
 
     def start_from(self, checkpoint, encoder, decoder):
         """Take a checkpoint's trained weights. Raises UserError unless it is of the same model.
@@ -397,49 +252,42 @@ class Trainer:
         """Go on from the state of an interrupted run, if there is one."""
         settings = self.settings
         # What is left out changes no result.
-        self.same = what_matters(settings, "save_minutes", "cache", "max_hours", "tensorboard", "samples", "accumulation",
-                                 "fsdp") | what_matters(self.config) | {
+        same = comparable(settings, "save_minutes", "cache", "max_hours", "tensorboard", "samples", "accumulation",
+                            "fsdp") | comparable(self.config) | {
             "training images": data_digest(self.images), "selection images": data_digest(self.selection),
             "texts": self.text.digest if self.text else "", "encoder's weights": self.model.encoder.weights_hash,
             "decoder's weights": self.model.decoder.weights_hash}
-        self.kept = self.trained | {f"average.{name}": value for name, value in self.average.values.items()}
-        progress = load_state(self.state_file, self.same, self.optimizer, self.kept, self.device, self.scaler)
-        self.progress = progress or {"epoch": 0, "step": 0, "updates": 0, "sum": 0.0, "seconds": 0.0, "memory": 0,
-                                     "history": []}
-        self.average.steps = self.progress["updates"]
-        if len(set(self.processes.gather([self.progress["updates"]]))) > 1:
+        self.run = Run(self.state_file, same, self.trained, self.optimizer, average=self.average, processes=self.processes,
+                       scaler=self.scaler, clip=settings.clip, save_minutes=settings.save_minutes, max_hours=settings.max_hours,
+                       log=Path(settings.output).with_suffix(".jsonl"), tensorboard=settings.tensorboard,
+                       first={"sum": 0.0, "memory": 0, "history": []})
+        self.progress = self.run.progress
+        if len(set(self.processes.gather([self.progress["step"]]))) > 1:
             raise UserError(f"some processes found no {self.state_file}: --output must be on a disk that all share")
 
     # ---- running ----
 
     def fit(self):
         """Train to the end, or until it is time to stop. Returns whether the end was reached."""
-        settings, progress = self.settings, self.progress
+        settings, history = self.settings, self.progress["history"]
         stages = {"fusion": settings.fusion_epochs, "cross-entropy": settings.epochs, "scst": settings.scst_epochs}
         schedule = [(name, number, epochs) for name, epochs in stages.items() for number in range(epochs)]
-        self.started = self.saved = time.monotonic()
-        self.before = progress["seconds"]
-        self.log = None
-        if self.processes.main:
-            self.announce()
-            self.log = TrainingLog(Path(settings.output).with_suffix(".jsonl"), progress["updates"], settings.tensorboard)
-            if not self.state_file.exists():
-                self.save()
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with self.interruption:
-            for epoch in range(progress["epoch"], len(schedule)):
-                if not self.train_epoch(epoch, schedule):
+        with self.run:
+            if self.processes.main:
+                self.announce()
+            if not self.run.resumed:
+                self.run.save()
+            for epoch in range(len(history), len(schedule)):
+                self.train_epoch(epoch, schedule)
+                if self.run.stopped:
                     return False
                 self.finish_epoch(epoch)
-        if self.processes.main:
-            history = progress["history"]
-            if self.selection:
-                best = max(history, key=lambda entry: entry["cider"])
-                print(f"best: CIDEr {best['cider']:.4f} after epoch {best['epoch']}, in {settings.output}")
-            self.log.close(["loss", "reward", "CIDEr", "learning rate"])
-            self.state_file.unlink(missing_ok=True)
-        self.processes.wait()
+        if self.processes.main and self.selection:
+            best = max(history, key=lambda entry: entry["cider"])
+            print(f"best: CIDEr {best['cider']:.4f} after epoch {best['epoch']}, in {settings.output}")
+        self.run.finish(["loss", "reward", "CIDEr", "learning rate"])
         return True
 
     def announce(self):
@@ -449,70 +297,46 @@ class Trainer:
               f"occur; {model.num_trained() / 1e6:.2f}M trained parameters of "
               f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M; {self.processes.count} x {self.device}, "
               f"{str(self.dtype).removeprefix('torch.')}", flush=True)
-        if self.without_captions:
-            print(f"{self.without_captions} images have no caption and are left out", flush=True)
+        if self.mixture.without_captions:
+            print(f"{self.mixture.without_captions} images have no caption and are left out", flush=True)
         if data.empty:
             print(f"{data.empty} captions are empty and left out", flush=True)
         if data.cut:
             print(f"{data.cut} captions are longer than {data.max_tokens} tokens and cut there", flush=True)
 
     def train_epoch(self, epoch, schedule):
-        """One epoch, from the step that it has come to. Returns False if it was time to stop."""
-        settings, progress, processes = self.settings, self.progress, self.processes
+        """One epoch, from the step that it has come to, or until it is time to stop."""
+        settings, progress = self.settings, self.progress
         stage, number, stage_epochs = schedule[epoch]
         self.model.train_fusion_alone(stage == "fusion")
         self.model.train()
-        objective = self.self_critical if stage == "scst" else self.cross_entropy
-        name = "reward" if stage == "scst" else "loss"
+        objective, name = (self.self_critical, "reward") if stage == "scst" else (self.cross_entropy, "loss")
         peak = settings.scst_learning_rate if stage == "scst" else settings.learning_rate
         total = self.steps * stage_epochs
         warmup = max(1, int(settings.warmup * total))
 
         generator = torch.Generator().manual_seed(settings.seed * 1000 + epoch)
-        drawn = self.draw_epoch(generator)
+        drawn = self.mixture.sample_epoch(generator)
         batches = [[drawn[i] for i in batch] for batch in
                    bucketed_batches([self.data.lengths[i] for i in drawn], settings.batch_size, generator)]
         views = torch.randint(settings.views, (len(self.images),), generator=generator).numpy()
-        texts = self.text.draw_epoch(self.steps, settings.text_batch_size, generator) if self.text else None
-        todo = range(progress["step"], self.steps)
-        bar = tqdm(total=self.steps, initial=progress["step"], desc=f"epoch {epoch + 1}/{len(schedule)}", unit="batch",
-                   disable=not processes.main)
-        since, images, values = time.monotonic(), 0, []  # since the last line of the log
+        texts = self.text.sample_epoch(self.steps, settings.text_batch_size, generator) if self.text else None
+        first, end = epoch * self.steps, (epoch + 1) * self.steps
 
         def prepare(step):
-            return self.local_batch(batches[step], views), texts and self.local_texts(texts[step], epoch, step)
+            return self.local_batch(batches[step - first], views), texts and self.local_texts(texts[step - first], epoch, step - first)
 
-        for step, (batch, text) in zip(todo, ahead(prepare, todo)):
-            seed = np.random.SeedSequence([settings.seed, epoch, step, processes.number])
+        self.run.about = {"epoch": epoch + 1, "stage": stage}
+        steps = self.run.steps(end, first, f"epoch {epoch + 1}/{len(schedule)}", f" in epoch {epoch + 1}")
+        for step, (batch, text) in zip(steps, ahead(prepare, range(progress["step"], end))):
+            place = step - first
+            seed = np.random.SeedSequence([settings.seed, epoch, place, self.processes.number])
             torch.manual_seed(int(seed.generate_state(1)[0]))
             if text and stage != "scst":
                 self.text_cross_entropy(*text)
-            value = objective(batches[step], batch, (settings.seed * 1000 + epoch) * self.steps + step)
-            processes.add_gradients(self.trained.values())
-            rate = peak * cosine(number * self.steps + step, total, warmup)
-            check_finite(value, name)
-            norm = step_optimizer(self.optimizer, rate, settings.clip, self.scaler)
-            self.average.update()
-            progress.update(epoch=epoch, step=step + 1, updates=self.average.steps, sum=progress["sum"] + value)
-            images += len(batches[step])
-            values.append(value)
-            bar.update()
-            if processes.main and step % LOG_STEPS == 0:
-                bar.set_postfix({name: f"{progress['sum'] / (step + 1):.3f}"})
-                now = time.monotonic()
-                self.log.write(progress["updates"], epoch=epoch + 1, stage=stage, **{
-                    name: sum(values) / len(values), "learning rate": rate, "gradient norm": norm.item(),
-                    "images per second": images / (now - since)})
-                since, images, values = now, 0, []
-            if processes.add(bool(self.interruption)):
-                self.save()
-                if processes.main:
-                    print(f"stopped in epoch {epoch + 1} after {step + 1} of {self.steps} batches: "
-                          "the same command goes on from there", flush=True)
-                return False
-            if time.monotonic() - self.saved > 60 * settings.save_minutes:
-                self.save()
-        return True
+            value = objective(batches[place], batch, (settings.seed * 1000 + epoch) * self.steps + place)
+            self.run.update(peak * cosine(number * self.steps + place, total, warmup), len(batches[place]), **{name: value})
+            progress["sum"] += value
 
     def local_batch(self, indices, views):
         """This process's part of a batch, cut for accumulation: [(indices, features, embeddings, tokens, targets), …].
@@ -638,7 +462,8 @@ class Trainer:
     def finish_epoch(self, epoch):
         """Score the average on the selection split, keep it if it is the best, show samples, save the state."""
         settings, progress, history = self.settings, self.progress, self.progress["history"]
-        self.save()  # since this can take long
+        self.run.note()
+        self.run.save()  # since this can take long
         self.model.eval()
         name = "reward" if epoch >= settings.fusion_epochs + settings.epochs else "loss"
         entry = {"epoch": epoch + 1, name: progress["sum"] / self.steps}
@@ -647,7 +472,7 @@ class Trainer:
             if captions:
                 tokens = tokenize({str(i): [caption] for i, caption in enumerate(captions)})
                 entry["cider"] = cider(self.references, tokens)[0]
-            entry |= {"seconds": self.before + time.monotonic() - self.started, "memory": progress["memory"]}
+            entry |= {"seconds": self.run.seconds, "memory": progress["memory"]}
             history.append(entry)
             best = max((past["cider"] for past in history[:-1] if captions), default=-1)
             if self.processes.main and (not captions or entry["cider"] > best):
@@ -658,10 +483,10 @@ class Trainer:
             shown = {image.path.name: caption for image, caption in zip(self.selection[:settings.samples], captions)}
             for file, caption in shown.items():
                 print(f"    {file}: {caption}", flush=True)
-            self.log.write(progress["updates"], epoch=epoch + 1, minutes=entry["seconds"] / 60, memory=entry["memory"],
+            self.run.write(epoch=epoch + 1, minutes=entry["seconds"] / 60, memory=entry["memory"],
                            **({"CIDEr": entry["cider"], "captions": shown} if captions else {}))
-        progress.update(epoch=epoch + 1, step=0, sum=0.0)
-        self.save()
+        progress["sum"] = 0.0
+        self.run.save()
 
     def caption_selection(self):
         """Captions of the selection images, each process a part of them."""
@@ -670,27 +495,10 @@ class Trainer:
             generation = GenerationConfig(self.settings.selection_beam)
             return self.processes.gather(caption_features(self.model, self.selection_features, part, generation, self.selection_embeddings))
 
-    def save(self):
-        """Write the state to go on from."""
-        self.progress["seconds"] = self.before + time.monotonic() - self.started
-        if self.processes.main:
-            save_state(self.state_file, self.same, self.optimizer, self.kept, self.progress, self.scaler)
-        self.saved = time.monotonic()
-
-
-def caption_features(model, features, numbers, generation, embeddings=None, batch_size=100):
-    """Captions of the first view of the images with these numbers; `embeddings` (n, width): of all, in our CLIP's space, if known."""
-    captions, device = [], model.token_ids.device
-    for start in range(0, len(numbers), batch_size):
-        some = numbers[start:start + batch_size]
-        seen = None if embeddings is None else embeddings[some].to(device)
-        captions += model.generate(features[some, np.zeros_like(some)].to(device).float(), generation, embeddings=seen)
-    return captions
-
 
 def train(config, settings, device=None):
     """Train, keep the best checkpoint, and return [{epoch, loss or reward, cider, seconds, memory}, …]."""
-    trainer = Trainer(config, settings, device)
+    trainer = CaptionerTrainer(config, settings, device)
     trainer.fit()
     return trainer.progress["history"]
 
@@ -708,14 +516,10 @@ def dry_run(config, settings):
         decoder = Decoder(DecoderConfig(**sizes, **config.decoder_options()))
         projection = Projection(config, encoder.dim, encoder.num_tokens, decoder.config.image_dim,
                                 concept_dim=decoder.config.n_embd, meaning_dim=ClipConfig().width)
-    pretrained = decoder.pretrained_names()
     parts = {"projection": sum(parameter.numel() for parameter in projection.parameters())}
-    kinds = {".cross.": "cross-attention", ".ln_cross.": "cross-attention", ".lora_": "LoRA", ".adapter_": "adapters",
-             ".prefix.": "prefix", ".prompt.": "prompt"}
-    for name, parameter in decoder.named_parameters():
-        if name not in pretrained:
-            part = next(part for key, part in kinds.items() if key in f".{name}")
-            parts[part] = parts.get(part, 0) + parameter.numel()
+    sizes = {name: parameter.numel() for name, parameter in decoder.named_parameters()}
+    for name, part in decoder.added.items():
+        parts[part] = parts.get(part, 0) + sizes[name]
     return parts
 
 
@@ -724,8 +528,7 @@ def main():
     parser.add_argument("--config", help="YAML file of the options below, which the command line overrides")
     parser.add_argument("--dry_run", action="store_true", help="print the number of trained parameters, and stop")
     for config in Settings, CaptionerConfig:
-        add_options(parser, config, **{key: text for key, text in HELP.items()
-                                       if key in {field.name for field in fields(config)}})
+        add_options(parser, config)
     arguments = parser.parse_args(with_config(None))
     config, settings = take_options(arguments, CaptionerConfig), take_options(arguments, Settings)
     if arguments.dry_run:
@@ -735,7 +538,7 @@ def main():
         if total > MAX_TRAINED:
             raise UserError(f"more than the {MAX_TRAINED / 1e6:.0f}M allowed")
         return
-    Trainer(config, settings).fit()
+    CaptionerTrainer(config, settings).fit()
 
 
 if __name__ == "__main__":

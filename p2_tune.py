@@ -16,12 +16,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from captioner import EMBEDDED_DECODER, Captioner, GenerationConfig, read_metadata
-from cli import ArgumentParser, UserError, check_writable, run, write_whole
+from captioner import EMBEDDED_DECODER, Captioner, read_metadata
+from cli import ArgumentParser, UserError, run
 from clip_small import Folds
-from dataset import FeatureCache, read_captions
+from dataset import read_captions
+from devices import pick_device
+from features import FeatureCache
+from files import check_writable, write_whole
+from generation import GenerationConfig
 from metrics import cider, tokenize
-from training import pick_device
 
 
 @torch.inference_mode()

@@ -26,58 +26,56 @@ model, but for each part of the pictures an image head on all other parts, towar
 these say of the pictures that they have not seen (cross-fitting, as in stacking: Wolpert 1992). p2_train.py and p2_tune.py read it.
 """
 
-import hashlib
-import json
 import math
-import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from cli import ArgumentParser, UserError, add_options, read_lines, run, take_options
-from clip_small import SMALL_WEIGHTS, USUAL, ClipConfig, ClipSmall, Folds, ImageHead, Summary, TextEncoder, mean_of_tokens, run_layers
-from dataset import FeatureCache, Folder, clean_captions, fingerprints
+from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options
+from clip_data import Pictures, VirtualPictures, joined, partial_sentences, sample_of
+from clip_small import SMALL_WEIGHTS, USUAL, ClipConfig, ClipSmall, Folds, ImageHead, Summary, TextEncoder, keep_loss, multi_positive_loss
+from dataset import Folder, clean_captions
+from devices import Processes, pick_device
+from features import FeatureCache
+from files import fingerprints, read_lines
 from retrieval import Ranks
-from training import (Interruption, MovingAverage, TrainingLog, adamw, check_settings, cosine, load_state, pick_device,
-                      prepare_output, save_state, step_optimizer, what_matters)
+from training import MovingAverage, Run, adamw, comparable, cosine, prepare_output
 
-LOG_STEPS = 20
 TEXTS = 128  # sentences that pass the trained layers at a time
-SAMPLE = 2000  # pictures on which principal components and usual values are measured
 PHRASES = ("{}", "a photo of a {}", "a picture of a {}", "a {} in the picture", "there is a {}", "a close up of a {}",
            "this is a photo of {}", "someone with a {}")
 
 
 @dataclass
 class Settings:
-    data: tuple = ("data",)
-    output: str = "checkpoints/clip_small.safetensors"
-    folds: int = 0
-    of: str = str(SMALL_WEIGHTS)
-    cache: str = "cache"
-    views: int = 1
-    captions: int = 1
-    text: tuple = ()
+    data: tuple = option(("data",), "folders with train.json and images/train")
+    output: str = option("checkpoints/clip_small.safetensors", "the model to write, or the embeddings of --folds")
+    folds: int = option(0, "parts of the pictures, each to be embedded by a head that has not seen it; 0: train a model")
+    of: str = option(str(SMALL_WEIGHTS), "the model of --folds")
+    cache: str = option("cache", "folder for features")
+    views: int = option(1, "of each picture in the cache: 1 as it is, more: random crops too, every other mirrored")
+    captions: int = option(1, "of each picture in a step, at most")
+    text: tuple = option((), "files with a sentence a line, without pictures, for --keep")
     epochs: int = 18
     batch_size: int = 1536
     learning_rate: float = 2e-3
-    text_learning_rate: float = 1e-4
+    text_learning_rate: float = option(1e-4, "of the sentence encoder's last layers")
     weight_decay: float = 0.05
-    warmup: float = 0.05
-    clip: float = 1.0
-    average: float = 0.99
-    dropout: float = 0.5
-    text_dropout: float = 0.1
-    anchors: float = 0.1
-    keep: float = 0.1
-    selection: tuple = (500,)
+    warmup: float = option(0.05, "part of all steps")
+    clip: float = option(1.0, "gradient norm")
+    average: float = option(0.99, "decay of the moving average of the weights, which is what is saved; 0: the last step's")
+    dropout: float = option(0.5, "of the pictures' statistics")
+    text_dropout: float = option(0.1, "of a sentence's tokens")
+    anchors: float = option(0.1, "weight of that loss")
+    keep: float = option(0.1, "weight of that loss")
+    selection: tuple = option(
+        (500,), "pictures at the end of each train.json that are not trained on: one number, or one for each folder")
     seed: int = 0
-    save_minutes: float = 5.0
-    max_hours: float = 0.0
+    save_minutes: float = option(5.0, "between states to resume from")
+    max_hours: float = option(0.0, "stop then, ready to go on; 0: no limit")
 
     def __post_init__(self):
         self.data, self.text = tuple(map(str, self.data)), tuple(map(str, self.text))
@@ -93,163 +91,10 @@ class Settings:
             raise UserError("the learning rates must be above 0, --seed, --anchors and --keep at least 0")
 
 
-HELP = dict(
-    data="folders with train.json and images/train", output="the model to write, or the embeddings of --folds",
-    folds="parts of the pictures, each to be embedded by a head that has not seen it; 0: train a model", of="the model of --folds", cache="folder for features",
-    views="of each picture in the cache: 1 as it is, more: random crops too, every other mirrored",
-    captions="of each picture in a step, at most", text="files with a sentence a line, without pictures, for --keep",
-    text_learning_rate="of the sentence encoder's last layers", warmup="part of all steps", clip="gradient norm",
-    average="decay of the moving average of the weights, which is what is saved; 0: the last step's",
-    dropout="of the pictures' statistics", text_dropout="of a sentence's tokens", anchors="weight of that loss",
-    keep="weight of that loss",
-    selection="pictures at the end of each train.json that are not trained on: one number, or one for each folder",
-    save_minutes="between states to resume from", max_hours="stop then, ready to go on; 0: no limit",
-    encoder="timm's name of a ViT or a CNN, or several joined by +", image_size="0: the encoder's own",
-    encoder_levels="how many of a CNN's feature maps make its tokens; 0: up to three", width="of the shared space",
-    attention_heads="of the pooling over patches; 0: none", cell_dim="principal components of a patch",
-    classes="what the encoder's own classifier says is seen too", text_layers="last layers of the sentence encoder to train",
-    text_heads="of the pooling over a sentence's tokens; 0: none")
-
-
-# ---- texts -----------------------------------------------------------------------------------------------------
-
-
-class Sentences:
-    """Sentences as the trained layers meet them: hidden states, kept in a file in fp16, and the encoder's own vectors.
-
-    `starts` (n + 1,): where each sentence's tokens begin among all of them.
-    """
-
-    def __init__(self, texts, encoder, layers, text_hash, folder, batch_size=256):
-        key = hashlib.sha256(json.dumps([text_hash, layers, encoder.max_tokens, texts]).encode()).hexdigest()[:16]
-        file = Path(folder) / f"texts-{key}.npz"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            hidden, lengths, vectors = self.encode(texts, encoder, layers, batch_size)
-            temporary = file.with_suffix(".tmp.npz")
-            np.savez(temporary, hidden=hidden, starts=np.concatenate([[0], np.cumsum(lengths)]), vectors=vectors)
-            temporary.replace(file)
-        with np.load(file) as found:
-            self.hidden, self.starts = torch.from_numpy(found["hidden"]), torch.from_numpy(found["starts"])
-            self.vectors = torch.from_numpy(found["vectors"])
-
-    @staticmethod
-    @torch.inference_mode()
-    def encode(texts, encoder, layers, batch_size):
-        """Hidden states below the last `layers` of all tokens (sum of lengths, C), the lengths, and unit vectors (n, C)."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        rows, vectors = [None] * len(texts), np.empty((len(texts), encoder.dim), np.float32)
-        above = encoder.model.encoder.layer[len(encoder.model.encoder.layer) - layers:] if layers else []
-        for start in tqdm(range(0, len(order), batch_size), desc="embedding sentences", unit="batch"):
-            some = order[start:start + batch_size]
-            hidden, mask = encoder.lower([texts[i] for i in some], layers)
-            vectors[some] = F.normalize(mean_of_tokens(run_layers(hidden, mask, above), mask), dim=-1).cpu().numpy()
-            for i, row, length in zip(some, hidden.half().cpu().numpy(), mask.sum(1).tolist()):
-                rows[i] = row[:length]
-        return np.concatenate(rows), [*map(len, rows)], vectors
-
-    def __len__(self):
-        return len(self.vectors)
-
-    def batch(self, numbers):
-        """Sentence numbers (B,) -> hidden states (B, T, C), fp32, and mask (B, T)"""
-        starts, ends = self.starts[numbers], self.starts[numbers + 1]
-        place = torch.arange(int((ends - starts).max())) + starts[:, None]
-        mask = (place < ends[:, None]).long()
-        return self.hidden[place.clamp(max=len(self.hidden) - 1)].float() * mask[:, :, None], mask
-
-
-# ---- pictures --------------------------------------------------------------------------------------------------
-
-
-class Pictures:
-    """Summaries of all views of all pictures of several feature caches, in memory in fp16: 50 kB each."""
-
-    def __init__(self, caches, head, encoder, batch_size=64):
-        rows = []
-        for cache in caches:
-            for view in range(len(cache.data)):
-                parts = [head.summarize(part.to(head.stats_mean.device), encoder)
-                         for part in batches_of(cache, view, batch_size, "summarizing")]
-                rows.append(Summary(*(torch.cat([getattr(part, name).half().cpu() for part in parts])
-                                      for name in Summary._fields)))
-        views = len(caches[0].data)
-        self.parts = Summary(*(torch.stack([torch.cat([getattr(row, name) for row in rows[view::views]])
-                                            for view in range(views)], 1) for name in Summary._fields))
-
-    def __len__(self):
-        return len(self.parts.stats)
-
-    def batch(self, numbers, views):
-        """Picture numbers and views (B,) -> Summary, fp32, on the CPU"""
-        return Summary(*(part[numbers, views].float() for part in self.parts))
-
-
-def batches_of(cache, view, batch_size, what):
-    """A cache's features of a view, in order: (B, N, D) each, fp16."""
-    for start in tqdm(range(0, len(cache), batch_size), desc=what, unit="batch", leave=False):
-        yield cache[range(start, min(start + batch_size, len(cache))), view]
-
-
-class VirtualPictures:
-    """Pictures that the encoder never saw, as it would see them if its classifier were sure of a class.
-
-    Among the training pictures, what else is usual where the logit of a class lies t deviations above its mean? Where all is
-    normally distributed that is linear in t: t times the correlation with the logit. Such a shift of a random picture's
-    summary is a picture of that class, whether or not one was among them.
-    """
-
-    def __init__(self, pictures, sample=6000):  # on the CPU, as the pictures are
-        some = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:sample]
-        summary = pictures.batch(some, torch.zeros_like(some))
-        logits = summary.classes.clamp(min=1e-8).log()
-        logits = (logits - logits.mean(0)) / logits.std(0)
-        self.stats = logits.t() @ summary.stats / len(some)  # (K, 2 D)
-        self.cells = logits.t() @ summary.cells.mean(1) / len(some) if summary.cells.shape[-1] else None  # (K, R)
-
-    def shift(self, summary, classes, generator):
-        """A Summary of B random pictures, moved to these classes (B,)."""
-        random = torch.rand(3, len(classes), generator=generator)
-        strength = 2 + 6 * random[0, :, None]  # in deviations; real pictures of a class lie 3 to 8 above the mean
-        keep = random[1, :, None]  # of the random picture
-        sure = 0.2 + 0.7 * random[2, :, None]
-        cells = keep[:, :, None] * summary.cells
-        if self.cells is not None:
-            cells = cells + (strength * self.cells[classes])[:, None]
-        named = F.one_hot(classes, summary.classes.shape[1])
-        return Summary(keep * summary.stats + strength * self.stats[classes], cells, sure * named + (1 - sure) * summary.classes)
-
-
-# ---- losses ----------------------------------------------------------------------------------------------------
-
-
-def multi_positive_loss(images, texts, owners, scale):
-    """CLIP's loss where a picture has several texts: unit vectors (B, C) and (M, C), and each text's picture (M,).
-
-    A text is to find its picture among all; a picture each of its texts among the other pictures' texts.
-    """
-    logits = scale * texts @ images.t()  # (M, B)
-    to_image = F.cross_entropy(logits, owners)
-    own = F.one_hot(owners, len(images)).bool()
-    others = logits.masked_fill(own, -torch.inf).logsumexp(0)  # (B,)
-    positives = logits.gather(1, owners[:, None]).squeeze(1)
-    to_text = (torch.logaddexp(positives, others[owners]) - positives).mean()
-    return (to_image + to_text) / 2
-
-
-def keep_loss(embeddings, vectors, scale):
-    """How far the likenesses of sentences to each other, unit vectors (B, C), are from those that the sentence encoder sees
-    (B, 384): cross-entropy of one softmax over the others to the other, less its entropy."""
-    own = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
-    target = (scale * vectors @ vectors.t()).masked_fill(own, -torch.inf).log_softmax(-1).masked_fill(own, 0)
-    found = (scale * embeddings @ embeddings.t()).masked_fill(own, -torch.inf).log_softmax(-1).masked_fill(own, 0)
-    return (target.exp().masked_fill(own, 0) * (target - found)).sum(-1).mean()
-
-
 # ---- training --------------------------------------------------------------------------------------------------
 
 
-class Trainer:
+class ClipTrainer:
     """One run: pictures and sentences in memory, heads, optimizer and the place that it has come to."""
 
     def __init__(self, config, settings, device=None):
@@ -304,50 +149,34 @@ class Trainer:
         self.optimizer = adamw([(others, 1.0), (text, settings.text_learning_rate / settings.learning_rate)],
                                settings.learning_rate, settings.weight_decay)
         self.average = MovingAverage(parameters, settings.average)
-        self.kept = parameters | {f"average.{name}": value for name, value in self.average.values.items()}
-        self.same = what_matters(settings, "save_minutes", "max_hours", "cache") | what_matters(self.config) | {
+        same = comparable(settings, "save_minutes", "max_hours", "cache") | comparable(self.config) | {
             "number of pictures": len(self.pictures), "number of captions": len(self.sentences)}
-        self.progress = load_state(self.state_file, self.same, self.optimizer, self.kept, self.device) or {
-            "step": 0, "seconds": 0.0, "history": []}
-        self.average.steps = self.progress["step"]
+        self.run = Run(self.state_file, same, parameters, self.optimizer, average=self.average, processes=Processes(self.device),
+                       clip=settings.clip, after=self.bound_scale, save_minutes=settings.save_minutes, max_hours=settings.max_hours,
+                       log=Path(settings.output).with_suffix(".jsonl"), first={"history": []})
+        self.progress = self.run.progress
 
     def fit(self):
         """Train to the end and return what each epoch was worth; None where it was interrupted, ready to go on."""
-        settings, progress = self.settings, self.progress
-        total = self.steps * settings.epochs
-        log = TrainingLog(Path(settings.output).with_suffix(".jsonl"), progress["step"])
-        started, saved, running = time.monotonic() - progress["seconds"], time.monotonic(), {}
+        total = self.steps * self.settings.epochs
         trained = sum(parameter.numel() for parameter in self.model.trained_parameters().values())
         print(f"{len(self.train)} pictures with {int(self.counts[self.train].sum())} captions to train on, "
               f"{sum(map(len, self.selection))} to select on; {trained / 1e6:.2f}M trained parameters", flush=True)
-        with Interruption(settings.max_hours) as interruption, tqdm(
-                total=total, initial=progress["step"], unit="batch", desc="training") as bar:
-            while progress["step"] < total:
-                for name, value in self.step(progress["step"], total).items():
-                    running.setdefault(name, []).append(value)
-                progress.update(step=progress["step"] + 1, seconds=time.monotonic() - started)
-                bar.update()
-                if progress["step"] % LOG_STEPS == 0:
-                    means = {name: sum(values) / len(values) for name, values in running.items()}
-                    log.write(progress["step"], **means, seconds=progress["seconds"])
-                    bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
-                    running = {}
-                if progress["step"] % self.steps == 0:
-                    self.report(progress["step"] // self.steps, log)
-                if interruption or time.monotonic() - saved > 60 * settings.save_minutes:
-                    save_state(self.state_file, self.same, self.optimizer, self.kept, progress)
-                    saved = time.monotonic()
-                if interruption:
-                    print(f"stopped after {progress['step']} of {total} steps: the same command goes on")
-                    return None
+        with self.run:
+            for step in self.run.steps(total):
+                self.step(step, total)
+                if (step + 1) % self.steps == 0:
+                    self.report((step + 1) // self.steps)
+        if self.run.stopped:
+            return None
+        history = self.progress["history"]
         with self.average.in_place():
-            self.model.save(settings.output, asdict(settings), progress["history"][-1])
-        log.close(["contrast", "anchors", "keep", *(name for name in log.entries[-1] if "@1" in name)])
-        self.state_file.unlink(missing_ok=True)
-        return progress["history"]
+            self.model.save(self.settings.output, asdict(self.settings), history[-1])
+        self.run.finish(["contrast", "anchors", "keep", *(name for name in history[-1] if "@1" in name)])
+        return history
 
     def step(self, step, total):
-        """One update; everything random follows from the seed and the step. Returns {loss: value}."""
+        """One update; everything random follows from the seed and the step."""
         settings = self.settings
         epoch, place = divmod(step, self.steps)
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch))
@@ -357,11 +186,11 @@ class Trainer:
         losses = self.losses(numbers, generator)
         sum(weight * loss for weight, loss in losses.values()).backward()
         warmup = max(1, int(settings.warmup * total))
-        step_optimizer(self.optimizer, settings.learning_rate * cosine(step, total, warmup), settings.clip)
-        with torch.no_grad():
-            self.model.log_scale.clamp_(max=math.log(100))  # as CLIP's
-        self.average.update()
-        return {name: loss.item() for name, (_, loss) in losses.items()}
+        self.run.update(settings.learning_rate * cosine(step, total, warmup), **{name: loss.item() for name, (_, loss) in losses.items()})
+
+    @torch.no_grad()
+    def bound_scale(self):
+        self.model.log_scale.clamp_(max=math.log(100))  # as CLIP's
 
     def losses(self, numbers, generator):
         """{loss: (its weight, its value)} on these pictures."""
@@ -409,7 +238,7 @@ class Trainer:
         return F.normalize(torch.cat(rows)[order.argsort()], dim=-1)
 
     @torch.inference_mode()
-    def report(self, epoch, log):
+    def report(self, epoch):
         """Print, and keep, what the average of the weights is worth on each folder's selection pictures."""
         entry = {"epoch": epoch, "seconds": self.progress["seconds"], "scale": self.model.log_scale.exp().item()}
         with self.average.in_place():
@@ -424,12 +253,12 @@ class Trainer:
                 entry |= {f"{folder.path.name}, {way}@{k}": value
                           for way, found in ranks.recalls().items() for k, value in found.items()}
         self.progress["history"].append(entry)
-        log.write(self.progress["step"], **entry)
+        self.run.write(**entry)
         print(f"epoch {epoch}, {entry['seconds']:.0f} s: " + ", ".join(
             f"{name} {value:.3f}" for name, value in entry.items() if "@" in name), flush=True)
 
 
-class CrossFit(Trainer):
+class CrossFit(ClipTrainer):
     """Embeddings of every picture by an image head that was trained without it, towards the texts of a finished model."""
 
     def __init__(self, config, settings, device=None):
@@ -445,7 +274,7 @@ class CrossFit(Trainer):
         """Nothing: what is usual is known, and has to be what it was for the model."""
 
     def restore(self):
-        """Nothing: a fold takes minutes."""
+        """Nothing: each fold is a run of its own."""
 
     def embed_texts(self, sentences, numbers, train=True):
         if id(sentences) not in self.embedded:
@@ -454,8 +283,11 @@ class CrossFit(Trainer):
         return self.embedded[id(sentences)][numbers]
 
     def fit(self):
-        """Write the embeddings, as clip_small.Folds reads them."""
+        """Write the embeddings, as clip_small.Folds reads them. Returns whether the end was reached."""
         settings = self.settings
+        same = comparable(settings, "save_minutes", "max_hours", "cache") | {
+            "number of pictures": len(self.pictures), "number of captions": len(self.sentences), "texts": self.model.text_digest}
+        runs = []
         everything = torch.randperm(len(self.pictures), generator=torch.Generator().manual_seed(settings.seed))
         embeddings = torch.empty(len(self.pictures), settings.views, self.config.width)
         usual = {name: value for name, value in self.model.image_head.state_dict().items() if name in (*USUAL, "components")}
@@ -469,9 +301,16 @@ class CrossFit(Trainer):
             self.optimizer = adamw([(parameters.values(), 1.0)], settings.learning_rate, settings.weight_decay)
             self.average = MovingAverage(parameters, settings.average)
             total = self.steps * settings.epochs
-            bar = tqdm(range(total), desc=f"fold {fold + 1} of {settings.folds}", unit="batch")
-            for step in bar:
-                bar.set_postfix(self.step(step, total))
+            self.run = Run(self.state_file.with_name(f"{self.state_file.name.removesuffix('.state.pt')}.{fold + 1}.state.pt"), same,
+                           parameters, self.optimizer, average=self.average, processes=Processes(self.device), clip=settings.clip,
+                           save_minutes=settings.save_minutes, max_hours=settings.max_hours)
+            runs.append(self.run)
+            with self.run:
+                for step in self.run.steps(total, description=f"fold {fold + 1} of {settings.folds}"):
+                    self.step(step, total)
+                if self.run.stopped:
+                    return False
+                self.run.save()  # until the last is done
             with self.average.in_place(), torch.inference_mode():
                 for some in unseen.split(512):
                     for view in range(settings.views):
@@ -480,6 +319,9 @@ class CrossFit(Trainer):
             self.report_recall(unseen, embeddings)
         Folds.save(settings.output, embeddings, fingerprints([path for folder in self.folders for path in folder.paths()]),
                    self.model.text_digest, asdict(settings))
+        for finished in runs:
+            finished.finish([])
+        return True
 
     def report_recall(self, numbers, embeddings, most=500):
         """Print how well these pictures, new to their head, find their captions and are found."""
@@ -490,38 +332,13 @@ class CrossFit(Trainer):
         print(", ".join(f"{way}@{k} {value:.3f}" for way, found in ranks.recalls().items() for k, value in found.items()), flush=True)
 
 
-def partial_sentences(text, config, cache):
-    """A function from a list of texts to their Sentences."""
-    frozen = ClipSmall.hash_of(text, config)
-    return lambda texts: Sentences(texts, text, config.text_layers, frozen, cache)
-
-
-def joined(parts):
-    """Several Sentences as one."""
-    whole = Sentences.__new__(Sentences)
-    ends = np.cumsum([0] + [len(part.hidden) for part in parts])
-    whole.hidden = torch.cat([part.hidden for part in parts])
-    whole.vectors = torch.cat([part.vectors for part in parts])
-    whole.starts = torch.cat([torch.zeros(1, dtype=torch.long), *(part.starts[1:] + end for part, end in zip(parts, ends))])
-    return whole
-
-
-def sample_of(cache, batch_size=50):
-    """Batches of the first view of SAMPLE pictures, spread over the cache."""
-    numbers = np.linspace(0, len(cache) - 1, min(SAMPLE, len(cache))).round().astype(int)
-    for start in range(0, len(numbers), batch_size):
-        some = numbers[start:start + batch_size]
-        yield cache[some, np.zeros_like(some)]
-
-
 def main():
     parser = ArgumentParser(description="Train a small CLIP on frozen encoders.")
     for config in Settings, ClipConfig:
-        names = {field.name for field in fields(config)}
-        add_options(parser, config, **{key: text for key, text in HELP.items() if key in names})
+        add_options(parser, config)
     arguments = parser.parse_args()
     config, settings = take_options(arguments, ClipConfig), take_options(arguments, Settings)
-    (CrossFit if settings.folds else Trainer)(config, settings).fit()
+    (CrossFit if settings.folds else ClipTrainer)(config, settings).fit()
 
 
 if __name__ == "__main__":

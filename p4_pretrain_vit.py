@@ -19,65 +19,54 @@ Shapes: B pictures, S pixels a side, N patches, D the teacher's width.
 """
 
 import itertools
-import json
 import math
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import timm
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save, save_file
-from timm.layers import resample_abs_pos_embed
-from torch import nn
-from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
-from tqdm import tqdm
 
 from captioner import EMBEDDED_DECODER, Captioner, CaptionerConfig
-from cli import ArgumentParser, UserError, add_options, make_ordinary, run, take_options, write_whole
+from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options
 from clip_small import TextEncoder, contrastive_loss
-from dataset import FeatureCache, clean_captions, collate, list_images, load_picture, make_view, read_captions, squeeze
-from encoder import HEADS, OWN, ImageEncoder
+from dataset import clean_captions, collate, read_captions
+from devices import Processes, autocast, pick_device
+from encoder import ImageEncoder
+from features import FeatureCache
+from images import list_images
 from retrieval import recalls
 from tokenizer import END_OF_TEXT, BPETokenizer
-from training import (Interruption, MovingAverage, TrainingLog, autocast, check_settings, cosine, load_state, pick_device,
-                      prepare_output, save_state, step_optimizer, what_matters)
-from weightfiles import dinov2_names, read_weights
+from training import MovingAverage, Run, comparable, cosine, prepare_output
+from vit_student import CROP_PIXELS, LOSSES, Standardizer, Student, crop, distillation_loss, embed, jitter, parameter_groups, read_pixels, resize
 
 TEACHER = "tf_efficientnet_lite2"
-CROP_PIXELS = 256  # the square that fresh crops are taken from
-SHARED_DIM = 256  # width of the space that images share with texts
-LOG_STEPS = 20
 
 
 @dataclass
 class Settings:
-    data: str = "data"
-    pictures: str = ""
-    init: str = "weights/vit_small_focus.safetensors"
-    output: str = "checkpoints/vit_small.safetensors"
-    cache: str = "cache"
-    views: int = 4
-    sizes: tuple = (112, 224)
-    epochs: tuple = (8, 1)
+    data: str = option("data", "folder with train.json and images/train")
+    pictures: str = option("", "folder of pictures without captions; empty: none")
+    init: str = option("weights/vit_small_focus.safetensors", "the ViT to start from, in timm's names")
+    output: str = option("checkpoints/vit_small.safetensors", "the ViT to write, with its two projections")
+    cache: str = option("cache", "folder for the teacher's features")
+    views: int = option(4, "of each picture, fixed; 0: fresh crops in every step")
+    sizes: tuple = option((112, 224), "of the square input in pixels, one stage after the other")
+    epochs: tuple = option((8, 1), "of each stage, or a part of one")
     batch_size: int = 48
-    learning_rate: float = 5e-4
-    layer_decay: float = 0.8
+    learning_rate: float = option(5e-4, "of the last layer")
+    layer_decay: float = option(0.8, "what each layer has of the learning rate of the one after it")
     weight_decay: float = 0.05
-    warmup: float = 0.05
-    clip: float = 1.0
-    average: float = 0.998
-    distillation: float = 1.0
-    contrast: float = 0.5
-    caption: float = 0.25
-    selection: int = 500
+    warmup: float = option(0.05, "part of all steps")
+    clip: float = option(1.0, "gradient norm")
+    average: float = option(0.998, "decay of the moving average of the weights, which is what is saved; 0: the last step's")
+    distillation: float = option(1.0, "weight of that loss")
+    contrast: float = option(0.5, "weight of that loss")
+    caption: float = option(0.25, "weight of that loss")
+    selection: int = option(500, "images at the end of train.json that are not trained on")
     seed: int = 0
-    save_minutes: float = 5.0
-    max_hours: float = 0.0
+    save_minutes: float = option(5.0, "between states to resume from")
+    max_hours: float = option(0.0, "stop then, ready to go on; 0: no limit")
 
     def __post_init__(self):
         try:
@@ -95,216 +84,10 @@ class Settings:
             raise UserError("--views and --seed must be at least 0, --learning_rate above")
 
 
-HELP = dict(
-    data="folder with train.json and images/train", pictures="folder of pictures without captions; empty: none",
-    init="the ViT to start from, in timm's names", output="the ViT to write, with its two projections",
-    cache="folder for the teacher's features", views="of each picture, fixed; 0: fresh crops in every step",
-    sizes="of the square input in pixels, one stage after the other", epochs="of each stage, or a part of one",
-    learning_rate="of the last layer", layer_decay="what each layer has of the learning rate of the one after it",
-    warmup="part of all steps", clip="gradient norm",
-    average="decay of the moving average of the weights, which is what is saved; 0: the last step's",
-    distillation="weight of that loss", contrast="weight of that loss", caption="weight of that loss",
-    selection="images at the end of train.json that are not trained on", save_minutes="between states to resume from",
-    max_hours="stop then, ready to go on; 0: no limit")
-
-
-# ---- pictures --------------------------------------------------------------------------------------------------
-
-
-def read_pixels(sources, size, views=1, side=None):
-    """Every view of every picture, as FeatureCache encodes them: uint8 (n, views, 3, size, size). Raises UserError.
-
-    Args:
-        sources: lists of paths, each numbered from 0, as each has a cache of its own.
-        side: what the pictures are decoded for, since that decides where crops fall; default: `size`.
-    """
-    numbered = [(number, path) for paths in sources for number, path in enumerate(paths)]
-    pixels = torch.empty(len(numbered), views, 3, size, size, dtype=torch.uint8)
-
-    def read(place):
-        number, path = numbered[place]
-        image = load_picture(path, side or size)
-        for view in range(views):
-            pixels[place, view] = squeeze(make_view(image, view, number), size)
-
-    with ThreadPoolExecutor() as pool:
-        for _ in tqdm(pool.map(read, range(len(numbered))), total=len(numbered), desc=f"reading at {size} pixels",
-                      unit="image"):
-            pass
-    return pixels
-
-
-def crop(images, size, generator):
-    """Crops of 35 to 100% of the area, mirrored half the time: (B, 3, S, S) -> float (B, 3, size, size), 0 to 255.
-
-    What is random comes from the generator, a CPU's, so that it is the same on any device.
-    """
-    random = torch.rand(5, len(images), generator=generator)
-    area, aspect = 0.35 + 0.65 * random[0], torch.exp((random[1] - 0.5) * math.log(16 / 9))  # 3:4 to 4:3
-    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    theta = torch.zeros(len(images), 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1] = torch.where(random[2] < 0.5, -width, width), height
-    theta[:, 0, 2], theta[:, 1, 2] = (2 * random[3] - 1) * (1 - width), (2 * random[4] - 1) * (1 - height)
-    grid = F.affine_grid(theta.to(images.device), (len(images), 3, size, size), align_corners=False)
-    return F.grid_sample(images.float(), grid, align_corners=False, padding_mode="border")
-
-
-def jitter(images, generator):
-    """Other brightness, contrast and saturation, each by up to 40%: (B, 3, S, S) -> float, 0 to 255.
-
-    One draw for each eighth of a batch: torchvision changes all pictures of a call alike.
-    """
-    parts = []
-    for part in images.split(-(-len(images) // 8)):
-        part = part.float() / 255
-        for change, strength in zip((adjust_brightness, adjust_contrast, adjust_saturation),
-                                    (0.6 + 0.8 * torch.rand(3, generator=generator)).tolist()):
-            part = change(part, strength)
-        parts.append(part * 255)
-    return torch.cat(parts)
-
-
-def resize(images, size):
-    """Float (B, 3, S, S) -> (B, 3, size, size), without aliasing."""
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 255)
-
-
-# ---- the models ------------------------------------------------------------------------------------------------
-
-
-class Student(nn.Module):
-    """The ViT, and a head for each signal but the captions'.
-
-    Float images (B, 3, S, S) from 0 to 255, S any multiple of 14 -> tokens (B, 1 + N, 384), the class token first.
-    """
-
-    def __init__(self, teacher_dim=1280, text_dim=384):
-        super().__init__()
-        self.vit = timm.create_model(OWN["vit_small"], img_size=224, dynamic_img_size=True, num_classes=0)
-        self.pooled = nn.Linear(self.vit.num_features, teacher_dim)
-        self.map = nn.Linear(self.vit.num_features, teacher_dim)
-        self.image_projection = nn.Linear(self.vit.num_features, SHARED_DIM, bias=False)
-        self.text_projection = nn.Linear(text_dim, SHARED_DIM, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        for name in "mean", "std":
-            self.register_buffer(name, torch.tensor(self.vit.default_cfg[name]).view(3, 1, 1) * 255, persistent=False)
-
-    def forward(self, images):
-        return self.vit.forward_features((images - self.mean) / self.std)
-
-    def embed_images(self, tokens):
-        """Tokens (B, 1 + N, 384) -> unit vectors in the shared space (B, 256)."""
-        return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
-
-    def embed_texts(self, vectors):
-        """Sentence embeddings (B, 384) -> unit vectors in the shared space (B, 256)."""
-        return F.normalize(self.text_projection(vectors), dim=-1)
-
-    def save(self, path, training):
-        """Write the ViT in timm's names and the two projections, in fp16, with the settings of the training."""
-        state = self.vit.state_dict() | {f"{name}.weight": getattr(self, name).weight for name in HEADS}
-        state = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in state.items()}
-        write_whole(path, save(state, {"training": json.dumps(training)}))
-
-    @classmethod
-    def load(cls, path):
-        """The student of a file that `save` wrote, or of a ViT alone, whose heads then are untrained. Raises UserError."""
-        student, state = cls(), read_weights(path, "ViT")
-        heads = {name: state.pop(name).float() for name in [*state] if name.startswith(HEADS)}
-        try:
-            student.vit.load_state_dict({name: value.float() for name, value in state.items()})
-        except RuntimeError:
-            raise UserError(f"{path} does not hold timm's {OWN['vit_small']} at 224 pixels") from None
-        student.load_state_dict(heads, strict=False)
-        return student
-
-
-class Standard(nn.Module):
-    """Brings the teacher's features to mean 0 and deviation 1, channel by channel, so that what differs between pictures
-    is what is learned; the map's cells and the pooled features each have their own. Measured on `sample` (n, N, D)."""
-
-    def __init__(self, sample):
-        super().__init__()
-        for name, values in ("cells", sample.flatten(0, 1)), ("pooled", sample.mean(1)):
-            self.register_buffer(f"{name}_mean", values.mean(0))
-            self.register_buffer(f"{name}_std", values.std(0) + 1e-3)
-
-    def forward(self, features):
-        """(B, N, D) -> pooled (B, D), cells (B, N, D)"""
-        return ((features.mean(1) - self.pooled_mean) / self.pooled_std, (features - self.cells_mean) / self.cells_std)
-
-
-def distillation_loss(student, tokens, pooled, cells):
-    """One minus the cosine to the teacher's pooled features (B, D), plus the same for the cells of its map (B, N, D).
-
-    Where the student's patches (tokens: (B, 1 + n, 384)) are more or fewer, they are resampled to the teacher's grid.
-    """
-    side, target = math.isqrt(tokens.shape[1] - 1), math.isqrt(cells.shape[1])
-    patches = tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side)).float()
-    if side != target:
-        patches = F.interpolate(patches, size=(target, target), mode="bilinear", antialias=True)
-    patches = patches.flatten(2).transpose(1, 2)  # (B, N, 384)
-    return (2 - F.cosine_similarity(student.pooled(tokens[:, 0]), pooled, dim=-1).mean()
-            - F.cosine_similarity(student.map(patches), cells, dim=-1).mean())
-
-
-def parameter_groups(student, others, layer_decay, weight_decay):
-    """AdamW's groups: matrices decay, and each layer learns `layer_decay` times as fast as the one after it.
-
-    `others`: parameters of the captioner, which learn as fast as the heads.
-    """
-    depth, groups = len(student.vit.blocks), {}
-    for name, parameter in [*student.named_parameters(), *(("captioner", parameter) for parameter in others)]:
-        layer = depth + 1
-        if name.startswith("vit.blocks."):
-            layer = int(name.split(".")[2]) + 1
-        elif name.startswith(("vit.patch_embed", "vit.cls_token", "vit.pos_embed")):
-            layer = 0
-        decays = parameter.ndim >= 2 and name not in ("vit.cls_token", "vit.pos_embed")
-        groups.setdefault((layer, decays), []).append(parameter)
-    return [{"params": parameters, "weight_decay": weight_decay if decays else 0.0,
-             "factor": layer_decay ** (depth + 1 - layer)} for (layer, decays), parameters in groups.items()]
-
-
-def write_dinov2(weights, folder, size=224):
-    """Write a ViT of this script as a folder that transformers reads as a Dinov2Model with its image processor.
-
-    In the names of the models that Meta published, whichever those within a version of transformers are.
-    The processor squeezes the whole picture into `size` × `size` pixels, as everywhere here; the position embedding is brought
-    to that size as timm does it, in which transformers differs.
-    """
-    from transformers import BitImageProcessor, Dinov2Config
-
-    state = Student.load(weights).vit.state_dict()
-    positions = resample_abs_pos_embed(state["pos_embed"], (size // 14, size // 14))
-    renamed = {"embeddings.mask_token": torch.zeros(1, 384), "embeddings.position_embeddings": positions}
-    for ours, theirs in dinov2_names():
-        renamed |= dict(zip(theirs, state[ours].chunk(len(theirs))))
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=size, architectures=["Dinov2Model"]).save_pretrained(folder)
-    BitImageProcessor(size={"height": size, "width": size}, resample=3, do_center_crop=False,
-                      image_mean=timm.data.IMAGENET_DEFAULT_MEAN, image_std=timm.data.IMAGENET_DEFAULT_STD).save_pretrained(folder)
-    save_file({name: value.contiguous() for name, value in renamed.items()}, folder / "model.safetensors", {"format": "pt"})
-    make_ordinary(folder / "model.safetensors")
-
-
-# ---- how good it is --------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def embed(student, pixels, batch_size=64):
-    """Pictures uint8 (n, 3, S, S) -> their unit vectors in the shared space (n, 256), on the CPU."""
-    device = student.log_scale.device
-    return torch.cat([student.embed_images(student(batch.to(device).float())).cpu() for batch in pixels.split(batch_size)])
-
-
 # ---- training --------------------------------------------------------------------------------------------------
 
 
-class Trainer:
+class VitTrainer:
     """One run: pictures, student, teacher, captioner, optimizer and the place that it has come to."""
 
     def __init__(self, settings, device=None):
@@ -358,7 +141,7 @@ class Trainer:
         self.features = [cache(paths, views=views) for paths in self.sources] if self.settings.views else []
         sample = self.features[0] if self.features else cache(self.sources[0][:512])
         sample = sample[range(min(512, len(sample))), 0].float()
-        self.standard = Standard(sample).to(self.device)
+        self.standard = Standardizer(sample).to(self.device)
         self.selection_features = cache(self.selection_paths)
 
     def embed_captions(self):
@@ -376,49 +159,31 @@ class Trainer:
             parameter_groups(self.student, parts.values(), settings.layer_decay, settings.weight_decay),
             lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
         self.average = MovingAverage(dict(self.student.named_parameters()), settings.average)
-        self.kept = (dict(self.student.named_parameters()) | {f"captioner.{name}": value for name, value in parts.items()}
-                     | {f"average.{name}": value for name, value in self.average.values.items()})
-        self.same = what_matters(settings, "save_minutes", "max_hours", "cache") | {"number of pictures": self.count}
-        self.progress = load_state(self.state_file, self.same, self.optimizer, self.kept, self.device) or {
-            "step": 0, "seconds": 0.0, "history": []}
-        self.average.steps = self.progress["step"]
+        parameters = dict(self.student.named_parameters()) | {f"captioner.{name}": value for name, value in parts.items()}
+        same = comparable(settings, "save_minutes", "max_hours", "cache") | {"number of pictures": self.count}
+        self.run = Run(self.state_file, same, parameters, self.optimizer, average=self.average, processes=Processes(self.device),
+                       clip=settings.clip, after=self.bound_scale, save_minutes=settings.save_minutes, max_hours=settings.max_hours,
+                       log=Path(settings.output).with_suffix(".jsonl"), first={"history": []})
+        self.progress = self.run.progress
 
     def fit(self):
         """Train to the end and return what each epoch was worth; None where it was interrupted, ready to go on."""
-        settings, progress = self.settings, self.progress
-        log = TrainingLog(Path(settings.output).with_suffix(".jsonl"), progress["step"])
-        started, before, saved = time.monotonic(), progress["seconds"], time.monotonic()
-        size, running = None, {}
-        with Interruption(settings.max_hours) as interruption, tqdm(
-                total=self.total, initial=progress["step"], unit="batch", desc="training") as bar:
-            while progress["step"] < self.total:
+        progress, size = self.progress, None
+        with self.run:
+            for step in self.run.steps(self.total):
                 if self.size() != size:
                     size = self.size()
-                    self.pixels = self.read_pixels(size)
-                    self.selection_pixels = read_pixels([self.selection_paths], size)[:, 0]
-                    started, before = time.monotonic(), progress["seconds"]  # reading is no training
-                losses = self.step()
-                progress.update(step=progress["step"] + 1, seconds=before + time.monotonic() - started)
-                for name, value in losses.items():
-                    running.setdefault(name, []).append(value.detach())
-                bar.update()
-                if progress["step"] % LOG_STEPS == 0:
-                    means = {name: torch.stack(values).mean().item() for name, values in running.items()}
-                    log.write(progress["step"], **means, seconds=progress["seconds"])
-                    bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
-                    running = {}
-                if progress["step"] % self.epoch_steps == 0 or progress["step"] in self.ends:
-                    log.write(progress["step"], **self.report(size))
-                if interruption or time.monotonic() - saved > 60 * settings.save_minutes:
-                    save_state(self.state_file, self.same, self.optimizer, self.kept, progress)
-                    saved = time.monotonic()
-                if interruption:
-                    print(f"stopped after {progress['step']} of {self.total} steps: the same command goes on")
-                    return None
+                    with self.run.paused():  # reading is no training
+                        self.pixels = self.read_pixels(size)
+                        self.selection_pixels = read_pixels([self.selection_paths], size)[:, 0]
+                self.step()
+                if (step + 1) % self.epoch_steps == 0 or step + 1 in self.ends:
+                    self.run.write(**self.report(size))
+        if self.run.stopped:
+            return None
         with self.average.in_place():
-            self.student.save(settings.output, self.same)
-        log.close([*LOSSES, *CURVES])
-        self.state_file.unlink(missing_ok=True)
+            self.student.save(self.settings.output, self.run.same)
+        self.run.finish([*LOSSES, *CURVES])
         return progress["history"]
 
     def read_pixels(self, size):
@@ -442,11 +207,11 @@ class Trainer:
         losses = self.losses(indices, torch.Generator().manual_seed((settings.seed << 32) + step))
         sum(getattr(settings, name) * loss for name, loss in losses.items()).backward()
         warmup = max(1, round(settings.warmup * self.total))
-        step_optimizer(self.optimizer, settings.learning_rate * cosine(step, self.total, warmup), settings.clip)
-        with torch.no_grad():
-            self.student.log_scale.clamp_(max=math.log(100))  # as CLIP's
-        self.average.update()
-        return losses
+        self.run.update(settings.learning_rate * cosine(step, self.total, warmup), **{name: loss.item() for name, loss in losses.items()})
+
+    @torch.no_grad()
+    def bound_scale(self):
+        self.student.log_scale.clamp_(max=math.log(100))  # as CLIP's
 
     def losses(self, indices, generator):
         """{signal: its loss} on these pictures."""
@@ -511,14 +276,13 @@ class Trainer:
         return entry
 
 
-LOSSES = "distillation", "contrast", "caption"
 CURVES = "selection_distillation", "selection_image_to_text_recall@1", "selection_text_to_image_recall@1"
 
 
 def main():
     parser = ArgumentParser(description="Teach a ViT-S/14 again, from up to three signals at once.")
-    add_options(parser, Settings, **HELP)
-    Trainer(take_options(parser.parse_args(), Settings)).fit()
+    add_options(parser, Settings)
+    VitTrainer(take_options(parser.parse_args(), Settings)).fit()
 
 
 if __name__ == "__main__":

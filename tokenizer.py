@@ -6,7 +6,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from cli import UserError, read_json
+from cli import UserError
+from files import read_json
 
 END_OF_TEXT = 50256  # starts and ends a caption, pads the input
 SPECIAL = "<|endoftext|>"

@@ -1,4 +1,4 @@
-"""What the two training scripts share: optimizer, schedule, precision, and state that survives interruption."""
+"""One training loop for every script that trains: progress, log, state on disk, interruption; optimizer, schedule, moving average."""
 
 import contextlib
 import hashlib
@@ -6,114 +6,174 @@ import json
 import math
 import os
 import signal
-import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, fields
-from datetime import timedelta
+from dataclasses import asdict
 from fcntl import LOCK_EX, LOCK_NB, flock
-from functools import lru_cache
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from cli import UserError, check_writable
+from cli import UserError
+from devices import Processes
+from files import check_writable
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@lru_cache
-def pick_device():
-    """"cuda" or "cpu". Where there is a GPU of NVIDIA's that PyTorch cannot use, a line on stderr says so."""
-    if torch.cuda.is_available():
-        return "cuda"
-    if torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/proc/driver/nvidia/version").exists():
-        print(f"there is a GPU, but this PyTorch, built for CUDA {torch.version.cuda}, cannot use it: is the driver older? On the CPU "
-              "everything is many times slower", file=sys.stderr)
-    return "cpu"
+LOG_STEPS = 20  # updates between lines of the log
 
 
-def pick_precision(device, name="auto", scaled=False):
-    """The dtype of autocast: with "auto" bf16 on CUDA, and on a CPU fp32, since without AMX bf16 is slower there.
+class Run:
+    """One training: the place that it has come to, its state on disk, its log, and whether it is time to stop.
 
-    `scaled`: whether gradients are scaled, so that "auto" may be fp16 on a GPU that only emulates bf16. Raises UserError for an
-    unknown name.
-    """
-    if name == "auto":
-        name = "bf16" if device == "cuda" else "fp32"
-        if scaled and name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            name = "fp16"
-    if name not in PRECISIONS:
-        raise UserError(f"--precision is {name}: choose from auto, {', '.join(PRECISIONS)}")
-    return PRECISIONS[name]
+        run = Run(state_file, same, parameters, optimizer)
+        with run:
+            for step in run.steps(total):
+                loss = …                                   # leaves gradients
+                run.update(learning_rate, loss=loss.item())
+        if not run.stopped:
+            run.finish(["loss"])
 
+    Each of several processes has one; the main one writes.
 
-def autocast(device, dtype=None):
-    """Mixed precision in `dtype`, by default pick_precision's; nothing for fp32."""
-    dtype = dtype or pick_precision(device)
-    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
-
-
-class Processes:
-    """The processes of one run: one, or those that `accelerate launch` started, which Accelerate brings together.
-
-    Attributes: `number` of this one, `count`, `device` ("cpu" or "cuda", for autocast as well), `main`.
+    Args:
+        state_file: where it is kept what to go on from.
+        same: plain values that a run which goes on must have in common with the one that was interrupted.
+        parameters: {name: parameter} that are trained.
+        optimizer: theirs.
+        average: a MovingAverage of theirs, kept too.
+        processes: Processes; None: this one alone.
+        scaler: of fp16.
+        clip: norm that gradients are clipped to; 0: as they are.
+        after: called after each step of the optimizer, before the average.
+        save_minutes, max_hours: between states; until it stops by itself, 0: never.
+        log: file of its log; its folder for TensorBoard, or "".
+        first: what `progress` holds at the very beginning, beside the number of updates (`step`) and of seconds.
+    Attributes: `progress`, a dict of plain values, which is kept; `about`, what each line of the log is to say besides; `stopped`, whether
+    it was time before the end. Raises UserError where the state is of another run.
     """
 
-    def __init__(self, device=None):
-        self.number, self.count, self.device = 0, 1, device or pick_device()
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            from accelerate import PartialState  # not before it is needed: a second or two
+    def __init__(self, state_file, same, parameters, optimizer, *, average=None, processes=None, scaler=None, clip=1.0, after=None,
+                 save_minutes=5.0, max_hours=0.0, log=None, tensorboard="", first=None):
+        self.state_file, self.same, self.parameters, self.optimizer = state_file, same, parameters, optimizer
+        self.average, self.processes, self.scaler = average, processes or Processes("cpu"), scaler
+        self.clip, self.after, self.save_minutes = clip, after, save_minutes
+        self.max_hours, self.stopped = max_hours, False
+        self.kept = parameters | ({f"average.{name}": value for name, value in average.values.items()} if average else {})
+        self.progress = {"step": 0, "seconds": 0.0, **(first or {})}
+        found = load_state(state_file, same, optimizer, self.kept, self.processes.device, scaler)
+        self.resumed = found is not None
+        self.progress |= found or {}
+        if "updates" in self.progress:  # a state of before `step` counted over all epochs
+            self.progress["step"] = self.progress.pop("updates")
+        if average:
+            average.steps = self.progress["step"]
+        self.before = self.progress["seconds"]
+        self.created = self.started = time.monotonic()
+        self.log_file, self.tensorboard, self.log, self.about = log, tensorboard, None, {}
+        self.values, self.items, self.since = {}, 0, self.started  # since the last line of the log
 
-            # One may encode, or tokenize, for hours while the others wait.
-            state = PartialState(cpu=self.device == "cpu", timeout=timedelta(hours=6))
-            self.number, self.count, self.device = state.process_index, state.num_processes, state.device.type
-        self.main = self.number == 0
+    def __enter__(self):
+        self.started = self.saved = self.since = time.monotonic()
+        if self.processes.main and self.log_file:
+            self.log = TrainingLog(self.log_file, self.progress["step"], self.tensorboard)
+        self.interruption = Interruption(self.max_hours, self.created)
+        self.interruption.__enter__()
+        return self
 
-    def wait(self):
-        """Until all have come here."""
-        if self.count > 1:
-            torch.distributed.barrier()
+    def __exit__(self, *error):
+        self.interruption.__exit__(*error)
 
-    def gather(self, rows):
-        """The lists of all processes, as one list, on each."""
-        if self.count == 1:
-            return rows
-        parts = [None] * self.count
-        torch.distributed.all_gather_object(parts, rows)
-        return [row for part in parts for row in part]
+    @property
+    def seconds(self):
+        """That training took so far, over all its parts."""
+        return self.before + time.monotonic() - self.started
 
-    def add(self, *numbers):
-        """Each number's sum over the processes; one number comes back alone."""
-        if self.count > 1:
-            total = torch.tensor(numbers, dtype=torch.float64 if self.device == "cpu" else torch.float32,
-                                 device=self.device)
-            torch.distributed.all_reduce(total)
-            numbers = total.tolist()
-        return numbers[0] if len(numbers) == 1 else numbers
+    @contextlib.contextmanager
+    def paused(self):
+        """Within, time does not count."""
+        before, started = self.seconds, time.monotonic()
+        yield
+        self.before, self.started = before, time.monotonic()
+        self.since += self.started - started
 
-    def share(self, tensors):
-        """Make these tensors those of the main process, on each."""
-        if self.count > 1:
-            for tensor in tensors:
-                torch.distributed.broadcast(tensor.data, 0)
+    def steps(self, end, start=0, description="training", where=""):
+        """Numbers of the updates that are left up to `end`, with a progress bar that counts from `start`. Each must be followed by an
+        `update`. Where it is time, the state is saved, a line says so, and `where`, and no more come."""
+        with tqdm(total=end - start, initial=self.progress["step"] - start, desc=description, unit="batch",
+                  disable=not self.processes.main) as self.bar:
+            while self.progress["step"] < end and not self.stopped:
+                yield self.progress["step"]
+                self.bar.update()
+                self.stopped = bool(self.processes.add(bool(self.interruption)))
+                if self.stopped or time.monotonic() - self.saved > 60 * self.save_minutes:
+                    self.save()
+        if self.stopped and self.processes.main:
+            print(f"stopped{where} after {self.progress['step'] - start} of {end - start} batches: the same command goes on from there",
+                  flush=True)
 
-    def add_gradients(self, parameters):
-        """Replace each gradient by its sum over the processes, all in one message."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if self.count > 1 and gradients:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            torch.distributed.all_reduce(flat)
-            for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-                gradient.copy_(part.view_as(gradient))
+    def update(self, learning_rate, items=0, **values):
+        """Make a step of the gradients that are there, summed over the processes, at this learning rate times each group's factor.
+
+        Args:
+            items: how many images, or captions, it learnt from, for the log.
+            values: of losses and the like; the log has their means. Raises UserError, without an update, where one, or the gradient, is
+                not finite.
+        """
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(check_finite(value, name))
+        self.processes.add_gradients(self.parameters.values())
+        norm = step_optimizer(self.optimizer, learning_rate, self.clip, self.scaler)
+        if self.after:
+            self.after()
+        if self.average:
+            self.average.update()
+        self.progress.update(step=self.progress["step"] + 1, seconds=self.seconds)
+        self.items += items
+        self.last = {"learning rate": learning_rate, "gradient norm": norm.item()}
+        if self.progress["step"] % LOG_STEPS == 0:
+            self.note()
+            self.bar.set_postfix({name: f"{value:.3f}" for name, value in self.means.items()})
+
+    def note(self):
+        """Write a line of the log with the means of what the updates since the last line gave, unless there were none."""
+        if not self.values:
+            return
+        values, means = self.last, {name: sum(some) / len(some) for name, some in self.values.items()}
+        now = time.monotonic()
+        if self.items:
+            values = values | {"images per second": self.items / max(1e-9, now - self.since)}
+        self.means, self.values, self.items, self.since = means, {}, 0, now
+        if self.log:
+            self.write(**self.about, **means, **values, seconds=self.progress["seconds"])
+
+    def write(self, **values):
+        """Write a line of the log, at this number of updates."""
+        if self.log:
+            self.log.write(self.progress["step"], **values)
+
+    def save(self):
+        """Write the state to go on from."""
+        self.progress["seconds"] = self.seconds
+        if self.processes.main:
+            save_state(self.state_file, self.same, self.optimizer, self.kept, self.progress, self.scaler)
+        self.saved = time.monotonic()
+
+    def finish(self, curves):
+        """Draw these values of the log, and delete the state: what came of the run is written."""
+        if self.processes.main:
+            if self.log:
+                self.log.close(curves)
+            self.state_file.unlink(missing_ok=True)
+        self.processes.wait()
 
 
 class Interruption:
     """Whether it is time to stop: after SIGTERM, as a cluster sends it before it kills, or `hours`. A context manager."""
 
-    def __init__(self, hours=0.0):
-        self.end = time.monotonic() + 3600 * hours if hours else math.inf
+    def __init__(self, hours=0.0, since=None):
+        """`since`: when the hours began, of time.monotonic(); default: now."""
+        self.end = (time.monotonic() if since is None else since) + 3600 * hours if hours else math.inf
         self.signalled = False
 
     def __enter__(self):
@@ -198,17 +258,6 @@ class TrainingLog:
             axes.set(title=name, xlabel="updates")
             axes.grid(alpha=0.3)
         figure.savefig(self.path.with_suffix(".png"), dpi=150)
-
-
-def memory_in_use(device):
-    """Bytes: on CUDA the most that were in use so far, on a CPU what this process holds now, without mapped files."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    try:
-        resident, shared = (int(pages) for pages in Path("/proc/self/statm").read_text().split()[1:3])
-    except OSError:  # not Linux
-        return 0
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 def adamw(groups, learning_rate, weight_decay):
@@ -300,7 +349,7 @@ class MovingAverage:
             value.copy_(kept)
 
 
-def what_matters(settings, *without):
+def comparable(settings, *without):
     """A dataclass's fields but those `without`, as plain values: what a run that goes on must have in common."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()
             if name not in without}
@@ -344,6 +393,8 @@ def load_state(path, settings, optimizer, parameters, device, scaler=None):
             raise TypeError
     except Exception:  # there is nothing that torch does not raise for some damaged file
         raise UserError(DAMAGED.format(path)) from None
+    if missing := settings.keys() - before.keys():
+        raise UserError(f"{path} is of an unfinished run of an older form, which knew no {min(missing)}: delete it, or name another output")
     changed = [key for key in settings if before.get(key) != settings[key]]
     if changed:
         raise UserError(f"{path} is of an unfinished run with another {changed[0]} ({before.get(changed[0])}, "
@@ -401,16 +452,3 @@ def hold(output):
     LOCKS[path] = lock
 
 
-def check_settings(settings, at_least_one=(), fractions=(), signed=()):
-    """Raise UserError unless every number among a dataclass's fields is finite and, but for those `signed`, at least 0; these
-    fields at least 1, and those from 0 to below 1."""
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        if isinstance(value, (int, float)):
-            if not math.isfinite(value):
-                raise UserError(f"--{field.name} is {value}, but must be a number")
-            least = 1 if field.name in at_least_one else 0
-            if value < least and field.name not in signed:
-                raise UserError(f"--{field.name} is {value}, but must be at least {least}")
-            if field.name in fractions and value >= 1:
-                raise UserError(f"--{field.name} is {value}, but must be at least 0 and below 1")

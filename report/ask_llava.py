@@ -18,10 +18,11 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli import ArgumentParser, UserError, check_writable, run, write_json
-from dataset import load_picture
-from p1_llava_infer import SIDE, Llava, LlavaSettings, default_model
-from p4_questions import best_constants, read_questions
+from cli import ArgumentParser, UserError, run
+from files import check_writable, write_json
+from images import load_picture
+from llava import SIDE, Llava, LlavaSettings, default_model
+from questions import best_constants, read_questions
 from significance import paired_bootstrap
 
 

@@ -19,14 +19,17 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from captioner import Captioner, GenerationConfig, read_metadata
+from captioner import Captioner, read_metadata
 from chair import Chair
-from cli import ArgumentParser, UserError, read_json, run, write_json
+from cli import ArgumentParser, UserError, run
 from concepts import ClassWords, Concepts
-from dataset import FeatureCache, Folder, read_captions
+from dataset import Folder, read_captions
+from devices import pick_device
+from features import FeatureCache
+from files import read_json, write_json
+from generation import GenerationConfig
 from metrics import cider, tokenize
 from significance import paired_bootstrap
-from training import pick_device
 
 RARE = 20  # training pictures that show a rare thing, at most
 AGREED = 2  # references that must name a thing, so that it is there

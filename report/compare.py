@@ -18,13 +18,15 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from captioner import Captioner, GenerationConfig, read_metadata
-from cli import ArgumentParser, UserError, read_json, run, write_json
-from dataset import FeatureCache, read_captions, write_subset
+from captioner import Captioner, caption_features, read_metadata
+from cli import ArgumentParser, UserError, run
+from dataset import read_captions, write_subset
+from devices import pick_device
+from features import FeatureCache
+from files import read_json, write_json
+from generation import GenerationConfig
 from metrics import bleu, cider, tokenize
-from p2_train import caption_features
 from significance import paired_bootstrap
-from training import pick_device
 
 HYBRID = {"encoder": "tf_efficientnet_lite2", "encoder_levels": 1}
 STUDIES = {  # of each kind, the options of p2_train.py
@@ -34,6 +36,7 @@ STUDIES = {  # of each kind, the options of p2_train.py
         "lora8": {"lora_rank": 8, "lora_alpha": 16},
         "adapter64": {"lora_rank": 0, "adapter_dim": 64},
         "prefix100": {"lora_rank": 0, "prefix_length": 100},
+        "ia3": {"lora_rank": 0, "ia3": True},
         "image_prefix_lora8": {"lora_rank": 8, "lora_alpha": 16, "fusion": "prefix"},
     }.items()},
     "encoders": {

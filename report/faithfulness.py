@@ -28,13 +28,14 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from captioner import Captioner
-from cli import ArgumentParser, UserError, check_writable, read_json, run, write_json
-from dataset import load_picture, read_captions
-from p2_infer import find_weights
-from p3_attention import of_words, p2_attention, peak, teacher_forced, upsample, word_maps
+from attention import of_words, p2_attention, peak, teacher_forced, upsample, word_maps
+from captioner import Captioner, find_weights
+from cli import ArgumentParser, UserError, run
+from dataset import read_captions
+from devices import pick_device
+from files import check_writable, read_json, write_json
+from images import load_picture
 from significance import paired_bootstrap
-from training import pick_device
 
 RESULTS = ROOT / "report" / "results" / "faithfulness.json"
 AREA = 0.1  # of the picture that is masked

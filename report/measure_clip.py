@@ -30,14 +30,16 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli import ArgumentParser, UserError, read_json, run, write_json
-from clip_model import SmallClip, load_clip, paired_similarity, similarity
-from dataset import FeatureCache, image_files, read_captions
-from p1_clip_classify import ASSIGNMENT_TEMPLATES, average, embed_classes
-from p4_clip import partial_sentences
+from cli import ArgumentParser, UserError, run
+from clip_data import partial_sentences
+from clip_model import ASSIGNMENT_TEMPLATES, SmallClip, average, embed_classes, load_clip, paired_similarity, similarity
+from dataset import read_captions
+from devices import pick_device
+from features import FeatureCache
+from files import read_json, write_json
+from images import image_files
 from retrieval import WAYS, Ranks
 from significance import DRAWS, paired_bootstrap, resampled_sums
-from training import pick_device
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 # ImageNet's classes of each of CIFAR-10's, by whole words of their names. Deer has none.

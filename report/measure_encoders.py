@@ -28,14 +28,15 @@ from tqdm import tqdm, trange
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli import ArgumentParser, UserError, read_json, run, write_json
+from cli import ArgumentParser, UserError, run
 from clip_small import TextEncoder, contrastive_loss
-from dataset import FeatureCache, clean_captions, read_captions
+from dataset import clean_captions, read_captions
+from devices import pick_device
 from encoder import HEADS, ImageEncoder
-from p4_pretrain_vit import LOSSES, SHARED_DIM
+from features import FeatureCache
+from files import read_json, read_weights, write_json
 from retrieval import recalls
-from training import pick_device
-from weightfiles import read_weights
+from vit_student import LOSSES, SHARED_DIM
 
 KINDS = {"dog": {"dog", "dogs", "puppy"}, "snow": {"snow", "snowy", "ski", "skier", "snowboarder"},
          "water": {"water", "pool", "ocean", "lake", "river", "swimming", "beach"},

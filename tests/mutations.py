@@ -18,23 +18,26 @@ from collections import Counter
 from contextlib import redirect_stderr
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
-
 import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import dataset
 import p1_clip_classify
 import p2_evaluate
 from captioner import Captioner, CaptionerConfig
-from cli import UserError, read_json
+from cli import UserError
 from clip_small import ClipSmall
-from dataset import FORMATS, ImageError, load_image, read_captions
+from dataset import read_captions
 from decoder import Decoder, DecoderConfig
+from files import read_json
+from images import FORMATS, ImageError, load_image
 from training import adamw, load_state, save_state
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
 
 SLOWEST = 10.0  # seconds a file
 MOST_MEMORY = 2e9  # bytes above what was in use before
@@ -135,7 +138,7 @@ def jsons(count, seed, folder):
                 "annotations": [{"id": i, "image_id": i % 5, "caption": f"A dog number {i}"} for i in range(9)]}
     predictions, labels = {str(i): "A dog" for i in range(5)}, {"0": "dog", "1": "cat"}
     (folder / "captions.json").write_text(json.dumps(captions))
-    references = p2_evaluate.load_references(folder / "captions.json")
+    references = dataset.load_references(folder / "captions.json")
     values = [None, True, -1, 1e308, "", "\ud800", [], {}, [[]], {"id": {}}, "x" * 300]
 
     def change(value):

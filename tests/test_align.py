@@ -12,12 +12,15 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import llava_training
 import p4_align
+import training
 from cli import UserError
 from dataset import IGNORE
-from p1_llava_infer import Llava, LlavaSettings
-from p4_align import (Sample, Settings, Trainer, answer_loss, assemble, build, by_picture, draw_epoch, query_form,
-                      sampled_cross_entropy, trained_parameters)
+from llava import Llava, LlavaSettings
+from llava_training import answer_loss, assemble, build, query_form, sampled_cross_entropy, trained_parameters
+from p4_align import AlignmentTrainer, Settings
+from questions import Sample, by_picture, sample_epoch
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 180, 40), "blue": (30, 40, 220), "yellow": (230, 220, 30),
            "black": (5, 5, 5), "white": (250, 250, 250), "pink": (250, 130, 190), "brown": (120, 70, 20)}
@@ -80,7 +83,7 @@ def settings(**changes):
 
 
 def trainer(towers, output="llava", **changes):
-    return Trainer(towers / "vision", towers / "language", output, settings(**changes))
+    return AlignmentTrainer(towers / "vision", towers / "language", output, settings(**changes))
 
 
 # ---- the model -------------------------------------------------------------------------------------------------
@@ -88,7 +91,7 @@ def trainer(towers, output="llava", **changes):
 
 def test_stage_1_overfits_eight_pairs_and_p1_reads_the_folder(towers, data):
     run = trainer(towers, stage1_epochs=120, stage2_epochs=0, batch_size=8, learning_rate=1e-2, warmup_epochs=5)
-    assert run.fit() and run.progress["losses"][-1] < 0.1
+    assert run.fit() and run.run.means["loss"] < 0.1
     llava = Llava(data / "llava")
     pictures = [Image.open(data / "data" / "images" / "train" / f"{name}.png").convert("RGB") for name in COLOURS]
     answers = llava.answer(pictures, [""] * 8, LlavaSettings(max_new_tokens=20))
@@ -138,7 +141,7 @@ def test_a_fresh_projection_fits_what_it_stands_between(towers, data, projection
     seen = []
     projector = model.model.multi_modal_projector
     projector.linear_1.register_forward_hook(lambda layer, inputs, output: seen.append(output))
-    p4_align.fit_projection(model, pixels)
+    llava_training.fit_projection(model, pixels)
     tokens = torch.cat(model.get_image_features(pixel_values=pixels).pooler_output)
     assert (tokens.std() / model.get_input_embeddings().weight.std()).item() == pytest.approx(1, abs=0.3)
     if projection == "mlp":  # of what is standardised, the first layer makes values of middling size
@@ -191,7 +194,7 @@ def test_branches_see_their_picture_and_no_other_branch(towers, data, attention)
                               query_pre_attn_scalar=16)
     torch.manual_seed(0)
     Gemma3ForCausalLM(config).save_pretrained(data / "gemma")
-    run = Trainer(towers / "vision", data / "gemma", "out", settings())
+    run = AlignmentTrainer(towers / "vision", data / "gemma", "out", settings())
     run.model.set_attn_implementation(attention)
     found = answer_loss(run.model, run.collate(ROWS)).item()
     assert found == pytest.approx(loss_one_by_one(run, ROWS), rel=1e-5)
@@ -256,7 +259,7 @@ def test_an_epoch_holds_each_kind_by_its_part():
     groups = {kind: [Sample(i, kind, str(i)) for i in range(count)] for kind, count in (("qa", 30), ("relation", 3), ("detail", 99))}
     parts = Settings().parts()
     assert parts == pytest.approx({"qa": 0.6, "relation": 0.2, "detail": 0.2})
-    drawn = draw_epoch(groups, parts, 50, torch.Generator().manual_seed(0))
+    drawn = sample_epoch(groups, parts, 50, torch.Generator().manual_seed(0))
     kinds = [sample.query for sample in drawn]
     assert (kinds.count("qa"), kinds.count("relation"), kinds.count("detail")) == (30, 10, 10)
     assert len({sample.answer for sample in drawn if sample.query == "qa"}) == 30  # each once before any again
@@ -357,7 +360,7 @@ def test_what_does_not_belong_to_a_run_is_no_start(towers, data):
 
 
 def test_a_vit_of_this_repository_is_a_vision_tower(towers, data):
-    from p4_pretrain_vit import Student
+    from vit_student import Student
 
     torch.manual_seed(0)
     student = Student()
@@ -378,7 +381,7 @@ def test_a_vit_of_this_repository_is_a_vision_tower(towers, data):
 def test_a_resumed_run_equals_one_that_was_not_stopped(towers, data, monkeypatch):
     assert trainer(towers, "whole", train_vision_layers=1).fit()
 
-    monkeypatch.setattr(p4_align, "Interruption", stopping(lambda: run.progress["step"] in (3, 5)))
+    monkeypatch.setattr(training, "Interruption", stopping(lambda: run.progress["step"] in (3, 5)))
     for finished in False, False, True:
         run = trainer(towers, "parts", train_vision_layers=1, accumulation=2 if finished else 1)
         assert run.fit() == finished
@@ -411,7 +414,7 @@ def test_two_processes_align_as_one_with_the_language_model_sharded(towers, data
                "--per_picture=2", "--head_sample=40", "--mix", "qa=0.5", "caption=0.5"]
     for processes, more in (1, []), (2, ["--fsdp"]):
         finish(start(str(towers / "vision"), str(towers / "language"), f"out{processes}", *options, *more, processes=processes,
-                     module="p4_align", before="p4_align.LOG_STEPS = 1"))
+                     module="p4_align", before="import training; training.LOG_STEPS = 1"))
     one, two = ([json.loads(line)["loss"] for line in open(f"out{n}.jsonl")] for n in (1, 2))
     assert len(one) == 4 and two == pytest.approx(one, abs=1e-4)
     whole, sharded = (load_file(f"out{n}/model.safetensors") for n in (1, 2))
@@ -468,8 +471,15 @@ def test_instructions_that_are_none_are_refused(towers, data):
 
 
 def test_vision_models_that_do_not_fit_are_refused(towers, data):
-    from transformers import (BitImageProcessor, CLIPVisionConfig, CLIPVisionModel, Dinov2WithRegistersConfig,
-                              Dinov2WithRegistersModel, SiglipVisionConfig, SiglipVisionModel)
+    from transformers import (
+        BitImageProcessor,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersModel,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+    )
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
              "intermediate_size": 64}
@@ -484,14 +494,23 @@ def test_vision_models_that_do_not_fit_are_refused(towers, data):
         with pytest.raises(UserError, match="does not take 42 pixels"):
             build(data / name, towers / "language", settings(image_size=42))
     for name in "clip", "siglip":  # with a class token, and without one
-        assert Trainer(data / name, towers / "language", f"{name}_llava", settings(stage1_epochs=1, stage2_epochs=0)).fit()
+        assert AlignmentTrainer(data / name, towers / "language", f"{name}_llava", settings(stage1_epochs=1, stage2_epochs=0)).fit()
         answers = Llava(data / f"{name}_llava").answer([Image.new("RGB", (50, 40))], ["Well?"], LlavaSettings(max_new_tokens=3))
         assert len(answers) == 1
 
 
 def test_language_models_that_llava_would_change_are_refused(towers, data):
-    from transformers import (AutoTokenizer, CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config,
-                              GPT2LMHeadModel, PhiConfig, PhiForCausalLM)
+    from transformers import (
+        AutoTokenizer,
+        CohereConfig,
+        CohereForCausalLM,
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        GPT2Config,
+        GPT2LMHeadModel,
+        PhiConfig,
+        PhiForCausalLM,
+    )
 
     sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     for model, message in [(GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2)), "not built as LLaVA"),
@@ -516,7 +535,7 @@ def test_a_kept_unused_token_stands_for_patches_and_a_chat_template_is_followed(
     Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                  num_attention_heads=2, num_key_value_heads=2)).save_pretrained(data / "qwen")
     tokenizer.save_pretrained(data / "qwen")
-    run = Trainer(towers / "vision", data / "qwen", "llava", settings(stage1_epochs=0, stage2_epochs=1))
+    run = AlignmentTrainer(towers / "vision", data / "qwen", "llava", settings(stage1_epochs=0, stage2_epochs=1))
     assert run.processor.image_token == "<unused0>" and "<image>" not in run.processor.tokenizer.get_vocab()
     assert run.fit()
     llava, picture = Llava(data / "llava"), Image.open(run.images[0].path).convert("RGB")

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import faithfulness
 import numpy as np
 import pytest
 import torch
@@ -17,17 +18,17 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 import cli
-import faithfulness
 import p3_attention
-from captioner import Captioner, CaptionerConfig, GenerationConfig
+from attention import END, Attention, align_words, kept_region, llava_attention, p2_attention, peak, rollout, teacher_forced, upsample, word_maps
+from captioner import Captioner, CaptionerConfig
 from cli import UserError
 from clip_model import default_clip
 from dataset import collate
 from decoder import Cache, Decoder, DecoderConfig
 from encoder import ImageEncoder
-from p1_llava_infer import SMALL, Llava, LlavaSettings
-from p3_attention import (END, Attention, align_words, draw_layers, draw_words, kept_region, llava_attention, p2_attention,
-                          page, page_entry, peak, rollout, teacher_forced, upsample, word_maps)
+from generation import GenerationConfig
+from llava import SMALL, Llava, LlavaSettings
+from p3_attention import page, page_entry, plot_layers, plot_words
 from tokenizer import END_OF_TEXT, BPETokenizer
 
 CORNERS = "NW", "NE", "SW", "SE"
@@ -215,18 +216,18 @@ def test_the_winning_beams_weights_are_those_of_its_generation():
     model = random_captioner()
     pictures = [noise(seed) for seed in (3, 4, 5)]
     together = p2_attention(model, pictures, GenerationConfig(3, max_length=7))
-    for picture, attention in zip(pictures, together):
+    for picture, found in zip(pictures, together):
         with torch.inference_mode():
             features = model.encoder(model.encoder.preprocess(picture)[None])
-            assert attention.caption == model.generate(features, GenerationConfig(3, max_length=7))[0]
+            assert found.caption == model.generate(features, GenerationConfig(3, max_length=7))[0]
             context, cache, weights = model.decoder.context(model.projection(features)), Cache(8), []
-            for token in [END_OF_TEXT, *attention.tokens]:  # one at a time, with a cache, as the search does
+            for token in [END_OF_TEXT, *found.tokens]:  # one at a time, with a cache, as the search does
                 attentions = []
                 model.decoder.hidden(torch.tensor([[token]]), context, cache, attentions)
                 weights.append(torch.stack(attentions)[:, 0, :, 0].numpy())
-        for word, places in enumerate(attention.places):
+        for word, places in enumerate(found.places):
             expected = np.mean([weights[place] for place in places], 0)
-            np.testing.assert_allclose(attention.maps[word].reshape(2, 2, 16), expected, atol=1e-5)
+            np.testing.assert_allclose(found.maps[word].reshape(2, 2, 16), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("text, words", [
@@ -306,15 +307,15 @@ def test_the_figure_has_a_panel_for_each_word_at_the_pictures_aspect():
     words = ["A", "$5$", "of", "incomprehensibilities", END]
     attention = made_up(words, np.random.default_rng(0).random((5, 2, 1, 3, 3)))
     picture = noise(0, (300, 100))
-    figure = draw_words(picture, attention, layer=2, columns=3)
+    figure = plot_words(picture, attention, layer=2, columns=3)
     assert titles(figure) == ["<start>", *words]
     for axes in figure.axes:
         assert axes.images[0].get_array().shape == (100, 300, 3)
     boxes = [text.get_window_extent() for axes in figure.axes for text in axes.texts]
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
-    shared = draw_words(picture, attention, scale="shared", correction="divide")
+    shared = plot_words(picture, attention, scale="shared", correction="divide")
     assert len(shared.axes) == 7 and shared.axes[-1].get_ylabel() == "attention / its mean over words"
-    layers = draw_layers(picture, attention)
+    layers = plot_layers(picture, attention)
     assert [text for text in titles(layers) if text] == ["<start>", "incomprehensibilities"]
     assert [text.get_text() for text in layers.texts] == ["layer 1", "layer 2", "mean"]
 
@@ -322,7 +323,7 @@ def test_the_figure_has_a_panel_for_each_word_at_the_pictures_aspect():
 def test_brighter_where_the_word_looked():
     maps = np.zeros((1, 1, 1, 4, 4))
     maps[..., 0, 3] = 1
-    panel = draw_words(Image.new("RGB", (400, 100), "grey"), made_up(["dog"], maps)).axes[1].images[0].get_array()
+    panel = plot_words(Image.new("RGB", (400, 100), "grey"), made_up(["dog"], maps)).axes[1].images[0].get_array()
     brightness = np.asarray(panel).sum(-1)
     assert brightness[:25, 300:].mean() > 2 * brightness[50:, :200].mean()
 

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import captioner
-from captioner import Captioner, CaptionerConfig, GenerationConfig, Projection, newest_checkpoint, read_metadata
+from captioner import Captioner, CaptionerConfig, Projection, newest_checkpoint, read_metadata
 from cli import UserError
 from dataset import collate
 from decoder import Decoder, DecoderConfig
+from files import content_hash
+from generation import GenerationConfig
 from tokenizer import END_OF_TEXT, BPETokenizer
-from weightfiles import content_hash
-
 
 KINDS = {
     "cross": {},
@@ -73,7 +73,7 @@ def log_prob_without_cache(model, features, tokens):
     inputs = torch.tensor([[model.token_ids[model.end], *tokens[:-1]]])
     with torch.inference_mode():
         logits = model.decoder(inputs, model.projection(features), model.token_ids)
-    places = model.places[torch.tensor(tokens)]
+    places = model.column_of[torch.tensor(tokens)]
     return logits[0].log_softmax(-1)[range(len(tokens)), places].sum().item()
 
 
@@ -318,7 +318,7 @@ def sampled_frequencies(model, generation, draws=4000):
         rows = model.sample(image, generation, range(draws))
     counts = torch.zeros(len(model.token_ids))
     for row in rows:
-        counts[int(model.places[row[0]]) if row else model.end] += 1
+        counts[int(model.column_of[row[0]]) if row else model.end] += 1
     return counts / draws
 
 

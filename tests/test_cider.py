@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import metrics
-from cider import CiderScorer, tokenize
-from p2_evaluate import load_references
+from cider import CiderScorer, ptb_tokens
+from dataset import load_references
 
 CAPTIONS = [  # and their tokens
     ("A dog can't run; it's wet, isn't it?", "a dog ca n't run it 's wet is n't it"),
@@ -25,7 +25,7 @@ CAPTIONS = [  # and their tokens
 
 
 def test_tokens_are_those_of_the_java_tokenizer():
-    assert [" ".join(tokenize(caption)) for caption, _ in CAPTIONS] == [tokens for _, tokens in CAPTIONS]
+    assert [" ".join(ptb_tokens(caption)) for caption, _ in CAPTIONS] == [tokens for _, tokens in CAPTIONS]
     assert metrics.tokenize({0: [caption for caption, _ in CAPTIONS]})[0] == [tokens for _, tokens in CAPTIONS]
 
 
@@ -36,7 +36,7 @@ def test_tokens_of_all_captions_at_hand(flickr8k):
     for file in sorted((flickr8k.resolve().parent / "caption_text").glob("*.txt")):
         captions += file.read_text(encoding="utf-8").splitlines()
     java = metrics.tokenize({0: captions})[0]
-    different = [(caption, tokens) for caption, tokens in zip(captions, java) if " ".join(tokenize(caption)) != tokens]
+    different = [(caption, tokens) for caption, tokens in zip(captions, java) if " ".join(ptb_tokens(caption)) != tokens]
     print(f"{len(different)} of {len(captions)} captions differ:", *different, sep="\n")
     assert len(different) <= len(captions) / 10_000
 

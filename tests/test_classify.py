@@ -15,8 +15,8 @@ from PIL import Image
 
 import cli
 import p1_clip_classify
-from clip_model import Clip
-from p1_clip_classify import ASSIGNMENT_TEMPLATES, average, draw_bars, embed_classes, read_classes, true_label, write_labels
+from clip_model import ASSIGNMENT_TEMPLATES, Clip, average, embed_classes
+from p1_clip_classify import plot_bars, read_classes, true_label, write_labels
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = {"0": "apple", "1": "aquarium_fish", "2": "baby", "3": "can", "10": "pickup_truck", "11": "sweet__pepper_",
@@ -288,7 +288,7 @@ def test_labels_file_of_another_form(content):
 
 def test_bars_are_clips_probabilities_of_the_chosen_images(classify, weights, monkeypatch):
     drawn = []
-    monkeypatch.setattr(p1_clip_classify, "draw_bars", lambda *arguments: drawn.append(arguments) or draw_bars(*arguments))
+    monkeypatch.setattr(p1_clip_classify, "plot_bars", lambda *arguments: drawn.append(arguments) or plot_bars(*arguments))
     make_images("images", "holiday.png")
     Path("images/empty.png").touch()
     chosen = ["n_4_1.png", "holiday.png", "images/1_2.png"]
@@ -310,7 +310,7 @@ def test_bars_of_odd_names(place):
     odd = place / f"$x$ {'long' * 40}.png"
     Path("images/0_0.png").rename(odd)
     shown[odd] = shown.pop(place / "images" / "0_0.png")
-    draw_bars("bars.png", shown, names, {path: names[2] for path in shown})
+    plot_bars("bars.png", shown, names, {path: names[2] for path in shown})
     with Image.open("bars.png") as picture:
         assert picture.width > picture.height  # in two columns
 

@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import COLOURS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import clip_model
 import clip_small
 import encoder as encoder_module
-import p4_clip
+import training
 from cli import UserError
+from clip_data import Sentences, VirtualPictures
 from clip_model import Clip, SmallClip, TransformersClip, default_clip, load_clip, paired_similarity, similarity
-from clip_small import ClipConfig, ClipSmall, Folds, Summary, TextEncoder
-from conftest import COLOURS
+from clip_small import ClipConfig, ClipSmall, Folds, Summary, TextEncoder, keep_loss, multi_positive_loss
 from encoder import ImageEncoder
-from p4_clip import CrossFit, Sentences, Settings, Trainer, VirtualPictures, keep_loss, multi_positive_loss
+from p4_clip import ClipTrainer, CrossFit, Settings
 from retrieval import Ranks
 
 CNN = "test_efficientnet"
@@ -201,7 +202,7 @@ def test_a_small_clip_learns_which_caption_is_whose(place):
     for path in (place / "data" / "images" / "train").iterdir():  # a picture of one colour alone has no deviations
         colours = np.asarray(Image.open(path), np.int16) + noise.integers(-60, 60, (40, 50, 3))
         Image.fromarray(colours.clip(0, 255).astype(np.uint8)).save(path)
-    history = Trainer(replace(CONFIG, classes=False), settings(epochs=40, anchors=0, dropout=0.1, output="clip.safetensors")).fit()
+    history = ClipTrainer(replace(CONFIG, classes=False), settings(epochs=40, anchors=0, dropout=0.1, output="clip.safetensors")).fit()
     assert history[-1]["data, text to image@1"] == history[-1]["data, image to text@1"] == 1
     clip = SmallClip("clip.safetensors")
     _, images, _ = clip.encode_images([place / "data" / "images" / "train" / f"{i}.png" for i in range(4)])
@@ -213,48 +214,48 @@ def test_resumed_training_equals_training_without_interruption(place, monkeypatc
     text = place / "text.txt"
     text.write_text("a dog\nthe cat is there\na fish\n" * 5)
     options = settings(text=(str(text),), anchors=0.2, keep=0.3)
-    whole = Trainer(CONFIG, replace(options, output="whole.safetensors"), "cpu").fit()
-    original, left = p4_clip.step_optimizer, iter(range(4))
+    whole = ClipTrainer(CONFIG, replace(options, output="whole.safetensors"), "cpu").fit()
+    original, left = training.step_optimizer, iter(range(4))
 
     def step(*arguments):
         if next(left, None) is None:
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(p4_clip, "step_optimizer", step)
+    monkeypatch.setattr(training, "step_optimizer", step)
     parts = replace(options, output="parts.safetensors", save_minutes=0.0)
     with pytest.raises(KeyboardInterrupt):
-        Trainer(CONFIG, parts, "cpu").fit()
-    monkeypatch.setattr(p4_clip, "step_optimizer", original)
+        ClipTrainer(CONFIG, parts, "cpu").fit()
+    monkeypatch.setattr(training, "step_optimizer", original)
     torch.manual_seed(99)
-    resumed = Trainer(CONFIG, parts, "cpu").fit()
+    resumed = ClipTrainer(CONFIG, parts, "cpu").fit()
     for entry in whole + resumed:
         assert entry.pop("seconds") > 0
     assert resumed == whole and len(whole) == 3
     one, two = load_file("whole.safetensors"), load_file("parts.safetensors")
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     with pytest.raises(UserError, match="is there already"):
-        Trainer(CONFIG, parts, "cpu")
+        ClipTrainer(CONFIG, parts, "cpu")
 
 
 def test_stops_in_time_and_goes_on(place):
-    assert Trainer(CONFIG, settings(max_hours=1e-9, output="clip.safetensors")).fit() is None
+    assert ClipTrainer(CONFIG, settings(max_hours=1e-9, output="clip.safetensors")).fit() is None
     assert not Path("clip.safetensors").exists()
-    assert len(Trainer(CONFIG, settings(output="clip.safetensors")).fit()) == 3
+    assert len(ClipTrainer(CONFIG, settings(output="clip.safetensors")).fit()) == 3
 
 
 def test_several_folders_and_a_selection_of_each(place):
     import shutil
 
     shutil.copytree("data", "other")
-    run = Trainer(CONFIG, settings(data=("data", "other"), selection=(4, 0), output="clip.safetensors"))
+    run = ClipTrainer(CONFIG, settings(data=("data", "other"), selection=(4, 0), output="clip.safetensors"))
     assert len(run.train) == 20 + 24 and [*map(len, run.selection)] == [4, 0] and run.train[20] == 24
     assert not set(run.train) & set(run.selection[0]) and len(run.pictures) == 48
     # The 25th picture is the other folder's first, with its captions.
     assert run.captions[24] == range(48, 50)
     for problem, changes in (("cannot be split", {"selection": (24,)}), ("one number", {"selection": (1, 2, 3)})):
         with pytest.raises(UserError, match=problem):
-            Trainer(CONFIG, settings(output="x.safetensors", **changes))
+            ClipTrainer(CONFIG, settings(output="x.safetensors", **changes))
 
 
 # ---- the file --------------------------------------------------------------------------------------------------
@@ -262,12 +263,12 @@ def test_several_folders_and_a_selection_of_each(place):
 
 @pytest.fixture
 def trained(place):
-    Trainer(CONFIG, settings(epochs=1, output="clip.safetensors"), "cpu").fit()
+    ClipTrainer(CONFIG, settings(epochs=1, output="clip.safetensors"), "cpu").fit()
     return place / "clip.safetensors"
 
 
 def test_a_loaded_clip_embeds_as_the_trained_one(place, trained):
-    run = Trainer(CONFIG, settings(epochs=1, output="again.safetensors"), "cpu")
+    run = ClipTrainer(CONFIG, settings(epochs=1, output="again.safetensors"), "cpu")
     run.fit()
     with run.average.in_place():
         numbers = torch.arange(20, 24)
@@ -350,9 +351,21 @@ def test_which_model_a_name_means(place, trained, clip_weights, monkeypatch):
 def write_dual_encoder(kind, folder):
     """A tiny random CLIP, SigLIP or BLIP-2 for image-text retrieval, with its processor."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import (Blip2Config, Blip2ForImageTextRetrieval, Blip2Processor, BlipImageProcessor, CLIPConfig, CLIPImageProcessor,
-                              CLIPModel, CLIPProcessor, PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessor, SiglipModel,
-                              SiglipProcessor)
+    from transformers import (
+        Blip2Config,
+        Blip2ForImageTextRetrieval,
+        Blip2Processor,
+        BlipImageProcessor,
+        CLIPConfig,
+        CLIPImageProcessor,
+        CLIPModel,
+        CLIPProcessor,
+        PreTrainedTokenizerFast,
+        SiglipConfig,
+        SiglipImageProcessor,
+        SiglipModel,
+        SiglipProcessor,
+    )
 
     vocabulary = {word: i for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))

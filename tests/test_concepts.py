@@ -8,23 +8,26 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import VIT
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_captioner import FakeEncoder, save_decoder
+from test_train import Interrupted, interrupt_after
+from test_train import settings as train_settings
 from timm.data import ImageNetInfo
 
 import get_concepts
 import p2_train
-from captioner import Captioner, CaptionerConfig, GenerationConfig, Projection, read_metadata
+import training
+from attention import p2_attention, teacher_forced
+from captioner import Captioner, CaptionerConfig, Projection, read_metadata
 from cli import UserError
-from concepts import MISSING, ClassWords, ClipWords, Concepts
 from clip_small import ClipConfig, Folds
-from conftest import VIT
-from dataset import Folder, collate, fingerprints
+from concepts import MISSING, ClassWords, ClipWords, Concepts
+from dataset import Folder, collate
+from files import fingerprints
+from generation import GenerationConfig
 from p2_infer import read_datastore
-from p3_attention import p2_attention, teacher_forced
-from PIL import Image
-from test_captioner import FakeEncoder, save_decoder
-from test_train import Interrupted, interrupt_after
-from test_train import settings as train_settings
 from tokenizer import END_OF_TEXT
 
 IDS = ImageNetInfo("imagenet-1k").label_names()
@@ -396,7 +399,7 @@ def place(workplace):
 
 
 def test_captions_without_pictures_are_read_once_and_not_those_of_the_selection(place):
-    trainer = p2_train.Trainer(CONFIG, settings(output="o.safetensors"), "cpu")
+    trainer = p2_train.CaptionerTrainer(CONFIG, settings(output="o.safetensors"), "cpu")
     decode = trainer.model.tokenizer.decode
     # The selection's last four pictures hold one of each colour.
     assert [decode(row) for row in trainer.text.rows] == ["Two zebras.", "A dog beside a pizza.", "An old piano."]
@@ -405,23 +408,23 @@ def test_captions_without_pictures_are_read_once_and_not_those_of_the_selection(
     assert trainer.text.seen.numbers.shape == (20, 4)
     first = trainer.model.concepts(trainer.data.features[[0], [0]].float())
     assert any(torch.equal(first.numbers[0], row) for row in trainer.text.seen.numbers)
-    drawn = trainer.text.draw_epoch(4, 3, torch.Generator().manual_seed(0))
+    drawn = trainer.text.sample_epoch(4, 3, torch.Generator().manual_seed(0))
     assert [len(batch) for batch in drawn] == [3] * 4 and sorted(sum(drawn, [])) == sorted([0, 1, 2] * 4)
     tokens, targets, concepts = trainer.text.batch([2, 0], np.random.default_rng(0))
     assert tokens[1, 1:4].tolist() == trainer.text.rows[0][:3] and len(concepts.numbers) == 2
     for changes, config, message in (({}, replace(CONFIG, concepts=0), "needs --concepts"),
                                      ({"text": ("nowhere.txt",)}, CONFIG, "cannot read the text file nowhere.txt")):
         with pytest.raises(UserError, match=message):
-            p2_train.Trainer(config, settings(output="o.safetensors", **changes), "cpu")
+            p2_train.CaptionerTrainer(config, settings(output="o.safetensors", **changes), "cpu")
 
 
 def test_training_with_text_resumes_exactly_and_changes_what_is_learnt(place, monkeypatch):
     p2_train.train(CONFIG, settings(output="whole.safetensors"), "cpu")
-    original = interrupt_after(p2_train, monkeypatch, 5)
+    original = interrupt_after(monkeypatch, 5)
     stopped = settings(output="stopped.safetensors", save_minutes=0.0)
     with pytest.raises(Interrupted):
         p2_train.train(CONFIG, stopped, "cpu")
-    monkeypatch.setattr(p2_train, "step_optimizer", original)
+    monkeypatch.setattr(training, "step_optimizer", original)
     p2_train.train(CONFIG, stopped, "cpu")
     p2_train.train(CONFIG, settings(output="without.safetensors", text=()), "cpu")
     whole, again, without = (load_file(f"{name}.safetensors") for name in ("whole", "stopped", "without"))
@@ -431,7 +434,7 @@ def test_training_with_text_resumes_exactly_and_changes_what_is_learnt(place, mo
 
 
 def test_a_step_adds_the_gradients_of_both(place):
-    trainer = p2_train.Trainer(replace(CONFIG, concept_dropout=0, projection_dropout=0, patch_dropout=0, dropout=0),
+    trainer = p2_train.CaptionerTrainer(replace(CONFIG, concept_dropout=0, projection_dropout=0, patch_dropout=0, dropout=0),
                                settings(output="o.safetensors", text_weight=0.5, label_smoothing=0.0), "cpu")
     model = trainer.model.eval()
     piece = trainer.local_batch([0, 1], np.zeros(20, int))
@@ -452,7 +455,7 @@ def test_a_step_adds_the_gradients_of_both(place):
 def test_our_clip_rewards_captions_beside_cider(place, judged):
     write_folds()
     config = settings(text=(), epochs=0, scst_epochs=1, scst_clip=2.0, folds="folds.safetensors", output="o.safetensors")
-    trainer = p2_train.Trainer(CONFIG, config, "cpu")
+    trainer = p2_train.CaptionerTrainer(CONFIG, config, "cpu")
     trainer.model.judge = FakeJudge(lambda text: (1.0, 0.0) if "zebra" in text else (-1.0, 0.0))
     features = torch.tensor([[3.0, 0.0]])
     captions, numbers = ["a red picture", "a zebra", "a red zebra", "", "red"], np.zeros(5, int)
@@ -474,7 +477,7 @@ def write_folds(views=2):
 def test_meanings_of_training_pictures_are_those_of_a_clip_that_has_not_seen_them(place, judged):
     config, embeddings = replace(CONFIG, meaning=2), write_folds()
     p2_train.train(CONFIG, settings(text=(), epochs=1, output="first.safetensors"), "cpu")
-    trainer = p2_train.Trainer(config, settings(folds="folds.safetensors", output="o.safetensors", init="first.safetensors"), "cpu")
+    trainer = p2_train.CaptionerTrainer(config, settings(folds="folds.safetensors", output="o.safetensors", init="first.safetensors"), "cpu")
     assert torch.equal(trainer.data.embeddings, embeddings[:20]) and torch.equal(trainer.selection_embeddings, embeddings[20:, 0])
     torch.testing.assert_close(trainer.model.centres[0], torch.nn.functional.normalize(embeddings[:20, 0], dim=-1).mean(0))
     assert trainer.model.centres[1].tolist() == [1, 0]  # no caption of the training pictures has a zebra
@@ -484,7 +487,7 @@ def test_meanings_of_training_pictures_are_those_of_a_clip_that_has_not_seen_the
     torch.testing.assert_close(model.concepts(features.float(), known).meaning, model.meaning(embeddings[[3, 5], 1], 0))
     assert model.generate(features.float(), embeddings=known) == model.generate(features.float(), concepts=model.concepts(features.float(), known))
     assert trainer.fit() and "projection.meaning.weight" in load_file("o.safetensors")
-    again = p2_train.Trainer(config, settings(folds="folds.safetensors", init="o.safetensors", text=(), scst_epochs=1, epochs=0,
+    again = p2_train.CaptionerTrainer(config, settings(folds="folds.safetensors", init="o.safetensors", text=(), scst_epochs=1, epochs=0,
                                               output="p.safetensors"), "cpu")
     assert torch.equal(again.model.centres, model.centres.half().float())  # those of --init
     assert again.fit()
@@ -494,7 +497,7 @@ def test_the_meaning_of_a_caption_without_a_picture_is_as_far_from_it_as_a_pictu
     """What captions explain of pictures' meanings is kept, what they do not is another picture's."""
     write_folds()
     config = settings(folds="folds.safetensors", output="o.safetensors")
-    trainer = p2_train.Trainer(replace(CONFIG, meaning=1), config, "cpu")
+    trainer = p2_train.CaptionerTrainer(replace(CONFIG, meaning=1), config, "cpu")
     assert trainer.text.seen.meaning.shape == (20, 2)
     trainer.slope, trainer.model.centres[:] = 0.5, 0
     residuals = torch.tensor([[0.0, 0.5], [0.5, 0.0]])
@@ -510,7 +513,7 @@ def test_folds_that_lack_something_are_refused(place, judged):
                                      (CONFIG, {"folds": "folds.safetensors", "views": 2}, "1 views of each picture, not 2"),
                                      (CONFIG, {"folds": "data/train.json"}, "data/train.json was not written by p4_clip.py --folds")):
         with pytest.raises(UserError, match=message):
-            p2_train.Trainer(config, settings(output="o.safetensors", **changes), "cpu")
+            p2_train.CaptionerTrainer(config, settings(output="o.safetensors", **changes), "cpu")
     judged.text_digest = "other"
     with pytest.raises(UserError, match="belongs to another CLIP"):
         Folds("folds.safetensors", judged.text_digest)
@@ -520,7 +523,7 @@ def test_folds_that_lack_something_are_refused(place, judged):
 
 def test_concepts_are_added_to_a_captioner_that_knew_none(place):
     p2_train.train(replace(CONFIG, concepts=0), settings(text=(), epochs=1, output="first.safetensors"), "cpu")
-    trainer = p2_train.Trainer(CONFIG, settings(init="first.safetensors", output="second.safetensors"), "cpu")
+    trainer = p2_train.CaptionerTrainer(CONFIG, settings(init="first.safetensors", output="second.safetensors"), "cpu")
     before = load_file("first.safetensors")
     state = trainer.model.trained_parameters()
     assert all(torch.equal(state[name].half(), before[name]) for name in before if name != "token_ids")

@@ -11,11 +11,12 @@ import timm
 import torch
 from PIL import Image
 
-import dataset
+import images
 from cli import UserError
-from dataset import (CaptionedImage, FeatureCache, ImageError, bucketed_batches, clean_caption, collate, list_images,
-                     load_ahead, load_image, make_view, read_captions, write_subset)
+from dataset import CaptionedImage, bucketed_batches, clean_caption, collate, read_captions, write_subset
 from encoder import ImageEncoder, JoinedEncoder, load_encoder, without_batch_norm
+from features import FeatureCache, make_view
+from images import ImageError, list_images, load_ahead, load_image
 
 RED, GREEN, BLUE, BLACK, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)
 SAMPLES = sorted((Path(__file__).resolve().parent.parent / "samples").glob("*.jpg"))
@@ -52,9 +53,9 @@ def save_rotated(path, image, orientation):
 # ---- images as a person sees them ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", sorted(dataset.IMAGE_SUFFIXES))
+@pytest.mark.parametrize("suffix", sorted(images.IMAGE_SUFFIXES))
 def test_every_listed_format_is_read(tmp_path, suffix):
-    if suffix in dataset.PHONES:
+    if suffix in images.PHONES:
         pytest.importorskip("pillow_heif").register_heif_opener()  # to write it
     four_colours().save(tmp_path / f"x{suffix}")
     image = load_image(tmp_path / f"x{suffix}")
@@ -181,7 +182,7 @@ def test_image_that_vanished_or_is_absurdly_large_is_refused(tmp_path, monkeypat
     with pytest.raises(ImageError, match="No such file"):
         load_image(tmp_path / "gone.jpg")
     four_colours().save(tmp_path / "x.png")
-    monkeypatch.setattr("dataset.MOST_PIXELS", {"JPEG": 1000, "other": 1000})
+    monkeypatch.setattr("images.MOST_PIXELS", {"JPEG": 1000, "other": 1000})
     with pytest.raises(ImageError, match="absurd"):
         load_image(tmp_path / "x.png")
 
@@ -222,7 +223,7 @@ def test_images_are_loaded_ahead_in_order_and_failures_named(tmp_path, vit):
     assert [[path.stem for path in good] for good, _, _ in batches] == [["00", "01", "02"], ["04", "05", "06", "07"], []]
     assert [images[:, 0, 9, 9].tolist() for _, images, _ in batches[:2]] == [[0, 20, 40], [80, 100, 120, 140]]
     assert batches[2][1] is None
-    assert [(path.stem, reason) for _, _, bad in batches for path, reason in bad] == [
+    assert [(path.stem, str(error)) for _, _, bad in batches for path, error in bad] == [
         (stem, "not an image") for stem in ("03", "08", "09", "10")]
     assert list(load_ahead([], vit.preprocess, vit.image_size, batch_size=4)) == []
 

@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from cli import UserError
 from decoder import Cache, Decoder, attention_weights
-from weightfiles import content_hash
+from files import content_hash
 
 
 def hugging_face_gpt2(width, layers, vocab_size=300):
@@ -124,7 +124,7 @@ def test_only_additions_are_trainable(tmp_path):
 PEFT = {
     "none": {},
     "lora": dict(lora_rank=4, lora_targets=("q", "k", "v", "attn_proj", "mlp")),
-    "lora of q and v": dict(lora_rank=4),
+    "lora of q and v": dict(lora_rank=4, lora_targets=("q", "v")),
     "lora of embeddings": dict(lora_rank=4, lora_targets=("wte", "wpe")),
     "lora of the head": dict(lora_rank=4, lora_targets=("head",)),
     "lora of everything": dict(lora_rank=4, lora_targets=("q", "k", "v", "attn_proj", "mlp", "wte", "wpe", "head")),
@@ -133,7 +133,8 @@ PEFT = {
     "prefix": dict(prefix_length=3),
     "prefix of an MLP": dict(prefix_length=3, prefix_hidden=16),
     "prompt": dict(prompt_length=4),
-    "all": dict(lora_rank=4, adapter_dim=8, prefix_length=3, prefix_hidden=16, prompt_length=4),
+    "ia3": dict(ia3=True),
+    "all": dict(lora_rank=4, adapter_dim=8, prefix_length=3, prefix_hidden=16, prompt_length=4, ia3=True),
 }
 NO_OPS = [name for name in PEFT if "pr" not in name and name != "all"]
 

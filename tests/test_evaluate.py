@@ -22,13 +22,15 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
 
+import dataset
 import metrics
 import p2_evaluate
 from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner
 from cider import CiderScorer
 from cli import UserError, run
 from clip_model import DualEncoder
-from dataset import CaptionedImage, load_image
+from dataset import CaptionedImage
+from images import load_image
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L"]
@@ -80,7 +82,7 @@ def files_of(folder):
 @pytest.fixture(autouse=True)
 def no_weights_and_no_cache(monkeypatch, tmp_path_factory):
     """What a user has downloaded, and tokens kept by an earlier run, change no test."""
-    monkeypatch.setattr(p2_evaluate, "default_clip", lambda: None)
+    monkeypatch.setattr(metrics, "default_clip", lambda: None)
     monkeypatch.setattr(metrics, "SPICE_MODELS", Path("/absent/models.jar"))
     monkeypatch.setattr(metrics, "TOKEN_CACHE", tmp_path_factory.mktemp("tokens"))
 
@@ -111,7 +113,7 @@ def test_tokens_are_the_reference_tokenizers(reference_tokenizer):
 
 def test_tokens_and_scores_on_validation_captions(reference_tokenizer, flickr8k):
     """Three sets of predictions: people's, other pictures', and the embedded model's, of its first 60 pictures."""
-    images = p2_evaluate.load_references(flickr8k / "val.json", flickr8k / "images/val")
+    images = dataset.load_references(flickr8k / "val.json", flickr8k / "images/val")
     references = {key: image.captions for key, image in images.items()}
     keys, few = list(references), list(references)[:60]
     model = Captioner.load(EMBEDDED_CHECKPOINT, EMBEDDED_DECODER)
@@ -138,7 +140,7 @@ def test_tokens_and_scores_on_validation_captions(reference_tokenizer, flickr8k)
 
 
 def test_cider_for_training_is_twenty_times_as_fast_as_the_reference(reference_tokenizer, flickr8k):
-    references = {key: image.captions for key, image in p2_evaluate.load_references(flickr8k / "val.json").items()}
+    references = {key: image.captions for key, image in dataset.load_references(flickr8k / "val.json").items()}
     candidates = {key: [group[-1].lower()] for key, group in references.items()}
     start = time.monotonic()
     Cider().compute_score(reference_tokenizer(references), reference_tokenizer(candidates))
@@ -314,17 +316,17 @@ def test_annotation_files_that_do_not_fit(tmp_path):
     ]:
         (tmp_path / "captions.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=complaint):
-            p2_evaluate.load_references(tmp_path / "captions.json")
+            dataset.load_references(tmp_path / "captions.json")
 
 
 def test_keys_are_file_names_without_their_last_extension(tmp_path):
-    found = p2_evaluate.load_references(write_coco(tmp_path / "captions.json", {"a.b c": ["x", "y"]}))
+    found = dataset.load_references(write_coco(tmp_path / "captions.json", {"a.b c": ["x", "y"]}))
     assert found == {"a.b c": CaptionedImage(Path("a.b c.jpg"), ["x", "y"])}
 
 
 def test_references_of_punctuation_alone():
     with pytest.raises(UserError, match="no words"):
-        p2_evaluate.evaluate([{"a": "a dog"}], {"a": CaptionedImage(Path("a.jpg"), ["...", "!"])})
+        metrics.evaluate([{"a": "a dog"}], {"a": CaptionedImage(Path("a.jpg"), ["...", "!"])})
 
 
 def test_mistakes_on_the_command_line_are_one_line_and_status_2(tmp_path, monkeypatch, capsys):
@@ -422,16 +424,16 @@ def test_differences_and_partial_predictions(reported, tmp_path, monkeypatch, ca
 def test_best_and_worst_are_drawn(reported, tmp_path, monkeypatch, capsys, without_meteor):
     keys, drawn = list(reported), []
     monkeypatch.setattr(p2_evaluate, "load_image", lambda path: drawn.append(path.stem) or load_image(path))
-    images = p2_evaluate.load_references(tmp_path / "captions.json", tmp_path)
+    images = dataset.load_references(tmp_path / "captions.json", tmp_path)
     whole = (tmp_path / f"{keys[3]}.jpg").read_bytes()
     predictions = {key: f"costs $5 and $6 {key}" for key in keys} | {keys[2]: "half \ud83d pair" + " word" * 1000}
-    p2_evaluate.draw_ranking(tmp_path / "rank.png", "CIDEr", np.array([3, 1, 5, 0, 4, 2.0]), predictions, images, 2)
+    p2_evaluate.plot_ranking(tmp_path / "rank.png", "CIDEr", np.array([3, 1, 5, 0, 4, 2.0]), predictions, images, 2)
     assert drawn == [keys[2], keys[4], keys[3], keys[1]]
     width, height = Image.open(tmp_path / "rank.png").size
     assert width > 500 and height == 1210
     (tmp_path / f"{keys[3]}.jpg").write_text("no picture")
     with pytest.raises(UserError, match=f"cannot draw .*{keys[3]}.jpg"):
-        p2_evaluate.draw_ranking(tmp_path / "none.png", "CIDEr", np.arange(6.0), predictions, images, 6)
+        p2_evaluate.plot_ranking(tmp_path / "none.png", "CIDEr", np.arange(6.0), predictions, images, 6)
     assert not (tmp_path / "none.png").exists()
     (tmp_path / f"{keys[3]}.jpg").write_bytes(whole)
     arguments = ("--pred_file", tmp_path / "good.json", "--annotation_file", tmp_path / "captions.json", "--images_root",
@@ -559,7 +561,7 @@ def test_without_openais_clip_the_score_has_a_name_of_its_own(tmp_path, monkeypa
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.jpg")
     captions = write_coco(tmp_path / "captions.json", {name: [f"a {name} square", "something"] for name in colours})
     (tmp_path / "good.json").write_text(json.dumps({"red": "a red thing", "green": "a blue thing", "blue": "so blue"}))
-    monkeypatch.setattr(p2_evaluate, "default_clip", lambda: "clip_small")
+    monkeypatch.setattr(metrics, "default_clip", lambda: "clip_small")
     monkeypatch.setattr(metrics, "load_clip", lambda *arguments: Colourful())
     arguments = ("--pred_file", tmp_path / "good.json", "--annotation_file", captions, "--images_root", tmp_path)
     assert evaluate_main(monkeypatch, *arguments, "--out", tmp_path / "scores.json", "--rank", "1", "--rank_by", "ImageTextScore",

@@ -22,10 +22,12 @@ import cli
 import encoder
 import p2_infer
 import p2_tune
-from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner, CaptionerConfig, GenerationConfig
-from dataset import load_image, make_view
+from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner, CaptionerConfig
 from decoder import Decoder, DecoderConfig
 from encoder import ImageEncoder
+from features import make_view
+from generation import GenerationConfig
+from images import load_image
 from tokenizer import END_OF_TEXT, BPETokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -420,9 +422,9 @@ def test_failure_while_writing_leaves_the_old_output(infer, weights, monkeypatch
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_killed_run_leaves_the_old_output(call):
     Path("out.json").write_text("old")
-    script = (f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import cli\n"
+    script = (f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import files\n"
               f"os.{call} = lambda *_: (print('now', flush=True), time.sleep(60))\n"
-              "cli.write_json('out.json', {str(i): 'a caption' for i in range(10_000)})")
+              "files.write_json('out.json', {str(i): 'a caption' for i in range(10_000)})")
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"now\n"
         process.send_signal(signal.SIGKILL)

@@ -13,7 +13,8 @@ from PIL import Image
 
 import p1_llava_infer
 from cli import UserError
-from p1_llava_infer import Llava, LlavaSettings, default_model, first_sentence, read_settings
+from llava import Llava, LlavaSettings, default_model, first_sentence
+from p1_llava_infer import read_settings
 
 TEMPLATE = "{% for message in messages %}<s>[INST] {% for part in message['content'] %}" \
            "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}{% endfor %} [/INST]{% endfor %}"
@@ -304,7 +305,7 @@ def test_models_that_cannot_be_are_refused(llava_folder, tmp_path, pictures, mon
     LlamaConfig().save_pretrained(tmp_path / "llama")
     with pytest.raises(UserError, match="of the kind llama, not LLaVA"):
         Llava(tmp_path / "llama")
-    monkeypatch.setattr(p1_llava_infer, "pick_device", lambda: "cpu")
+    monkeypatch.setattr("llava.pick_device", lambda: "cpu")
     with pytest.raises(UserError, match="--load_in_4bit needs a GPU"):
         call(monkeypatch, pictures, tmp_path / "out.json", tmp_path, "--load_in_4bit")
     assert not (tmp_path / "out.json").exists()
@@ -312,8 +313,8 @@ def test_models_that_cannot_be_are_refused(llava_folder, tmp_path, pictures, mon
 
 def test_the_default_is_the_model_that_there_is_room_for(tmp_path, monkeypatch):
     big, small = tmp_path / "big", tmp_path / "small"
-    monkeypatch.setattr(p1_llava_infer, "BIG", big)
-    monkeypatch.setattr(p1_llava_infer, "SMALL", small)
+    monkeypatch.setattr("llava.BIG", big)
+    monkeypatch.setattr("llava.SMALL", small)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (10e9, 24e9))

@@ -4,17 +4,17 @@ import json
 import random
 import sys
 
+import measure_clip
 import numpy as np
 import pytest
 import torch
+from conftest import COLOURS
+from measure_clip import CIFAR10, MAPPED, exchanged, mapped_kinds, retrieval, wrong_captions
 from PIL import Image
 
 import cli
-import measure_clip
 from clip_model import DualEncoder
-from conftest import COLOURS
 from dataset import CaptionedImage
-from measure_clip import CIFAR10, MAPPED, exchanged, mapped_kinds, retrieval, wrong_captions
 from retrieval import Ranks
 
 

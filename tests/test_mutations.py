@@ -1,8 +1,7 @@
 """Damaged files, a few of each kind; tests/mutations.py does it at length."""
 
-import pytest
-
 import mutations
+import pytest
 
 
 @pytest.mark.parametrize("kind, count", [(mutations.pictures, 130), (mutations.weights, 30), (mutations.states, 30), (mutations.jsons, 60)])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import measure_encoders
 import numpy as np
 import pytest
 import timm
@@ -19,13 +20,13 @@ from safetensors.torch import load_file, save_file
 
 import encoder
 import hw3_download
-import measure_encoders
 import p4_pretrain_vit
+import training
 from cli import UserError
-from dataset import FeatureCache, read_views
 from encoder import OWN, ImageEncoder
-from p4_pretrain_vit import (Settings, Standard, Student, Trainer, contrastive_loss, crop, distillation_loss, jitter,
-                             parameter_groups, read_pixels, recalls, resize, write_dinov2)
+from features import FeatureCache, read_views
+from p4_pretrain_vit import Settings, VitTrainer, contrastive_loss, recalls
+from vit_student import Standardizer, Student, crop, distillation_loss, jitter, parameter_groups, read_pixels, resize, write_dinov2
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "weights/tf_efficientnet_lite2.safetensors"
 
@@ -120,7 +121,7 @@ def test_caption_loss_of_three_pairs_by_hand(trainer):
 
 def test_standard_features_have_mean_0_and_deviation_1():
     sample = 3 + 2 * torch.randn(200, 4, 5, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 6)
-    for values in Standard(sample)(sample):
+    for values in Standardizer(sample)(sample):
         values = values.flatten(0, -2)
         assert values.mean(0).abs().max() < 1e-4 and (values.std(0) - 1).abs().max() < 1e-2
 
@@ -313,19 +314,19 @@ def settings(workplace, vit_file, monkeypatch):
 
 @pytest.fixture
 def trainer(settings, tmp_path):
-    return Trainer(Settings(**settings, output=str(tmp_path / "fresh.safetensors")))
+    return VitTrainer(Settings(**settings, output=str(tmp_path / "fresh.safetensors")))
 
 
 def test_a_resumed_run_equals_one_that_was_not_stopped(settings, tmp_path, monkeypatch):
     whole = Settings(**settings, output=str(tmp_path / "whole.safetensors"))
-    history = Trainer(whole).fit()
+    history = VitTrainer(whole).fit()
     assert [entry["size"] for entry in history] == [28, 28, 42]
     assert {"selection_image_to_text_recall@1", "selection_text_to_image_recall@10"} < history[-1].keys()
 
     parts = Settings(**settings, output=str(tmp_path / "parts.safetensors"))
     for steps in 4, 9:  # within the second epoch, and to the end
-        run = Trainer(parts)
-        monkeypatch.setattr(p4_pretrain_vit, "Interruption", stopping(lambda: run.progress["step"] == steps < run.total))
+        run = VitTrainer(parts)
+        monkeypatch.setattr(training, "Interruption", stopping(lambda: run.progress["step"] == steps < run.total))
         result = run.fit()
     for entry in *history, *result:
         del entry["seconds"]
@@ -340,7 +341,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(settings, tmp_path, monke
 
 
 def test_a_stage_can_end_within_an_epoch(settings, tmp_path):
-    trainer = Trainer(Settings(**settings | {"epochs": (1.4, 1.3)}, output=str(tmp_path / "part.safetensors")))
+    trainer = VitTrainer(Settings(**settings | {"epochs": (1.4, 1.3)}, output=str(tmp_path / "part.safetensors")))
     assert trainer.epoch_steps == 3 and trainer.ends == [4, 8] and trainer.total == 8
     sizes = []
     for trainer.progress["step"] in range(8):
@@ -349,7 +350,7 @@ def test_a_stage_can_end_within_an_epoch(settings, tmp_path):
 
 
 def test_fresh_crops_follow_from_the_seed(settings, tmp_path):
-    trainer = Trainer(Settings(**settings | {"views": 0}, output=str(tmp_path / "fresh.safetensors")))
+    trainer = VitTrainer(Settings(**settings | {"views": 0}, output=str(tmp_path / "fresh.safetensors")))
     trainer.pixels = trainer.read_pixels(28)
     trainer.captioner.eval()
     first, again, other = (trainer.losses(torch.arange(8), torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
@@ -361,7 +362,7 @@ def test_fresh_crops_follow_from_the_seed(settings, tmp_path):
 def test_each_signal_can_be_had_alone_and_is_learned(settings, tmp_path, signal):
     weights = {name: float(name == signal) for name in ("distillation", "contrast", "caption")}
     settings |= weights | {"sizes": (28,), "epochs": (4,)}
-    trainer = Trainer(Settings(**settings, output=str(tmp_path / "one.safetensors")))
+    trainer = VitTrainer(Settings(**settings, output=str(tmp_path / "one.safetensors")))
     trainer.pixels = trainer.read_pixels(28)
     before = {name: value.clone() for name, value in trainer.student.named_parameters()}
 
@@ -372,9 +373,9 @@ def test_each_signal_can_be_had_alone_and_is_learned(settings, tmp_path, signal)
         return found[signal].item()
 
     at_first = loss()
-    for step in range(trainer.total):
-        trainer.progress["step"] = step
+    for _ in range(trainer.total):
         trainer.step()
+    trainer.progress["step"] -= 1  # back to the last one's size
     assert loss() < at_first
     changed = {name for name, value in trainer.student.named_parameters() if not torch.equal(value, before[name])}
     assert {"vit.patch_embed.proj.weight", "vit.blocks.11.mlp.fc2.weight"} <= changed
@@ -441,7 +442,7 @@ def test_teachers_features_are_those_of_the_pictures_in_the_batch(trainer):
 ])
 def test_mistakes_are_named(settings, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        Trainer(Settings(**settings | changes, output=str(tmp_path / "x.safetensors")))
+        VitTrainer(Settings(**settings | changes, output=str(tmp_path / "x.safetensors")))
 
 
 def test_a_file_that_is_no_vit_is_refused(tmp_path):

@@ -8,15 +8,15 @@ import subprocess
 import sys
 from collections import Counter
 
+import ask_llava
 import pytest
 from conftest import ROOT
 from PIL import Image
 
-import ask_llava
 import p4_questions
 from cli import UserError
 from dataset import CaptionedImage, read_captions
-from p4_questions import WORDINGS, best_constants, derive, derive_all, thing_of
+from questions import WORDINGS, best_constants, derive, derive_all, thing_of
 
 
 def asked(*captions, seed=0):

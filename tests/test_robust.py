@@ -10,23 +10,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_captioner import make_captioner, save_decoder
+from test_train import CONFIG, Interrupted, interrupt_after, settings
 
+import captioner
 import cli
 import p1_clip_classify
 import p2_evaluate
 import p2_infer
 import p2_train
+import training
 from captioner import Captioner
-from cli import UserError, check_output, check_writable, read_json, read_lines, write_json
-from conftest import ROOT
-from dataset import FeatureCache, ImageError, clean_caption, image_files, load_image, read_captions
+from cli import UserError, check_settings
+from dataset import clean_caption, read_captions
 from decoder import Decoder
-from test_captioner import make_captioner, save_decoder
-from test_train import CONFIG, Interrupted, interrupt_after, settings
-from training import check_settings, pick_precision, prepare_output, step_optimizer
-from weightfiles import read_archive, read_weights
+from devices import pick_precision
+from features import FeatureCache
+from files import check_output, check_writable, read_archive, read_json, read_lines, read_weights, write_json
+from images import ImageError, image_files, load_image
+from training import prepare_output, step_optimizer
 
 CASES = ROOT.parent / "shared/cases"
 
@@ -139,10 +144,10 @@ def test_captions_are_not_made_of_what_is_no_number(tmp_path):
 
 @pytest.mark.parametrize("change", ["captions", "picture", "order"])
 def test_a_run_does_not_go_on_with_other_data(workplace, monkeypatch, change):
-    original = interrupt_after(p2_train, monkeypatch, 6)
+    original = interrupt_after(monkeypatch, 6)
     with pytest.raises(Interrupted):
         p2_train.train(CONFIG, settings(), "cpu")
-    monkeypatch.setattr(p2_train, "step_optimizer", original)
+    monkeypatch.setattr(training, "step_optimizer", original)
     data = json.loads(Path("data/train.json").read_text())
     if change == "captions":
         data["annotations"][0]["caption"] = "Another picture altogether"
@@ -262,8 +267,8 @@ def test_a_config_beside_the_weights_is_believed(tmp_path, config, words):
 def test_the_shipped_decoder_is_known_by_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("captioner.CHECKPOINT_FOLDERS", ())
-    shutil.copy(p2_infer.EMBEDDED_DECODER, tmp_path / "mine.safetensors")
-    assert p2_infer.find_weights(tmp_path / "mine.safetensors") == (tmp_path / "mine.safetensors", p2_infer.EMBEDDED_CHECKPOINT)
+    shutil.copy(captioner.EMBEDDED_DECODER, tmp_path / "mine.safetensors")
+    assert captioner.find_weights(tmp_path / "mine.safetensors") == (tmp_path / "mine.safetensors", captioner.EMBEDDED_CHECKPOINT)
 
 
 # ---- tones, sizes ----------------------------------------------------------------------------------------------
@@ -293,7 +298,7 @@ def test_no_data_and_min_is_white(tmp_path):
 def test_a_huge_picture_is_shrunk_and_a_phones_is_not_refused(tmp_path, monkeypatch):
     from test_dataset import four_colours, quarters
 
-    monkeypatch.setattr("dataset.LARGE", 10_000)
+    monkeypatch.setattr("images.LARGE", 10_000)
     for name, mode in (("x.png", "1"), ("x.png", "P"), ("x.png", "RGBA"), ("x.tif", "RGB")):
         image = four_colours(900, 600, ((255, 255, 255), (0, 0, 0), (0, 0, 0), (255, 255, 255))).convert(mode)
         image.save(tmp_path / name)
@@ -305,7 +310,7 @@ def test_a_huge_picture_is_shrunk_and_a_phones_is_not_refused(tmp_path, monkeypa
     for name in "x.png", "x.tif", "x.jpg":
         four_colours(900, 600).save(tmp_path / name, exif=exif)
         assert load_image(tmp_path / name, 50).size in ((150, 225), (300, 450), (600, 900))
-    monkeypatch.setattr("dataset.MOST_PIXELS", {"JPEG": 1_000_000, "other": 100_000})
+    monkeypatch.setattr("images.MOST_PIXELS", {"JPEG": 1_000_000, "other": 100_000})
     assert load_image(tmp_path / "x.jpg")
     with pytest.raises(ImageError, match="absurd: 1 million"):
         load_image(tmp_path / "x.png")
@@ -344,7 +349,7 @@ def test_phones_pictures_are_read_and_others_named(tmp_path, capsys, monkeypatch
     assert [load_image(path).getpixel((9, 9))[0] for path in image_files(tmp_path)] == pytest.approx([200, 200], abs=6)
     said = capsys.readouterr().err
     assert "c.svg, d.psd, e\\x1b[31m.ppm" in said and "notes" not in said and "\x1b" not in said
-    monkeypatch.setattr("dataset.FORMATS", ["JPEG"])
+    monkeypatch.setattr("images.FORMATS", ["JPEG"])
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(ImageError, match="pip install pillow-heif"):
         load_image(tmp_path / "a.HEIC")
@@ -392,7 +397,7 @@ def test_a_full_cache_serves_where_nothing_can_be_written_and_a_cut_one_is_made_
     first = FeatureCache(encoder, paths, "cache", 2)
     expected = first[[0, 1], [1, 0]]
     with monkeypatch.context() as patch:
-        patch.setattr("dataset.flock", lambda *arguments: pytest.fail("a lock was taken"))
+        patch.setattr("features.flock", lambda *arguments: pytest.fail("a lock was taken"))
         assert torch.equal(FeatureCache(encoder, paths, "cache", 2)[[0, 1], [1, 0]], expected)
     whole = first.files[1].read_bytes()
     for damage in whole[:-100], b"", b"nothing":
@@ -410,10 +415,10 @@ def test_a_full_cache_serves_where_nothing_can_be_written_and_a_cut_one_is_made_
 
 
 def test_damaged_states_are_named_and_full_disks_leave_nothing_behind(workplace, monkeypatch):
-    original = interrupt_after(p2_train, monkeypatch, 6)
+    original = interrupt_after(monkeypatch, 6)
     with pytest.raises(Interrupted):
         p2_train.train(CONFIG, settings(), "cpu")
-    monkeypatch.setattr(p2_train, "step_optimizer", original)
+    monkeypatch.setattr(training, "step_optimizer", original)
     file = Path("checkpoints/captioner.state.pt")
     state, whole = torch.load(file), file.read_bytes()
     random = np.random.default_rng(0)
@@ -430,20 +435,19 @@ def test_damaged_states_are_named_and_full_disks_leave_nothing_behind(workplace,
     for content in damaged:
         file.write_bytes(content)
         try:
-            p2_train.Trainer(CONFIG, settings(), "cpu")  # where only weights' bits were hit, it goes on
+            p2_train.CaptionerTrainer(CONFIG, settings(), "cpu")  # where only weights' bits were hit, it goes on
         except UserError as error:
             assert "damaged" in str(error) or "another" in str(error)
     file.write_bytes(whole)
-    trainer = p2_train.Trainer(CONFIG, settings(), "cpu")
+    trainer = p2_train.CaptionerTrainer(CONFIG, settings(), "cpu")
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    trainer.before, trainer.started = 0.0, 0.0
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match="No space left.*goes on"):
-            trainer.save()
+            trainer.run.save()
     assert file.read_bytes() == whole and not list(Path("checkpoints").glob("*.tmp"))
 
 
@@ -461,7 +465,8 @@ def test_two_runs_do_not_write_one_output(workplace):
     import subprocess
 
     output = (workplace / "checkpoints/one.safetensors").resolve()
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import training; training.prepare_output({str(output)!r}); print('held', flush=True); sys.stdin.read()"
+    script = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import training; training.prepare_output({str(output)!r}); "
+              "print('held', flush=True); sys.stdin.read()")
     other = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
@@ -522,7 +527,7 @@ def test_a_picture_that_was_changed_in_place_gets_new_features(workplace):
 
 
 def test_a_blank_caption_has_a_blank_word():
-    from p3_attention import END, align_words
+    from attention import END, align_words
 
     assert align_words([1, 2], lambda tokens: " " * len(tokens), ended=False) == [("", [0, 1])]
     assert align_words([1], lambda tokens: " ", ended=True) == [(END, [1])]

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 
+import compare
 import numpy as np
 import pytest
 import torch
@@ -14,13 +15,15 @@ import yaml
 from conftest import ROOT, VIT, finish, start
 from safetensors.torch import load_file
 
-import compare
+import dataset
 import encoder
 import p2_train
+import training
 from captioner import CaptionerConfig, read_metadata
 from cli import UserError, with_config
-from dataset import FeatureCache, LiveFeatures, ahead
 from encoder import ImageEncoder
+from features import FeatureCache, LiveFeatures
+from images import ahead
 from training import Interruption, TrainingLog
 
 CONFIG = CaptionerConfig(encoder=VIT, image_size=32, projection_dim=64, lora_rank=2, dropout=0, projection_dropout=0,
@@ -58,10 +61,10 @@ def values(file):
 
 @pytest.fixture
 def every_step(monkeypatch):
-    monkeypatch.setattr(p2_train, "LOG_STEPS", 1)
+    monkeypatch.setattr(training, "LOG_STEPS", 1)
 
 
-EVERY_STEP = "p2_train.LOG_STEPS = 1"
+EVERY_STEP = "import training; training.LOG_STEPS = 1"
 
 
 def stop_after(steps):
@@ -74,12 +77,12 @@ def stop_after(steps):
 
 SHARDED = EVERY_STEP + """
 from torch.distributed.tensor import DTensor
-original = p2_train.Trainer.finish_epoch
+original = p2_train.CaptionerTrainer.finish_epoch
 def check(self, epoch):
     for block in self.model.decoder.h:
         assert isinstance(block.mlp.c_fc.weight, DTensor) and not isinstance(block.cross.c_q.weight, DTensor)
     original(self, epoch)
-p2_train.Trainer.finish_epoch = check
+p2_train.CaptionerTrainer.finish_epoch = check
 """
 
 
@@ -137,7 +140,7 @@ def test_accumulated_parts_train_as_the_whole_batch(workplace, every_step, accum
 
 
 def test_a_loss_is_averaged_over_the_tokens_of_the_whole_batch(workplace):
-    trainer = p2_train.Trainer(CONFIG, settings(), "cpu")
+    trainer = p2_train.CaptionerTrainer(CONFIG, settings(), "cpu")
     trainer.model.train()
     whole = trainer.data.batch([0, 1, 2], np.zeros(3, int))
     expected = trainer.model.loss(whole[0].float(), *whole[2:], 0.1)
@@ -146,7 +149,7 @@ def test_a_loss_is_averaged_over_the_tokens_of_the_whole_batch(workplace):
     # Targets that are not scored count for nothing.
     assert trainer.targets == [sum(len(row) + 1 for row in rows) for rows in trainer.data.rows]
     known = torch.tensor([token for token in trainer.model.token_ids.tolist() if token != trainer.data.rows[0][0][1]])
-    assert p2_train.count_targets(trainer.data.rows, known)[0] == trainer.targets[0] - sum(
+    assert dataset.count_targets(trainer.data.rows, known)[0] == trainer.targets[0] - sum(
         row.count(trainer.data.rows[0][0][1]) for row in trainer.data.rows[0])
 
 
@@ -162,7 +165,7 @@ def test_mixed_precision_trains_nearly_alike_and_resumes(workplace, every_step, 
     # Until its scale has come down, fp16 leaves out updates.
     assert half[-3:] == pytest.approx(full[-3:], rel=0.2)
 
-    trainer = p2_train.Trainer(CONFIG, run("parts", precision=precision), "cpu")
+    trainer = p2_train.CaptionerTrainer(CONFIG, run("parts", precision=precision), "cpu")
     assert (trainer.scaler is not None) == (precision == "fp16")
     calls = iter([False] * 4 + [True] * 9)
     monkeypatch.setattr(Interruption, "__bool__", lambda self: next(calls))
@@ -237,8 +240,8 @@ def test_work_is_done_ahead_and_in_order():
 
 # ---- interruption ----------------------------------------------------------------------------------------------
 
-SLOW = "\n".join([EVERY_STEP, "import time", "original = p2_train.step_optimizer",
-                  "p2_train.step_optimizer = lambda *arguments: (time.sleep(0.3), original(*arguments))[1]"])
+SLOW = "\n".join([EVERY_STEP, "import time", "original = training.step_optimizer",
+                  "training.step_optimizer = lambda *arguments: (time.sleep(0.3), original(*arguments))[1]"])
 
 
 def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(workplace):
@@ -267,9 +270,9 @@ def test_a_run_stops_after_max_hours_and_goes_on(workplace):
     p2_train.train(CONFIG, whole, "cpu")
     parts.max_hours = 1e-9
     for stop in range(2):
-        assert p2_train.Trainer(CONFIG, parts, "cpu").fit() is False
+        assert p2_train.CaptionerTrainer(CONFIG, parts, "cpu").fit() is False
     parts.max_hours = 1.0
-    assert p2_train.Trainer(CONFIG, parts, "cpu").fit() is True
+    assert p2_train.CaptionerTrainer(CONFIG, parts, "cpu").fit() is True
     first, second = load_file("checkpoints/whole.safetensors"), load_file("checkpoints/parts.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -316,7 +319,8 @@ def test_a_log_drops_what_a_killed_run_wrote_after_its_last_state(tmp_path):
     log = TrainingLog(tmp_path / "run.jsonl", updates=2)
     log.write(3, loss=30.0, norm=float("inf"), name="é")
     log.close(["loss", "CIDEr", "norm"])
-    assert lines(tmp_path / "run.jsonl") == [{"update": 1, "loss": 1.0}, {"update": 2, "loss": 2.0}, {"update": 3, "loss": 30.0, "norm": None, "name": "é"}]
+    assert lines(tmp_path / "run.jsonl") == [{"update": 1, "loss": 1.0}, {"update": 2, "loss": 2.0},
+                                             {"update": 3, "loss": 30.0, "norm": None, "name": "é"}]
     assert (tmp_path / "run.png").exists()
     assert TrainingLog(tmp_path / "run.jsonl").entries == []  # a new run
 
@@ -396,7 +400,7 @@ def test_every_recipe_is_counted_without_weights(file, monkeypatch, capsys, tmp_
 
 def test_dry_run_counts_what_training_trains(workplace, monkeypatch, capsys):
     out = dry_run(monkeypatch, capsys, *options(settings()))
-    trained = p2_train.Trainer(CONFIG, settings(), "cpu").model.num_trained()
+    trained = p2_train.CaptionerTrainer(CONFIG, settings(), "cpu").model.num_trained()
     assert f"{trained / 1e6:.2f}M trained" in out and sum(p2_train.dry_run(CONFIG, settings()).values()) == trained
     monkeypatch.setattr(sys, "argv", ["p2_train.py", "--dry_run", "--lora_rank=2000", "--encoder", VIT])
     with pytest.raises(UserError, match="more than the 35M"):

@@ -11,22 +11,23 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import COLOURS, VIT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import dataset
 import p2_infer
 import p2_pretrain_decoder
 import p2_train
-from conftest import COLOURS, VIT
+import training
 from captioner import Captioner, CaptionerConfig, read_metadata
-from cli import UserError, add_options, ArgumentParser, take_options
-from decoder import Decoder, DecoderConfig
+from cli import ArgumentParser, UserError, add_options, take_options
 from dataset import collate
+from decoder import Decoder, DecoderConfig
 from p2_pretrain_decoder import SeenTokens
 from tokenizer import END_OF_TEXT
 from training import MovingAverage, adamw, cosine, step_optimizer
-
 
 CONFIG = CaptionerConfig(encoder=VIT, image_size=32, projection_layers=1, projection_dim=64, lora_rank=2, dropout=0.1)
 
@@ -40,16 +41,16 @@ class Interrupted(Exception):
     pass
 
 
-def interrupt_after(module, monkeypatch, steps):
-    """Make the `steps`-th optimizer step of `module` the last one."""
-    original, count = module.step_optimizer, iter(range(steps))
+def interrupt_after(monkeypatch, steps):
+    """Make the `steps`-th optimizer step the last one."""
+    original, count = training.step_optimizer, iter(range(steps))
 
     def step(*arguments):
         if next(count, None) is None:
             raise Interrupted
         return original(*arguments)
 
-    monkeypatch.setattr(module, "step_optimizer", step)
+    monkeypatch.setattr(training, "step_optimizer", step)
     return original
 
 
@@ -63,10 +64,10 @@ def test_resumed_training_equals_training_without_interruption(workplace, monkey
                   fusion_learning_rate=1e-3)
     history = p2_train.train(CONFIG, settings(output="checkpoints/whole.safetensors", **stages), "cpu")
     stopped = settings(output="checkpoints/stopped.safetensors", save_minutes=save_minutes, **stages)
-    original = interrupt_after(p2_train, monkeypatch, steps)
+    original = interrupt_after(monkeypatch, steps)
     with pytest.raises(Interrupted):
         p2_train.train(CONFIG, stopped, "cpu")
-    monkeypatch.setattr(p2_train, "step_optimizer", original)
+    monkeypatch.setattr(training, "step_optimizer", original)
     torch.manual_seed(999)  # the state brings its own
     resumed = p2_train.train(CONFIG, stopped, "cpu")
     for entry in resumed + history:
@@ -82,9 +83,9 @@ def test_several_folders_are_trained_on_each_as_often_as_its_weight_says(workpla
     for path in Path("other/images/train").iterdir():
         Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
     both = settings(data=("data", "other"), selection=(4, 2), data_weights=(1, 0.5), epochs=2, output="checkpoints/both.safetensors")
-    trainer = p2_train.Trainer(CONFIG, both, "cpu")
+    trainer = p2_train.CaptionerTrainer(CONFIG, both, "cpu")
     assert len(trainer.images) == 20 + 22 and len(trainer.selection) == 6 and trainer.steps == -(-(20 + 11) // 5)
-    drawn = [trainer.draw_epoch(torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    drawn = [trainer.mixture.sample_epoch(torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     for numbers in drawn:
         assert numbers[:20] == [*range(20)] and len(set(numbers[20:])) == 11 and set(numbers[20:]) <= {*range(20, 42)}
     assert drawn[0] != drawn[1]
@@ -97,8 +98,8 @@ def test_several_folders_are_trained_on_each_as_often_as_its_weight_says(workpla
     mixed = trainer.data.features[[21, 3, 40], [0, 1, 1]]
     assert torch.equal(mixed, torch.cat([trainer.data.features[[i], [view]] for i, view in ((21, 0), (3, 1), (40, 1))]))
     assert trainer.fit() and len(trainer.progress["history"]) == 2
-    twice = p2_train.Trainer(CONFIG, replace(both, data_weights=(2, 1), output="checkpoints/twice.safetensors"), "cpu")
-    assert sorted(twice.draw_epoch(torch.Generator()))[:4] == [0, 0, 1, 1] and twice.steps == -(-(40 + 22) // 5)
+    twice = p2_train.CaptionerTrainer(CONFIG, replace(both, data_weights=(2, 1), output="checkpoints/twice.safetensors"), "cpu")
+    assert sorted(twice.mixture.sample_epoch(torch.Generator()))[:4] == [0, 0, 1, 1] and twice.steps == -(-(40 + 22) // 5)
     for changes in {"data_weights": (1,)}, {"data_weights": (1, 0)}, {"selection": (1, 2, 3)}, {"data": ()}:
         with pytest.raises(UserError):
             replace(both, **changes)
@@ -118,7 +119,7 @@ def test_the_fusion_trains_alone_before_peft(workplace):
 
 def test_training_starts_from_a_checkpoint_of_the_same_model(workplace, monkeypatch):
     p2_train.train(CONFIG, settings(epochs=2, output="checkpoints/first.safetensors"), "cpu")
-    interrupt_after(p2_train, monkeypatch, 0)
+    interrupt_after(monkeypatch, 0)
     with pytest.raises(Interrupted):
         p2_train.train(CONFIG, settings(init="checkpoints/first.safetensors", output="checkpoints/second.safetensors"), "cpu")
     start = torch.load("checkpoints/second.state.pt")["parameters"]
@@ -176,10 +177,10 @@ def test_trained_captioner_names_the_colours_of_new_pictures(workplace, monkeypa
 
 
 def test_unfinished_run_is_not_continued_with_other_settings(workplace, monkeypatch):
-    original = interrupt_after(p2_train, monkeypatch, 6)
+    original = interrupt_after(monkeypatch, 6)
     with pytest.raises(Interrupted):
         p2_train.train(CONFIG, settings(), "cpu")
-    monkeypatch.setattr(p2_train, "step_optimizer", original)
+    monkeypatch.setattr(training, "step_optimizer", original)
     with pytest.raises(UserError, match="learning_rate"):
         p2_train.train(CONFIG, settings(learning_rate=1e-4), "cpu")
 
@@ -204,7 +205,7 @@ def test_batches_hold_every_caption_of_each_image_beside_its_features():
 
     images = [type("Image", (), {"captions": ["one", "three words here"]}), type("Image", (), {"captions": ["four"]})]
     features = np.arange(2 * 3 * 4).reshape(2, 3, 4)  # images, views, a number for the tokens
-    data = p2_train.CaptionData(images, Tokenizer(), 10, features)
+    data = dataset.CaptionData(images, Tokenizer(), 10, features)
     inputs, embeddings, tokens, targets = data.batch([1, 0], [2, 0])
     assert embeddings is None
     assert inputs.tolist() == [features[1, 2].tolist(), features[0, 0].tolist()]
@@ -316,10 +317,10 @@ def test_pretrained_decoder_learns_resumes_and_loads_in_hugging_face(tmp_path, m
                                          [tmp_path / "captions.txt"], [], "cpu")
 
     run("whole.safetensors")
-    original = interrupt_after(p2_pretrain_decoder, monkeypatch, 131)
+    original = interrupt_after(monkeypatch, 131)
     with pytest.raises(Interrupted):
         run("stopped.safetensors")
-    monkeypatch.setattr(p2_pretrain_decoder, "step_optimizer", original)
+    monkeypatch.setattr(training, "step_optimizer", original)
     run("stopped.safetensors")
     state = load_file(tmp_path / "whole.safetensors")
     assert all(torch.equal(tensor, state[name]) for name, tensor in load_file(tmp_path / "stopped.safetensors").items())

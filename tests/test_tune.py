@@ -6,10 +6,11 @@ import sys
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_concepts import FakeJudge, NamingEncoder, make_captioner
 
 import p2_tune
-from captioner import Captioner, GenerationConfig, read_metadata
-from test_concepts import FakeJudge, NamingEncoder, make_captioner
+from captioner import Captioner, read_metadata
+from generation import GenerationConfig
 from tokenizer import END_OF_TEXT
 
 

@@ -1,7 +1,7 @@
 """How fast captioning is, as ratios measured in one run.
 
-    python3 bench.py <images> [--beam_size 3] [--count 1000]
-    python3 bench.py --training data [--steps 20]
+    python3 report/bench.py <images> [--beam_size 3] [--count 1000]
+    python3 report/bench.py --training data [--steps 20]
 
 Four ways through the same images, each with its images per second and its ratio to the first, which is the floor
 that the frozen encoder sets:
@@ -28,15 +28,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
 import captioner
+import generation
 import p2_train
-from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner, CaptionerConfig
+from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, Captioner, CaptionerConfig, caption_folder
 from cli import ArgumentParser, UserError, run
-from dataset import clean_caption, collate, list_images, load_ahead, load_image, read_captions, write_subset
+from dataset import clean_caption, collate, read_captions, write_subset
+from devices import pick_device
 from encoder import ImageEncoder
-from p2_infer import caption_folder
+from images import list_images, load_ahead, load_image
 from tokenizer import BPETokenizer
-from training import pick_device
 
 
 class TokenHistory:
@@ -56,14 +60,14 @@ def log_probs_without_cache(self, tokens, context, history, head, temperature=1.
     return (F.linear(hidden, head).float() / temperature).log_softmax(-1)
 
 
-def one_by_one_without_cache(model, batches, generation):
+def one_by_one_without_cache(model, batches, settings):
     """Caption decoded batches one image at a time and without a cache: list of captions."""
-    originals = captioner.Cache, Captioner.next_log_probs
-    captioner.Cache, Captioner.next_log_probs = TokenHistory, log_probs_without_cache
+    originals = generation.Cache, Captioner.next_log_probs
+    generation.Cache, Captioner.next_log_probs = TokenHistory, log_probs_without_cache
     try:
-        return [caption for batch in batches for image in batch for caption in model.caption(image[None], generation)]
+        return [caption for batch in batches for image in batch for caption in model.caption(image[None], settings)]
     finally:
-        captioner.Cache, Captioner.next_log_probs = originals
+        generation.Cache, Captioner.next_log_probs = originals
 
 
 def timed(function):
@@ -91,7 +95,7 @@ def training_speed(data, steps, images_a_step=8):
         original, captioner.load_encoder = captioner.load_encoder, lambda *arguments: encoder
         try:
             for name, part, cache in (("warm", "few", ""), ("cached", "data", str(folder / "cache")), ("encoding", "data", "")):
-                trainer = p2_train.Trainer(config, p2_train.Settings(
+                trainer = p2_train.CaptionerTrainer(config, p2_train.Settings(
                     data=str(folder / part), output=str(folder / f"{name}.safetensors"), cache=cache, views=1,
                     decoder=str(EMBEDDED_DECODER), epochs=1, scst_epochs=0, selection=0, batch_size=images_a_step))
                 seconds[name], _ = timed(trainer.fit)
@@ -110,8 +114,7 @@ def training_speed(data, steps, images_a_step=8):
 def hugging_face_trainer(images, batch_size, sizes, folder, device):
     """A Trainer for one epoch over these captions, of a model of the same sizes, and the number of its trained parameters."""
     try:
-        from transformers import (GPT2Config, Trainer, TrainingArguments, VisionEncoderDecoderConfig,
-                                  VisionEncoderDecoderModel, ViTConfig)
+        from transformers import GPT2Config, Trainer, TrainingArguments, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
     except ImportError:
         raise UserError("--training compares with transformers: pip install -c constraints.txt transformers") from None
 
@@ -154,7 +157,7 @@ def main():
     device = pick_device()
     images = dict(list(list_images(arguments.images).items())[:arguments.count])
     model = Captioner.load(EMBEDDED_CHECKPOINT, EMBEDDED_DECODER).to(device)
-    generation = model.generation if arguments.beam_size is None else replace(model.generation, beam_size=arguments.beam_size)
+    settings = model.generation if arguments.beam_size is None else replace(model.generation, beam_size=arguments.beam_size)
     encoder = model.encoder
     batches = [batch.to(device) for _, batch, _ in
                load_ahead(images.values(), encoder.preprocess, encoder.image_size, arguments.batch_size)
@@ -168,19 +171,19 @@ def main():
         for path in images.values():
             (Path(folder) / path.name).symlink_to(path.resolve())
         output = Path(folder) / "captions.json"
-        command = ["bash", str(Path(__file__).with_name("hw3_2.sh")), folder, str(output),
-                   "--beam_size", str(generation.beam_size), "--batch_size", str(arguments.batch_size)]
+        command = ["bash", str(ROOT / "hw3_2.sh"), folder, str(output),
+                   "--beam_size", str(settings.beam_size), "--batch_size", str(arguments.batch_size)]
         environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         seconds["hw3_2.sh"], done = timed(lambda: subprocess.run(command, env=environment, capture_output=True, text=True))
         if done.returncode not in (0, 3):
             raise UserError(f"hw3_2.sh failed: {done.stderr.strip().splitlines()[-1]}")
     seconds["captioning"], (captions, _) = timed(
-        lambda: caption_folder(model, images, generation, arguments.batch_size, device))
-    slow, alone = timed(lambda: one_by_one_without_cache(model, few, generation))
+        lambda: caption_folder(model, images, settings, arguments.batch_size, device))
+    slow, alone = timed(lambda: one_by_one_without_cache(model, few, settings))
     seconds["one by one"] = slow / len(few[0]) * len(images)
 
     same = sum(one == two for one, two in zip(alone, captions.values()))
-    print(f"{len(images)} images, beam {generation.beam_size}, batch {arguments.batch_size}, "
+    print(f"{len(images)} images, beam {settings.beam_size}, batch {arguments.batch_size}, "
           f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {device}")
     for name, value in seconds.items():
         print(f"{name:12}{len(images) / value:8.1f} images/s  {seconds['encoder'] / value:6.2f} of the encoder alone")

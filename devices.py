@@ -1,0 +1,111 @@
+"""Where computations run: device, precision, and the processes of one run."""
+
+import contextlib
+import os
+import sys
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from cli import UserError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@lru_cache
+def pick_device():
+    """"cuda" or "cpu". Where there is a GPU of NVIDIA's that PyTorch cannot use, a line on stderr says so."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/proc/driver/nvidia/version").exists():
+        print(f"there is a GPU, but this PyTorch, built for CUDA {torch.version.cuda}, cannot use it: is the driver older? On the CPU "
+              "everything is many times slower", file=sys.stderr)
+    return "cpu"
+
+
+def pick_precision(device, name="auto", scaled=False):
+    """The dtype of autocast: with "auto" bf16 on CUDA, and on a CPU fp32, since without AMX bf16 is slower there.
+
+    `scaled`: whether gradients are scaled, so that "auto" may be fp16 on a GPU that only emulates bf16. Raises UserError for an
+    unknown name.
+    """
+    if name == "auto":
+        name = "bf16" if device == "cuda" else "fp32"
+        if scaled and name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            name = "fp16"
+    if name not in PRECISIONS:
+        raise UserError(f"--precision is {name}: choose from auto, {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]
+
+
+def autocast(device, dtype=None):
+    """Mixed precision in `dtype`, by default pick_precision's; nothing for fp32."""
+    dtype = dtype or pick_precision(device)
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
+
+
+class Processes:
+    """The processes of one run: one, or those that `accelerate launch` started, which Accelerate brings together.
+
+    Attributes: `number` of this one, `count`, `device` ("cpu" or "cuda", for autocast as well), `main`.
+    """
+
+    def __init__(self, device=None):
+        self.number, self.count, self.device = 0, 1, device or pick_device()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from accelerate import PartialState  # not before it is needed: a second or two
+
+            # One may encode, or tokenize, for hours while the others wait.
+            state = PartialState(cpu=self.device == "cpu", timeout=timedelta(hours=6))
+            self.number, self.count, self.device = state.process_index, state.num_processes, state.device.type
+        self.main = self.number == 0
+
+    def wait(self):
+        """Until all have come here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def gather(self, rows):
+        """The lists of all processes, as one list, on each."""
+        if self.count == 1:
+            return rows
+        parts = [None] * self.count
+        torch.distributed.all_gather_object(parts, rows)
+        return [row for part in parts for row in part]
+
+    def add(self, *numbers):
+        """Each number's sum over the processes; one number comes back alone."""
+        if self.count > 1:
+            total = torch.tensor(numbers, dtype=torch.float64 if self.device == "cpu" else torch.float32,
+                                 device=self.device)
+            torch.distributed.all_reduce(total)
+            numbers = total.tolist()
+        return numbers[0] if len(numbers) == 1 else numbers
+
+    def share(self, tensors):
+        """Make these tensors those of the main process, on each."""
+        if self.count > 1:
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor.data, 0)
+
+    def add_gradients(self, parameters):
+        """Replace each gradient by its sum over the processes, all in one message."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if self.count > 1 and gradients:
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            torch.distributed.all_reduce(flat)
+            for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+                gradient.copy_(part.view_as(gradient))
+
+
+def memory_in_use(device):
+    """Bytes: on CUDA the most that were in use so far, on a CPU what this process holds now, without mapped files."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        resident, shared = (int(pages) for pages in Path("/proc/self/statm").read_text().split()[1:3])
+    except OSError:  # not Linux
+        return 0
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,321 @@
+"""Read and write safely: files written whole, JSON, tensors without executing code, and hashes that name what a file holds."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import stat
+import tempfile
+import warnings
+import zipfile
+import zlib
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from cli import UserError
+
+WEIGHTS_FOLDER = Path(__file__).resolve().parent / "weights"
+LONGEST_NAME = 255  # bytes, of the usual file systems
+
+
+def check_writable(path):
+    """Raise UserError unless a file can be created or replaced at `path`. Touches nothing.
+
+    Permission bits are read directly as well, because for root os.access grants everything.
+    """
+    path = Path(path)
+    folder = path.parent
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise UserError(f"cannot write {path.name[:40]}…: its name has {len(os.fsencode(path.name))} bytes, more than {LONGEST_NAME}")
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder, name a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: it is not an ordinary file, name one")
+    if not folder.is_dir():
+        raise UserError(f"cannot write {path}: the folder {folder} does not exist, create it first")
+    for place in [path, folder] if path.exists() else [folder]:
+        mode = place.stat().st_mode
+        if not os.access(place, os.W_OK) or not mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
+            raise UserError(f"cannot write {path}: {place} is read-only")
+
+
+def check_output(path, kind, reads=()):
+    """`check_writable`, and that nothing is lost that is not meant to be.
+
+    Args:
+        kind: what will be written, of KINDS. Raises UserError where a file is there that is not of that kind.
+        reads: paths of what is read, None among them left out. Raises UserError where `path` is one of them.
+    """
+    check_writable(path)
+    if not Path(path).exists():
+        return
+    for source in filter(None, reads):
+        if os.path.exists(source) and os.path.samefile(path, source):
+            raise UserError(f"{path} would be written over {source}, which is read: name another file")
+    content = Path(path).read_bytes()
+    if content and not KINDS[kind](content):
+        raise UserError(f"{path} is there already and is no {kind} file, which would be written over it: name another file")
+
+
+def is_json(content):
+    try:
+        json.loads(content)
+        return True
+    except (ValueError, RecursionError):
+        return False
+
+
+def is_text(content):
+    try:
+        return "\0" not in content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+# How the files begin, or are, that scripts write.
+KINDS = {"JSON": is_json, "CSV": is_text, "PNG": lambda content: content.startswith(b"\x89PNG"),
+         "JPEG": lambda content: content.startswith(b"\xff\xd8"), "PDF": lambda content: content.startswith(b"%PDF"),
+         "SVG": lambda content: is_text(content) and b"<svg" in content}
+SUFFIX_KINDS = {".json": "JSON", ".csv": "CSV", ".png": "PNG", ".jpg": "JPEG", ".pdf": "PDF", ".svg": "SVG"}
+
+
+def write_whole(path, data):
+    """Write `data` (bytes) to `path` so that a reader, or a killed run, never meets half a file."""
+    path = Path(os.path.realpath(path))  # a link stays a link
+    check_writable(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        make_ordinary(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def make_ordinary(*paths):
+    """Give files that were made private, as mkstemp and safetensors make them, the permissions of an ordinary open()."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in paths:
+        os.chmod(path, 0o666 & ~umask)
+
+
+def write_json(path, value):
+    """Write `value` to `path` as UTF-8 JSON, whole or not at all."""
+    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+    # A file name that is not UTF-8 comes as lone surrogates, for which JSON's escape and Python's are the same.
+    write_whole(path, text.encode("utf-8", "backslashreplace"))
+
+
+def read_json(path, what):
+    """Read the JSON file `path`; `what` names it in the one-line errors ("captions file")."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise UserError(f"the {what} {path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from None
+    except RecursionError:
+        raise UserError(f"the {what} {path} is nested too deep") from None
+    except ValueError as error:
+        raise UserError(f"the {what} {path} is not JSON: {error}") from None
+
+
+def read_lines(path, what="text file"):
+    """The lines of a UTF-8 text file; `what` names it in the one-line errors."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the {what} {path} is not UTF-8") from None
+
+
+def is_file(path):
+    """Whether an ordinary file is at `path`; False too where the file system does not let one ask, or the name is too long."""
+    try:
+        return Path(path).is_file()
+    except OSError:
+        return False
+
+
+def digest_of(path, algorithm):
+    """Hex digest of a file, read in blocks."""
+    with open(path, "rb") as file:
+        digest = hashlib.new(algorithm)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def first_line(error):
+    """What an error says, as far as one line holds it; a line that ends in a colon runs on into the next."""
+    return re.sub(r":\s*\n\s*", ": ", str(error).strip()).split("\n")[0][:200] or type(error).__name__
+
+
+def fingerprint(path):
+    """Size in bytes and a checksum of the file: not its date, so that a copy of a dataset is the same."""
+    size, checksum = 0, 0
+    with suppress(OSError), open(path, "rb") as file:  # one that cannot be read is named when it is encoded
+        while part := file.read(2**20):
+            size, checksum = size + len(part), zlib.crc32(part, checksum)
+    return size, checksum
+
+
+def fingerprints(paths):
+    """(name, size, checksum) of each file, read by several threads."""
+    with ThreadPoolExecutor() as pool:
+        return [(path.name, *found) for path, found in zip(paths, pool.map(fingerprint, paths))]
+
+
+# ---- tensors -------------------------------------------------------------------------------------------------------
+# torch is imported where it is used: scripts that only fetch files start without it.
+
+# What pickles call the types of stored tensors.
+STORED = {"FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "DoubleStorage": "float64",
+          "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8",
+          "BoolStorage": "bool"}
+
+
+def read_weights(path, what="weights file"):
+    """Read a state dict from `.safetensors`, or from anything torch.save wrote (`.bin`, `.pth`, `.pt`).
+
+    torch.load runs with weights_only=True, so a pickle that would call a function is refused.
+    Returns {name: tensor on the CPU}. `what` names the file in the one-line errors. What is not finite is refused.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"the {what} {path} does not exist")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror or error}") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on pickles that it did not write
+            if path.suffix == ".safetensors":
+                weights = load_file(path)
+            else:
+                weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        function = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it would call {function[1]}" if function else "it is damaged or of another format"
+        raise UserError(f"the {what} {path} is not plain tensors and was not loaded: {reason}") from None
+    except Exception as error:  # there is nothing that torch does not raise for some damaged file
+        raise UserError(f"the {what} {path} is damaged or of another format: {first_line(error)}") from None
+    if not isinstance(weights, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
+                                                for name, value in weights.items()):
+        raise UserError(f"the {what} {path} does not hold a state dict (names with tensors)")
+    for name, value in weights.items():
+        # A tensor that says that it is larger than what is stored of it, or has no values, could ask for any amount of memory.
+        if value.layout != torch.strided or value.is_meta or value.untyped_storage().nbytes() < value.numel() * value.itemsize:
+            raise UserError(f"the {what} {path} holds {name} in a form that weights do not have")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"the {what} {path} holds values in {name} that are not numbers: it is damaged")
+    return dict(weights)
+
+
+class ArchivedModule:
+    """What stands for a module of a TorchScript archive: its attributes, and none of its code."""
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+
+    def tensors(self, prefix=""):
+        """(name, tensor) of its parameters and buffers, named as in a state dict."""
+        from torch import Tensor
+
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                yield prefix + name, value
+            elif isinstance(value, ArchivedModule):
+                yield from value.tensors(f"{prefix}{name}.")
+
+
+class ArchiveUnpickler(pickle.Unpickler):
+    """Reads data.pkl of a TorchScript archive: modules as ArchivedModules, tensors from the archive's records, and nothing else.
+
+    A class or function that it does not know is never called: UnpicklingError.
+    """
+
+    def __init__(self, file, record):
+        super().__init__(file)
+        self.record = record
+
+    def find_class(self, module, name):
+        import torch
+
+        if module.startswith("__torch__"):
+            return type(name, (ArchivedModule,), {})
+        if module == "torch.jit._pickle":  # marks of a list's type
+            return lambda items, *of_type: items
+        if module == "torch" and name in STORED:
+            return getattr(torch, STORED[name])
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda stored, offset, size, stride, *_: torch.empty(0, dtype=stored[1]).set_(stored[0], offset, size, stride)
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        raise pickle.UnpicklingError(f"it would call {module}.{name}")
+
+    def persistent_load(self, entry):
+        import torch
+
+        _, kind, key, *_ = entry
+        data = bytearray(self.record(f"data/{key}"))
+        return torch.frombuffer(data, dtype=torch.uint8).untyped_storage() if data else torch.UntypedStorage(0), kind
+
+
+def read_archive(path, what="weights file"):
+    """The state dict of a TorchScript archive, such as OpenAI publishes CLIP as, read as data: no module is built, since an
+    archive's own code would run. Raises UserError."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
+            module = ArchiveUnpickler(io.BytesIO(archive.read(f"{inside}data.pkl")), lambda name: archive.read(inside + name)).load()
+            return dict(module.tensors())
+    except Exception as error:  # there is nothing that a damaged archive does not raise
+        raise UserError(f"the {what} {path} is no TorchScript archive of tensors: {first_line(error)}") from None
+
+
+def digest(tensors):
+    """sha256 over the names, shapes, types and bytes of tensors: what a file of them records, so that flipped bits are noticed."""
+    import torch
+
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        found.update(tensor.view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def check_digest(path, what, tensors, recorded):
+    """Raise UserError unless the tensors are those that were written; files of before there were digests record None."""
+    if recorded is not None and digest(tensors) != recorded:
+        raise UserError(f"the {what} {path} is damaged: its tensors are not those that were written")
+
+
+def content_hash(state_dict):
+    """sha256 over the names, shapes and fp32 values of the floating-point tensors, sorted by name.
+
+    The same weights hash alike from any file format, and an fp16 file like the fp32 tensors it loads to.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach()
+        if tensor.is_floating_point():
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.to("cpu", torch.float32).contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

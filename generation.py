@@ -1,0 +1,156 @@
+"""Text out of a decoder: greedy and beam search, and sampling, batched over images with a key/value cache.
+
+Shapes: B images, K beams of each, N image tokens, R = B * K rows, T text tokens, V scored tokens.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cli import UserError, check_settings, option
+from decoder import Cache
+
+
+@dataclass
+class GenerationConfig:
+    """How captions are searched for. `sample` draws tokens; otherwise beam search, greedy at beam_size 1."""
+
+    beam_size: int = option(3, "1: greedy; this and the next two: unless named, as the checkpoint says")
+    length_penalty: float = option(0.0, "a hypothesis of n tokens scores log p / n ** this")
+    clip_weight: float = option(0.0, "what our CLIP's image-text cosine counts beside that score")
+    max_length: int = option(40, "tokens, the closing <|endoftext|> included")
+    sample: bool = option(False, "draw tokens instead of searching")
+    temperature: float = 1.0
+    top_k: int = option(0, "0: all")
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        check_settings(self, ("beam_size", "max_length"), signed=("length_penalty", "clip_weight"))
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise UserError("temperature must be above 0 and top_p in (0, 1]")
+        if self.sample and self.clip_weight:
+            raise UserError("clip_weight chooses among beams: it goes without sample")
+
+
+class TextGenerator:
+    """What generates for a module that has a `decoder`, `token_ids` (V) that may be said, and `end`, the place of <|endoftext|> among
+    them."""
+
+    def next_log_probs(self, tokens, context, cache, head, temperature=1.0):
+        """The step of generation: tokens (R, 1) after those in the cache -> log-probabilities (R, V), fp32."""
+        hidden = self.decoder.hidden(tokens, context, cache)[:, -1]
+        return (F.linear(hidden, head).float() / temperature).log_softmax(-1)
+
+    def beam_search(self, image, generation):
+        """Image tokens (B, N, C) -> B lists of token ids, without <|endoftext|>: the best hypothesis of each."""
+        return [found[0][1] for found in self.hypotheses(image, generation)]
+
+    def hypotheses(self, image, generation):
+        """Image tokens (B, N, C) -> what beam search found for each image, best first: B lists of (score, token ids).
+
+        Each image keeps K running beams. Of each step's 2K best continuations, those among the first K that end
+        are finished hypotheses, and the K best that do not end run on. An image is done, and leaves the batch,
+        when K hypotheses have finished (first come, first served: Kasai et al. 2022, arXiv:2204.05424) or
+        max_length is reached, where its best running beam counts as it is.
+        """
+        K, alpha, max_length = generation.beam_size, generation.length_penalty, generation.max_length
+        max_length = min(max_length, self.decoder.config.n_positions)
+        device, images = image.device, len(image)
+        end = self.end
+        head = self.decoder.head_weight(self.token_ids)
+        context = self.decoder.context(image)
+        cache = Cache(max_length)
+
+        active = torch.arange(images, device=device)  # which image each slot of the batch holds
+        scores = torch.full((images, K), -torch.inf, device=device)
+        scores[:, 0] = 0  # one beam to begin with
+        tokens = torch.full((images, K, max_length + 1), end, device=device)  # places, not ids
+        finished = torch.zeros(images, dtype=torch.long, device=device)  # hypotheses, for each slot
+        # Of each image, in the order in which they were finished: below K before a step, and K more in it.
+        found_scores = torch.full((images, 2 * K), -torch.inf, device=device)
+        found = torch.full((images, 2 * K, max_length + 1), end, device=device)
+
+        for length in range(1, max_length + 1):
+            last = self.token_ids[tokens[:, :, length - 1]].view(-1, 1)
+            log_probs = self.next_log_probs(last, context, cache, head).view(len(active), K, -1)
+            V = log_probs.shape[-1]
+            scores, flat = (scores[:, :, None] + log_probs).flatten(1).topk(min(2 * K, K * V))
+            beam, token = flat // V, flat % V  # (B, 2K) each
+            ends = token == end
+
+            # Those that end.
+            ended = scores.masked_fill(~ends, -torch.inf)[:, :K] / length**alpha
+            ending = ended > -torch.inf
+            slot, which = ending.nonzero(as_tuple=True)
+            if len(slot):
+                place = active[slot], (finished[:, None] + ending.cumsum(1) - 1)[slot, which]
+                found_scores[place] = ended[slot, which]
+                found[place] = tokens[slot, beam[slot, which]]
+            finished += ending.sum(1)
+
+            # Those that run on.
+            scores, pick = scores.masked_fill(ends, -torch.inf).topk(min(K, scores.shape[1]))
+            beam, token = beam.gather(1, pick), token.gather(1, pick)
+            going = ((finished < K) & (scores[:, 0] > -torch.inf)).nonzero().squeeze(1)
+            if not len(going):
+                break
+            if len(going) < len(active):
+                context = [layer.select(going) for layer in context]
+                active, finished, scores = active[going], finished[going], scores[going]
+            beam, token = beam[going], token[going]
+            if beam.shape[1] < K:  # fewer continuations than beams, in a tiny vocabulary: fill with dead ones
+                pad = (0, K - beam.shape[1])
+                scores, beam, token = F.pad(scores, pad, value=-torch.inf), F.pad(beam, pad), F.pad(token, pad)
+            tokens = tokens[going[:, None], beam]
+            tokens[:, :, length] = token
+            cache.select((going[:, None] * K + beam).flatten())
+        else:
+            found_scores[active, finished] = scores[:, 0] / max_length**alpha
+            found[active, finished] = tokens[:, 0]
+
+        order = found_scores.argsort(dim=1, descending=True, stable=True)
+        hypotheses = [[(score[i], self.until_end(rows[i][1:])) for i in best if score[i] > -torch.inf]
+                      for best, score, rows in zip(order.tolist(), found_scores.tolist(), found.tolist())]
+        if not all(hypotheses):
+            raise UserError("the model's probabilities are not numbers: its weights, or the encoder's, are damaged")
+        return hypotheses
+
+    def until_end(self, places):
+        places = places[:places.index(self.end)] if self.end in places else places
+        return self.token_ids[places].tolist()
+
+    def sample(self, image, generation, seeds=None):
+        """Image tokens (B, N, C) -> as many lists of token ids as seeds, drawn with temperature, top-k and top-p.
+
+        Top-p is nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751). Drawn as the largest of log p + Gumbel noise,
+        each image's noise its own, so that its caption depends neither on the others of the batch nor on p's last bit.
+        """
+        max_length = min(generation.max_length, self.decoder.config.n_positions)
+        head = self.decoder.head_weight(self.token_ids)
+        context = self.decoder.context(image)
+        cache = Cache(max_length)
+        seeds = range(len(image)) if seeds is None else seeds
+        random = [np.random.default_rng([generation.seed, seed]) for seed in seeds]
+        tokens = torch.full((len(random), max_length + 1), self.end, device=image.device)
+        ended = torch.zeros(len(random), dtype=torch.bool, device=image.device)
+        for length in range(1, max_length + 1):
+            last = self.token_ids[tokens[:, length - 1:length]]
+            log_probs = self.next_log_probs(last, context, cache, head, generation.temperature)
+            if generation.top_k or generation.top_p < 1:
+                likely = log_probs.sort(-1, descending=True).values
+                if generation.top_k:
+                    likely = likely[:, :generation.top_k]
+                probs = likely.softmax(-1)
+                # Tokens before which less than top_p lies stay: the one that crosses it as well.
+                kept = (probs.cumsum(-1) - probs < generation.top_p).sum(-1, keepdim=True)
+                log_probs = log_probs.masked_fill(log_probs < likely.gather(1, kept - 1), -torch.inf)
+            noise = np.stack([rng.standard_exponential(len(head), dtype=np.float32) for rng in random])
+            choice = (log_probs - torch.from_numpy(noise).to(image.device).log()).argmax(-1)
+            tokens[:, length] = choice.masked_fill(ended, self.end)
+            ended |= tokens[:, length] == self.end
+            if ended.all():
+                break
+        return [self.until_end(row) for row in tokens[:, 1:].tolist()]

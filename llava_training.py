@@ -1,0 +1,327 @@
+"""Build a LLaVA of two pretrained models, choose what of it is trained, its loss, and its folder."""
+
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from cli import UserError, option
+from dataset import IGNORE
+from files import content_hash, first_line, make_ordinary, read_weights
+from llava import LOADING_ERRORS, without_bos
+
+# What the texts of a conversation stand in: every query between the first two, every answer before the end of text.
+LLAMA_FORM = "[INST] ", " [/INST]"
+PLAIN_FORM = "", "\n"
+
+
+@dataclass
+class LlavaOptions:
+    """How a vision model and a language model are joined."""
+
+    projection: str = option("mlp", "linear, or mlp: two layers")
+    image_size: int = option(0, "pixels a side; 0: the vision model's own")
+    vision_layer: int = option(-1, "whose output the projection takes; -1: the last")
+    train_vision_layers: int = option(0, "so many layers of the vision model, up to `vision_layer`, are trained along")
+    seed: int = 0
+
+
+def build(vision_name, language_name, settings):
+    """A LlavaForConditionalGeneration of two pretrained models and a fresh projection, and its processor. Raises UserError."""
+    from transformers import (
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GenerationConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    try:
+        with TemporaryDirectory() as folder:
+            if Path(vision_name).suffix == ".safetensors":
+                from vit_student import write_dinov2
+
+                write_dinov2(vision_name, folder, settings.image_size or 224)
+            else:
+                folder = vision_name
+            vision = AutoModel.from_pretrained(folder, dtype=torch.float32)
+            vision = getattr(vision, "vision_model", vision)  # of a CLIP, its vision half
+            image_processor = AutoImageProcessor.from_pretrained(folder)
+        language = AutoModelForCausalLM.from_pretrained(language_name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(language_name)
+    except LOADING_ERRORS as error:
+        raise UserError(f"{vision_name} with {language_name} cannot be loaded as a vision and a causal language model: "
+                        f"{first_line(error)}") from None
+    size, patch, prefix_tokens = check_vision(vision, vision_name, settings)
+    check_language(language, language_name)
+    # Nothing is cropped away: the whole picture is squeezed into the square.
+    image_processor.do_center_crop, image_processor.do_resize = False, True
+    image_processor.size = {"height": size, "width": size}
+
+    torch.manual_seed(settings.seed)  # new words and the projection begin at random
+    token = image_token(tokenizer)
+    if len(tokenizer) > language.get_input_embeddings().num_embeddings:
+        language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    select = "default" if prefix_tokens else "full"
+    config = LlavaConfig(
+        vision_config=vision.config, text_config=language.config, image_token_index=tokenizer.convert_tokens_to_ids(token),
+        image_seq_length=(size // patch) ** 2, projector_hidden_act="gelu" if settings.projection == "mlp" else "linear",
+        vision_feature_select_strategy=select, vision_feature_layer=settings.vision_layer,
+        tie_word_embeddings=language.config.tie_word_embeddings)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower, model.model.language_model, model.lm_head = vision, language.model, language.lm_head
+    projector = model.model.multi_modal_projector.to_empty(device="cpu")
+    for layer in projector.linear_1, projector.linear_2:
+        layer.reset_parameters()
+    if settings.projection == "linear":  # two layers with nothing between them are one, if the second is the identity
+        torch.nn.init.eye_(projector.linear_2.weight)
+        torch.nn.init.zeros_(projector.linear_2.bias)
+    # The language model's own may sample, or end where no answer here ended.
+    model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                                               pad_token_id=tokenizer.pad_token_id)
+    processor = LlavaProcessor(image_processor, tokenizer, patch_size=patch, vision_feature_select_strategy=select,
+                               chat_template=chat_template(tokenizer, language.config.model_type, token),
+                               image_token=token, num_additional_image_tokens=prefix_tokens)
+    return model, processor
+
+
+def check_vision(model, name, settings):
+    """(pixels a side, pixels of a patch, tokens before the patches') of a vision model. Raises UserError if it cannot serve."""
+    patch, depth = getattr(model.config, "patch_size", None), getattr(model.config, "num_hidden_layers", 0)
+    if not isinstance(patch, int) or not hasattr(model.config, "hidden_size"):
+        raise UserError(f"{name} has no square patches: it is no vision transformer")
+    size = settings.image_size or model.config.image_size
+    if size % patch:
+        raise UserError(f"--image_size is {size}, but must be a multiple of the patches' {patch} pixels")
+    if not -depth - 1 <= settings.vision_layer <= depth:
+        raise UserError(f"--vision_layer is {settings.vision_layer}, but {name} has {depth} layers")
+    if settings.train_vision_layers > layers_used(depth, settings.vision_layer):
+        raise UserError(f"--train_vision_layers is {settings.train_vision_layers}, but --vision_layer comes after "
+                        f"{layers_used(depth, settings.vision_layer)} layers of {name}")
+    try:
+        with torch.inference_mode():
+            tokens = model(torch.zeros(1, 3, size, size)).last_hidden_state.shape[1]
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{name} does not take {size} pixels: {first_line(error)}") from None
+    prefix_tokens = tokens - (size // patch) ** 2
+    if prefix_tokens not in (0, 1):
+        raise UserError(f"{name} has {prefix_tokens} tokens before those of its patches, where LLaVA knows a class token alone")
+    return size, patch, prefix_tokens
+
+
+def layers_used(depth, vision_layer):
+    """How many of the vision model's layers come before what the projection takes."""
+    return vision_layer if vision_layer >= 0 else depth + 1 + vision_layer
+
+
+def check_language(model, name):
+    """Raise UserError unless transformers' LLaVA computes with this language model as the model itself does."""
+    config, inner = model.config, getattr(model, "model", None)
+    if not hasattr(inner, "embed_tokens") or not hasattr(inner, "layers") or not hasattr(model, "lm_head"):
+        raise UserError(f"{name} ({config.model_type}) is not built as LLaVA needs it: choose one such as Llama, Qwen or Gemma 3")
+    scales = [key for key in ("logit_scale", "logits_scaling", "final_logit_softcapping") if getattr(config, key, None)]
+    if scales or model.lm_head.bias is not None:
+        raise UserError(f"{name} ({config.model_type}) changes its logits by {scales[0] if scales else 'a bias'}, which LLaVA "
+                        "leaves out")
+    if strange := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"{name} ({config.model_type}) has layers of {min(strange)}, which cannot tell a picture's questions "
+                        "apart")
+
+
+@torch.no_grad()
+def fit_projection(model, pixel_values):
+    """Fit a fresh projection to what it stands between, as seen on some pictures (B, 3, S, S).
+
+    The vision tower's channels come to mean 0 and deviation 1, since some of a DINOv2's are ten times as large as others; the
+    image tokens become as large as words: a tenfold difference would drown either.
+    """
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    hidden = tower(pixel_values, output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
+    hidden = hidden[:, hidden.shape[1] - model.config.image_seq_length:]
+    first, last = projector.linear_1, projector.linear_2
+    if model.config.projector_hidden_act == "linear":
+        last = first
+    first.weight /= hidden.std((0, 1)) + 1e-6
+    first.bias -= first.weight @ hidden.mean((0, 1))
+    words = model.get_input_embeddings()(torch.arange(min(1000, model.config.text_config.vocab_size)))
+    factor = words.std() / projector(hidden).std()
+    last.weight *= factor
+    last.bias *= factor
+
+
+def image_token(tokenizer):
+    """The token that stands for a patch: <image>, or one that the vocabulary keeps unused, or else a new one."""
+    vocabulary = tokenizer.get_vocab()
+    token = next((token for token in ("<image>", "<unused0>", "<|reserved_special_token_0|>") if token in vocabulary), "<image>")
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    return token
+
+
+def query_form(tokenizer, kind):
+    """What stands before and after a query: the tokenizer's own template, Llama-2's, or a line of its own."""
+    if not tokenizer.chat_template:
+        return LLAMA_FORM if kind == "llama" else PLAIN_FORM
+    said = tokenizer.apply_chat_template([{"role": "user", "content": "QUERY"}], tokenize=False, add_generation_prompt=True)
+    before, *after = said.split("QUERY")
+    if len(after) != 1:
+        raise UserError("the language model's chat template does not give a query as it is: delete it from the tokenizer")
+    return without_bos(before, tokenizer), after[0] or "\n"
+
+
+def chat_template(tokenizer, kind, token):
+    """A Jinja template for the processor: turns of queries, each with its pictures first, and answers."""
+    before, after = (json.dumps(part) for part in query_form(tokenizer, kind))
+    end = json.dumps(tokenizer.eos_token)
+    return ("{% for message in messages %}{% if message['role'] == 'user' %}{{ " + before + " }}"
+            "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ " + json.dumps(token) + " }}"
+            "{% elif part['text'] %}{{ ' ' + part['text'] }}{% endif %}{% endfor %}{{ " + after + " }}"
+            "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{{ " + end + " }}{% endif %}{% endfor %}")
+
+
+def trained_parameters(model, vision_layers):
+    """Freeze all but the projection and the vision tower's last layers before it: {name: parameter} of those, on fp32."""
+    model.requires_grad_(False)
+    projector = model.model.multi_modal_projector
+    chosen = [*projector.parameters()]
+    if model.config.projector_hidden_act == "linear":
+        chosen = [*projector.linear_1.parameters()]
+    if vision_layers:
+        used = layers_used(model.config.vision_config.num_hidden_layers, model.config.vision_feature_layer)
+        last = tuple(f".{number}." for number in range(used - vision_layers, used))
+        for name, parameter in model.model.vision_tower.named_parameters():
+            if any(number in name for number in last) and ("layer." in name or "layers." in name):
+                chosen.append(parameter)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def answer_loss(model, inputs, likely=None, drawn=None):
+    """The cross-entropy of each answer's tokens, given its picture and what its branch says before: their sum.
+
+    Args:
+        inputs: input_ids, position_ids, branches and labels (B, T), as `collate` gives them; pixel_values (B, 3, S, S).
+        likely, drawn: for `sampled_cross_entropy`; default: the softmax over all tokens.
+    The head is computed at the answers alone: with a large vocabulary it would cost more than all layers.
+    """
+    mask = attention_mask(model.config.text_config, inputs["branches"], inputs["position_ids"])
+    hidden = model.model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask,
+                         pixel_values=inputs["pixel_values"], use_cache=False).last_hidden_state[:, :-1]
+    labels = inputs["labels"][:, 1:]
+    learned = labels != IGNORE
+    if likely is None:
+        return F.cross_entropy(model.lm_head(hidden[learned]).float(), labels[learned], reduction="sum")
+    return sampled_cross_entropy(hidden[learned], labels[learned], model.lm_head.weight, likely, drawn)
+
+
+def attention_mask(config, branches, positions):
+    """What may be attended to, as a language model of `transformers` takes it: (B, 1, T, T), or one for each type of layer.
+
+    A position sees those of the picture's part (branch 0) and of its own branch, up to itself; in layers with a sliding
+    window, those near it alone.
+
+    Args:
+        config: the language model's. branches, positions: (B, T), as `Trainer.collate` gives them.
+    """
+
+    def finish(mask):
+        if config._attn_implementation == "sdpa":  # which alone takes truth values
+            return mask
+        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+    one, other = branches[:, None, :, None], branches[:, None, None, :]
+    seen = ((other == 0) | (one == other)).tril()
+    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if not window or types and "sliding_attention" not in types:
+        return finish(seen)
+    near = positions[:, None, :, None] - positions[:, None, None, :] < window
+    near = finish(seen & near)
+    return {"full_attention": finish(seen), "sliding_attention": near} if types else near
+
+
+def sampled_cross_entropy(hidden, targets, head, likely, drawn):
+    """The cross-entropy of a softmax over the whole vocabulary whose unlikely part is estimated: its sum over the targets.
+
+    The denominator is exact over the tokens `likely`; what is `drawn` evenly from the others stands for all of these
+    (importance sampling: Bengio and Senécal 2008, https://doi.org/10.1109/TNN.2007.912312).
+
+    Args:
+        hidden: (n, C). targets: (n), of which each is in `likely`. head: (V, C).
+        likely: sorted token ids. drawn: ids of others, none twice.
+    """
+    logits = F.linear(hidden, head[torch.cat([likely, drawn])]).float()
+    if len(drawn):
+        logits[:, len(likely):] += math.log((len(head) - len(likely)) / len(drawn))
+    return F.cross_entropy(logits, torch.searchsorted(likely, targets), reduction="sum")
+
+
+def write_llava(model, processor, folder, trained, training):
+    """Write what `build` built as transformers reads it, in fp16, with what was trained in it, and how, alone beside it; whole or
+    not at all."""
+    model.load_state_dict(trained, strict=False)
+    staging = folder.with_name(f"{folder.name}.tmp")
+    model.half().save_pretrained(staging)
+    processor.save_pretrained(staging)
+    save_file(trained, staging / "trained.safetensors", {"training": json.dumps(training)})
+    make_ordinary(*staging.glob("*.safetensors"))
+    if folder.exists():
+        folder.rmdir()  # it was empty
+    staging.rename(folder)
+    print(f"wrote {folder}", flush=True)
+
+
+def check_folder(folder):
+    """Raise UserError unless a new folder can be written there."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already: delete it or name another folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the folder {folder.parent}: {error.strerror}") from None
+
+
+def assemble(vision_name, language_name, trained_file, folder):
+    """Write the LLaVA of two models and of the trained.safetensors that a run of this script left. Raises UserError."""
+    check_folder(folder := Path(folder))
+    trained, training = read_trained(trained_file)
+    settings = LlavaOptions(**{field.name: training[field.name] for field in fields(LlavaOptions) if field.name in training})
+    model, processor = build(vision_name, language_name, settings)
+    check_trained(trained_file, trained, training, trained_parameters(model, settings.train_vision_layers),
+                  frozen_hash(model, trained), (vision_name, language_name))
+    write_llava(model, processor, folder, trained, training)
+
+
+def read_trained(file):
+    """A trained.safetensors -> {name: tensor} and how it was trained. Raises UserError."""
+    state = read_weights(file, "trained part of a LLaVA")
+    with safe_open(file, "pt") as content:
+        training = json.loads((content.metadata() or {}).get("training", "{}"))
+    if "frozen weights" not in training:
+        raise UserError(f"{file} is not the trained part of a LLaVA, as p4_align.py writes it")
+    return state, training
+
+
+def check_trained(file, state, training, parameters, frozen, names):
+    """Raise UserError unless what `read_trained` gave is of these parameters, and was trained beside these frozen weights."""
+    if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in parameters.items()}:
+        raise UserError(f"{file} does not fit {names[0]} with {names[1]}, or other layers were trained")
+    if frozen != training["frozen weights"]:
+        raise UserError(f"{file} was trained with other weights than those of {names[0]} with {names[1]}")
+
+
+def frozen_hash(model, trained):
+    """content_hash of all that is not trained but position embeddings: those may be interpolated, to other bits elsewhere."""
+    return content_hash({name: value for name, value in model.state_dict().items()
+                         if name not in trained and "position_embedding" not in name})

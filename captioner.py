@@ -21,20 +21,19 @@ from torch import nn
 from tqdm import tqdm
 
 from cli import UserError, check_settings, option, printable
-from clip_small import SMALL_WEIGHTS, ClipSmall
+from clip_small import SMALL_WEIGHTS, ClipConfig, ClipSmall
 from concepts import ClassifierWords, ClassWords, ClipWords, Concepts, RetrievedWords
 from dataset import IGNORE, collate
-from decoder import Block, Decoder, DecoderConfig, LayerContext, init_weights, read_gpt2
+from decoder import Block, Decoder, DecoderConfig, LayerContext, init_weights
 from encoder import EMBEDDED, load_encoder
-from files import WEIGHTS_FOLDER, check_digest, content_hash, digest, first_line, read_weights, write_whole
-from generation import GenerationConfig, TextGenerator
+from files import WEIGHTS_FOLDER, check_digest, digest, first_line, read_weights, write_whole
+from generation import GenerationConfig, TextGenerator, best_of
 from images import load_ahead
 from peft import PeftConfig
 from tokenizer import END_OF_TEXT, BPETokenizer
 
 EMBEDDED_DECODER = WEIGHTS_FOLDER / "decoder_small.safetensors"
 EMBEDDED_CHECKPOINT = WEIGHTS_FOLDER / "captioner.safetensors"
-CHECKPOINT_FOLDERS = Path("checkpoints"), Path(__file__).resolve().parent / "checkpoints"
 MAX_TRAINED = 35_000_000
 CONCEPT_SOURCES = "classifier", "clip"
 
@@ -250,6 +249,10 @@ class Captioner(TextGenerator, nn.Module):
         """Embeddings in our CLIP's space, of images (0) or of texts (1), seen from their centre: unit vectors (B, width)"""
         return F.normalize(F.normalize(embeddings, dim=-1) - self.centres[of_texts].to(embeddings), dim=-1)
 
+    def centre(self, of_images, of_texts):
+        """From now on see meanings from the middle of these embeddings, each (n, width)."""
+        self.centres.copy_(torch.stack([F.normalize(part, dim=-1).mean(0) for part in (of_images, of_texts)]))
+
     @cached_property
     def judge(self):
         """Our CLIP on the captioner's own encoder. Raises UserError where it is not here, or was made for another encoder."""
@@ -379,11 +382,8 @@ class Captioner(TextGenerator, nn.Module):
 
     def choose(self, embeddings, hypotheses, weight):
         """Of each image's hypotheses the token ids of the one that is best by its score and what the `judge` gives it."""
-        chosen = []
-        for found, cosines in zip(hypotheses, self.cosines(embeddings, hypotheses)):
-            scores = [score + weight * cosine for (score, _), cosine in zip(found, cosines)]
-            chosen.append(found[scores.index(max(scores))][1])
-        return chosen
+        return [found[best_of([score for score, _ in found], cosines, weight)][1]
+                for found, cosines in zip(hypotheses, self.cosines(embeddings, hypotheses))]
 
     @torch.inference_mode()
     def cosines(self, embeddings, hypotheses):
@@ -473,35 +473,7 @@ def read_metadata(checkpoint):
         raise UserError(f"{checkpoint} is not a checkpoint of p2_train.py") from None
 
 
-def newest_checkpoint(decoder_hash, folders=CHECKPOINT_FOLDERS):
-    """The newest checkpoint that was trained with these decoder weights, or None; here, or beside this module."""
-    paths = [path for folder in folders for path in Path(folder).glob("*.safetensors") if path.is_file()]
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            if read_metadata(path)["decoder_hash"] == decoder_hash:
-                return path
-        except (UserError, KeyError):
-            continue  # some other file: not ours to complain about
-    return None
-
-
 # ---- captions of a folder ------------------------------------------------------------------------------------------
-
-
-def find_weights(decoder_weights=None, checkpoint=None):
-    """The two weight files to use: without decoder weights the embedded model's; with them and no checkpoint, the newest of checkpoints/
-    that was trained with them. Raises UserError."""
-    if decoder_weights is None:
-        return EMBEDDED_DECODER, EMBEDDED_CHECKPOINT
-    if checkpoint is None:
-        decoder_hash = content_hash(read_gpt2(decoder_weights))
-        checkpoint = newest_checkpoint(decoder_hash)
-        if checkpoint is None and read_metadata(EMBEDDED_CHECKPOINT)["decoder_hash"] == decoder_hash:
-            checkpoint = EMBEDDED_CHECKPOINT
-    if checkpoint is None:
-        raise UserError(f"no checkpoint in checkpoints/ was trained with {decoder_weights}: train one with "
-                        f"`python3 p2_train.py --decoder {decoder_weights}` or name one")
-    return decoder_weights, checkpoint
 
 
 def caption_folder(model, images, generation, batch_size=32, device="cpu", processes=None):
@@ -538,3 +510,23 @@ def caption_features(model, features, numbers, generation, embeddings=None, batc
         seen = None if embeddings is None else embeddings[some].to(device)
         captions += model.generate(features[some, np.zeros_like(some)].to(device).float(), generation, embeddings=seen)
     return captions
+
+
+def count_trained(config, decoder_weights):
+    """Count what would be trained, by part, without weights or data: {part: parameters}."""
+    sizes = {}
+    if Path(decoder_weights).exists():
+        loaded = config.load_decoder(decoder_weights).config
+        sizes = {name: getattr(loaded, name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer")}
+    else:
+        print(f"{decoder_weights} is not here: the sizes of the published GPT-2, 124M parameters, are taken")
+    with torch.device("meta"):
+        encoder = config.load_encoder("random")
+        decoder = Decoder(DecoderConfig(**sizes, **config.decoder_options()))
+        projection = Projection(config, encoder.dim, encoder.num_tokens, decoder.config.image_dim,
+                                concept_dim=decoder.config.n_embd, meaning_dim=ClipConfig().width)
+    parts = {"projection": sum(parameter.numel() for parameter in projection.parameters())}
+    sizes = {name: parameter.numel() for name, parameter in decoder.named_parameters()}
+    for name, part in decoder.added.items():
+        parts[part] = parts.get(part, 0) + sizes[name]
+    return parts

@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from clip_small import ClipSmall, Summary, mean_of_tokens, run_layers
 
+SAMPLE = 2000  # pictures on which principal components and usual values are measured
+
 
 class Sentences:
     """Sentences as the trained layers meet them: hidden states, kept in a file in fp16, and the encoder's own vectors.
@@ -137,4 +139,3 @@ def sample_of(cache, batch_size=50):
     for start in range(0, len(numbers), batch_size):
         some = numbers[start:start + batch_size]
         yield cache[some, np.zeros_like(some)]
-SAMPLE = 2000  # pictures on which principal components and usual values are measured

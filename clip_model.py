@@ -288,6 +288,9 @@ def whole_characters(text):
     """The text with "?" for each half of a surrogate pair, which neither CLIP's tokenizer nor matplotlib takes."""
     return text.encode("utf-8", "replace").decode()
 
+
+# ---- zero-shot classification ------------------------------------------------------------------------------------
+
 TEMPLATE = "A photo of a {object}."  # the paper's default
 ASSIGNMENT_TEMPLATES = ["This is a photo of {object}", "This is not a photo of {object}", "No {object}, no score."]
 CLASS_NAME = re.compile(r"\{(object)?\}")  # {object} as the assignment writes it, {} as CLIP's own lists of prompts

@@ -14,6 +14,7 @@ from files import fingerprints, is_file, read_json, read_lines, write_json
 from tokenizer import END_OF_TEXT
 
 IGNORE = -100  # the target that cross_entropy leaves out
+SEEN = 1000  # pictures whose concepts are a pattern for those of captions without pictures
 
 
 # ---- captions --------------------------------------------------------------------------------------------------
@@ -202,7 +203,6 @@ def load_references(annotation_file, images_root=None):
 
 
 # ---- what a captioner learns from ----------------------------------------------------------------------------------
-SEEN = 1000  # pictures whose concepts are a pattern for those of captions without pictures
 
 
 class CaptionData:

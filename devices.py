@@ -109,3 +109,26 @@ def memory_in_use(device):
     except OSError:  # not Linux
         return 0
     return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def shard(layers, whole=()):
+    """Spread frozen layers over the processes (FSDP: Zhao et al. 2023, https://arxiv.org/abs/2304.11277); parameters that are trained,
+    named by `whole`, stay whole on each."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in layers:
+        fully_shard(layer, reshard_after_forward=True, ignored_params=set(whole) & set(layer.parameters()))
+
+
+@contextlib.contextmanager
+def unsharded(layers):
+    """Within, layers that were sharded are whole on each process."""
+    for layer in layers:
+        layer.set_reshard_after_forward(False)
+        layer.unshard()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True)
+            layer.reshard()

@@ -35,6 +35,12 @@ class GenerationConfig:
             raise UserError("clip_weight chooses among beams: it goes without sample")
 
 
+def best_of(scores, cosines, clip_weight):
+    """Of an image's hypotheses, the number of the one that is best by its score and what our CLIP gives it."""
+    totals = [score + clip_weight * cosine for score, cosine in zip(scores, cosines)]
+    return totals.index(max(totals))
+
+
 class TextGenerator:
     """What generates for a module that has a `decoder`, `token_ids` (V) that may be said, and `end`, the place of <|endoftext|> among
     them."""

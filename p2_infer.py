@@ -14,7 +14,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from captioner import Captioner, caption_folder, find_weights, read_metadata, recorded_generation
+from captioner import Captioner, caption_folder, read_metadata, recorded_generation
+from checkpoints import find_weights
 from cli import ArgumentParser, UserError, add_options, run, take_options
 from dataset import read_captions
 from devices import Processes

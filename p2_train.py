@@ -16,7 +16,6 @@ of processes: exactly, if the number is the same.
 """
 
 import math
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,16 +24,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from captioner import MAX_TRAINED, Captioner, CaptionerConfig, Projection, caption_features, check_hash, read_metadata
+from captioner import MAX_TRAINED, Captioner, CaptionerConfig, caption_features, count_trained
+from checkpoints import start_from
 from cider import CiderScorer
 from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options, with_config
-from clip_small import ClipConfig, Folds
+from clip_small import Folds
 from concepts import Concepts, embed_texts
 from dataset import IGNORE, SEEN, CaptionData, Mixture, TextData, bucketed_batches, clean_captions, count_targets, data_digest, token_ids
-from decoder import Decoder, DecoderConfig
-from devices import Processes, autocast, memory_in_use, pick_precision
+from devices import Processes, autocast, memory_in_use, pick_precision, shard, unsharded
 from features import FeatureCache, LiveFeatures, SomeFeatures
-from files import read_weights
 from generation import GenerationConfig
 from images import ahead
 from metrics import cider, tokenize
@@ -81,7 +79,6 @@ class Settings:
     selection: tuple = option(
         (500,), "images at the end of each train.json, on which checkpoints are selected: one number, or one for each folder; 0: train "
         "on all, keep the last epoch")
-    selection_beam: int = option(3, "beam size on them")
     seed: int = 0
     samples: int = option(3, "of the selection images, whose captions are shown after each epoch")
     save_minutes: float = option(5.0, "minutes between states to resume from")
@@ -99,7 +96,7 @@ class Settings:
             raise UserError("--data names at least one folder, --data_weights none or one number above 0 for each")
         if len(self.selection) not in (1, len(self.data)):
             raise UserError("--selection is one number for every folder of --data, or one for each")
-        check_settings(self, ("batch_size", "text_batch_size", "accumulation", "views", "selection_beam", "max_tokens"),
+        check_settings(self, ("batch_size", "text_batch_size", "accumulation", "views", "max_tokens"),
                        ("warmup", "label_smoothing", "average"))
         if self.learning_rate <= 0:
             raise UserError("--learning_rate must be above 0")
@@ -144,7 +141,9 @@ class CaptionerTrainer:
         self.targets, self.text_targets = (count_targets(rows, self.model.token_ids) for rows in (
             self.data.rows, [[row] for rows in texts for row in rows]))
         if settings.init:
-            self.start_from(settings.init, encoder, decoder)
+            for line in start_from(self.model, settings.init, settings.decoder):
+                if self.processes.main:
+                    print(line, flush=True)
         self.data.embeddings, self.selection_embeddings = self.read_folds() if settings.folds else (None, None)
         self.trained = self.model.trained_parameters()
         groups = {True: [], False: []}
@@ -157,7 +156,7 @@ class CaptionerTrainer:
         self.average = MovingAverage(self.trained, settings.average)
         self.steps = -(-self.mixture.size // settings.batch_size)
         if settings.fsdp:
-            self.shard()
+            shard(self.model.decoder.h, self.trained.values())
         self.restore()
         # Last, since it can take long: whatever is wrong above shows first.
         features = [self.encode(encoder, folder.paths()) for folder in self.mixture.folders]
@@ -191,7 +190,7 @@ class CaptionerTrainer:
             captions = [clean_captions(self.images[i])[0] for i in some]
             of_images, of_texts = self.data.embeddings[some, 0].to(self.device), embed_texts(self.model.judge, captions).to(self.device)
             if not self.model.centres.any():  # else they are those of --init
-                self.model.centres.copy_(torch.stack([F.normalize(of_images, dim=-1).mean(0), of_texts.mean(0)]))
+                self.model.centre(of_images, of_texts)
             meanings, explaining = self.model.meaning(of_images, 0), self.model.meaning(of_texts, 1)
             self.slope = (meanings * explaining).sum(-1).mean()
             residuals = (meanings - self.slope * explaining).cpu()
@@ -201,52 +200,11 @@ class CaptionerTrainer:
             numbers, probabilities, _ = zip(*seen)
             self.text.look(self.model.source, Concepts(torch.cat(numbers).cpu(), torch.cat(probabilities).cpu(), residuals))
 
-    def start_from(self, checkpoint, encoder, decoder):
-        """Take a checkpoint's trained weights. Raises UserError unless it is of the same model.
-
-        Its encoder may have been this one with fewer levels, or the first of those that are joined here: the channels
-        that it had come first then, and what the others add counts nothing to begin with. It may have known no concepts and no meaning,
-        and its decoder may have had other weights of the same shapes.
-        """
-        metadata = read_metadata(checkpoint)
-        known = encoder.first if metadata["model"]["encoder"] == encoder.first.name else encoder
-        check_hash(checkpoint, metadata, "encoder", known.weights_hash, known.name)
-        if metadata["decoder_hash"] != decoder.weights_hash and self.processes.main:
-            print(f"{checkpoint} was trained with other decoder weights than {self.settings.decoder}: a start, and no more", flush=True)
-        try:
-            state = read_weights(checkpoint, "checkpoint")
-            if known is encoder.first and metadata["model"].get("encoder_levels", 1) <= encoder.levels:
-                weight = state["projection.input.weight"]
-                state["projection.input.weight"] = F.pad(weight, (0, encoder.dim - weight.shape[1]))
-                if weight.shape[1] < encoder.dim and self.processes.main:
-                    print(f"{checkpoint} knows {weight.shape[1]} of the encoder's {encoder.dim} channels: the others "
-                          "count nothing to begin with", flush=True)
-            for part in "concepts", "meaning":
-                if not metadata["model"].get(part):
-                    state |= {name: value for name, value in self.model.trained_parameters().items()
-                              if name.startswith(f"projection.{part}.")}
-            if (centres := state.pop("centres", None)) is not None:
-                self.model.centres.copy_(centres)
-            self.model.load_trained({name: value for name, value in state.items() if name != "token_ids"})
-        except (KeyError, RuntimeError):
-            raise UserError(f"the checkpoint {checkpoint} has other model options: {metadata['model']}") from None
-
     def encode(self, encoder, paths):
         """The features of these images: cached, by one process for all, or worked out in every step."""
         if not self.settings.cache:
             return LiveFeatures(encoder, paths, self.settings.views, self.device)
         return FeatureCache(encoder, paths, self.settings.cache, self.settings.views, device=self.device)
-
-    def shard(self):
-        """Spread the decoder's frozen layers over the processes (FSDP: Zhao et al. 2023, https://arxiv.org/abs/2304.11277).
-
-        What is trained is small, and stays whole on each.
-        """
-        from torch.distributed.fsdp import fully_shard
-
-        trained = set(self.trained.values())
-        for block in self.model.decoder.h:
-            fully_shard(block, reshard_after_forward=True, ignored_params=trained & set(block.parameters()))
 
     def restore(self):
         """Go on from the state of an interrupted run, if there is one."""
@@ -442,22 +400,9 @@ class CaptionerTrainer:
         (self.scaler.scale(loss) if self.scaler else loss).backward()
         return loss.item()
 
-    @contextmanager
     def generating(self):
         """Within, the decoder is as generation wants it: LoRA merged; or, if it is sharded, whole on each process."""
-        blocks = self.model.decoder.h if self.settings.fsdp else []
-        with ExitStack() as stack:
-            for block in blocks:
-                block.set_reshard_after_forward(False)
-                block.unshard()
-            if not blocks:
-                stack.enter_context(self.model.decoder.merged_lora())
-            try:
-                yield
-            finally:
-                for block in blocks:
-                    block.set_reshard_after_forward(True)
-                    block.reshard()
+        return unsharded(self.model.decoder.h) if self.settings.fsdp else self.model.decoder.merged_lora()
 
     def finish_epoch(self, epoch):
         """Score the average on the selection split, keep it if it is the best, show samples, save the state."""
@@ -492,8 +437,8 @@ class CaptionerTrainer:
         """Captions of the selection images, each process a part of them."""
         part = np.array_split(np.arange(len(self.selection_features)), self.processes.count)[self.processes.number]
         with autocast(self.device, self.dtype), self.generating():
-            generation = GenerationConfig(self.settings.selection_beam)
-            return self.processes.gather(caption_features(self.model, self.selection_features, part, generation, self.selection_embeddings))
+            return self.processes.gather(caption_features(self.model, self.selection_features, part, GenerationConfig(),
+                                                          self.selection_embeddings))
 
 
 def train(config, settings, device=None):
@@ -501,26 +446,6 @@ def train(config, settings, device=None):
     trainer = CaptionerTrainer(config, settings, device)
     trainer.fit()
     return trainer.progress["history"]
-
-
-def dry_run(config, settings):
-    """Count what would be trained, by part, without weights or data: {part: parameters}."""
-    sizes = {}
-    if Path(settings.decoder).exists():
-        loaded = config.load_decoder(settings.decoder).config
-        sizes = {name: getattr(loaded, name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer")}
-    else:
-        print(f"{settings.decoder} is not here: the sizes of the published GPT-2, 124M parameters, are taken")
-    with torch.device("meta"):
-        encoder = config.load_encoder("random")
-        decoder = Decoder(DecoderConfig(**sizes, **config.decoder_options()))
-        projection = Projection(config, encoder.dim, encoder.num_tokens, decoder.config.image_dim,
-                                concept_dim=decoder.config.n_embd, meaning_dim=ClipConfig().width)
-    parts = {"projection": sum(parameter.numel() for parameter in projection.parameters())}
-    sizes = {name: parameter.numel() for name, parameter in decoder.named_parameters()}
-    for name, part in decoder.added.items():
-        parts[part] = parts.get(part, 0) + sizes[name]
-    return parts
 
 
 def main():
@@ -532,7 +457,7 @@ def main():
     arguments = parser.parse_args(with_config(None))
     config, settings = take_options(arguments, CaptionerConfig), take_options(arguments, Settings)
     if arguments.dry_run:
-        parts = dry_run(config, settings)
+        parts = count_trained(config, settings.decoder)
         total = sum(parts.values())
         print(f"{total / 1e6:.2f}M trained parameters: " + ", ".join(f"{part} {n / 1e6:.2f}M" for part, n in parts.items()))
         if total > MAX_TRAINED:

@@ -23,7 +23,7 @@ from dataset import read_captions
 from devices import pick_device
 from features import FeatureCache
 from files import check_writable, write_whole
-from generation import GenerationConfig
+from generation import GenerationConfig, best_of
 from metrics import cider, tokenize
 
 
@@ -44,7 +44,8 @@ def find_hypotheses(model, features, embeddings, beam_size, batch_size=100):
 
 def choose(found, length_penalty, clip_weight):
     """The caption of each image that Captioner.search would choose."""
-    return [max(rows, key=lambda row: row[0] / row[1]**length_penalty + clip_weight * row[3])[2] for rows in found]
+    return [rows[best_of([score / length**length_penalty for score, length, *_ in rows], [row[3] for row in rows], clip_weight)][2]
+            for rows in found]
 
 
 def write_generation(checkpoint, generation):

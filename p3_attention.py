@@ -30,7 +30,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from attention import CORRECTIONS, START, favourite_concepts, llava_attention, p2_attention, upsample, word_maps
-from captioner import Captioner, find_weights
+from captioner import Captioner
+from checkpoints import find_weights
 from cli import ArgumentParser, UserError, printable, run
 from devices import pick_device
 from files import check_writable, write_whole

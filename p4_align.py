@@ -29,7 +29,7 @@ import torch
 
 from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options
 from dataset import IGNORE, clean_captions, read_captions
-from devices import Processes, autocast, pick_precision
+from devices import Processes, autocast, pick_precision, shard
 from files import check_writable
 from images import ahead, load_picture
 from llava_training import (
@@ -85,12 +85,10 @@ class Settings(LlavaOptions):
         check_settings(self, ("batch_size", "per_picture", "accumulation", "max_tokens"), signed=("vision_layer",))
         if self.projection not in ("linear", "mlp"):
             raise UserError(f"--projection is {self.projection}: choose from linear, mlp")
-        if min(self.stage1_epochs, self.stage2_epochs, self.warmup_epochs) < 0 or not self.stage1_epochs + self.stage2_epochs:
-            raise UserError("--stage1_epochs, --stage2_epochs and --warmup_epochs must be at least 0, one stage above")
+        if not self.stage1_epochs + self.stage2_epochs:
+            raise UserError("--stage1_epochs or --stage2_epochs must be above 0")
         if min(self.learning_rate, self.stage2_learning_rate, self.vision_learning_rate) <= 0:
             raise UserError("learning rates must be above 0")
-        if min(self.train_vision_layers, self.image_size, self.head_sample, self.seed) < 0:
-            raise UserError("--train_vision_layers, --image_size, --head_sample and --seed must be at least 0")
         self.parts()
 
     def parts(self):
@@ -146,7 +144,7 @@ class AlignmentTrainer:
         self.model.to(self.device).eval()
         self.processes.share(self.trained.values())
         if settings.fsdp:
-            self.shard()
+            shard(self.model.model.language_model.layers)
         projection = [value for name, value in self.trained.items() if "projector" in name]
         vision = [value for name, value in self.trained.items() if "projector" not in name]
         factor = settings.vision_learning_rate / settings.learning_rate
@@ -176,13 +174,6 @@ class AlignmentTrainer:
         others = torch.ones(total, dtype=torch.bool)
         others[likely] = False
         return likely.to(self.device), others.nonzero().squeeze(1)
-
-    def shard(self):
-        """Spread the language model's layers over the processes (FSDP); what is trained stays whole on each."""
-        from torch.distributed.fsdp import fully_shard
-
-        for layer in self.model.model.language_model.layers:
-            fully_shard(layer, reshard_after_forward=True)
 
     # ---- samples ----
 

@@ -87,8 +87,8 @@ class Settings:
             raise UserError("--folds must be at least 2: a head learns from the other parts")
         if not self.data or len(self.selection) != len(self.data) or min(self.selection) < 0:
             raise UserError("--selection takes one number for all folders of --data, or one for each, at least 0")
-        if min(self.learning_rate, self.text_learning_rate) <= 0 or self.seed < 0 or min(self.anchors, self.keep) < 0:
-            raise UserError("the learning rates must be above 0, --seed, --anchors and --keep at least 0")
+        if min(self.learning_rate, self.text_learning_rate) <= 0:
+            raise UserError("the learning rates must be above 0")
 
 
 # ---- training --------------------------------------------------------------------------------------------------

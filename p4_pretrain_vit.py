@@ -78,10 +78,10 @@ class Settings:
             raise UserError("--sizes and --epochs go together: as many, and each above 0")
         if any(size < 14 or size % 14 for size in self.sizes):
             raise UserError("--sizes must be multiples of the patches' 14 pixels")
-        if min(self.distillation, self.contrast, self.caption) < 0 or not self.distillation + self.contrast + self.caption:
-            raise UserError("--distillation, --contrast and --caption must be at least 0, and one of them above")
-        if self.views < 0 or self.learning_rate <= 0 or self.seed < 0:
-            raise UserError("--views and --seed must be at least 0, --learning_rate above")
+        if not self.distillation + self.contrast + self.caption:
+            raise UserError("--distillation, --contrast or --caption must be above 0")
+        if self.learning_rate <= 0:
+            raise UserError("--learning_rate must be above 0")
 
 
 # ---- training --------------------------------------------------------------------------------------------------

@@ -61,6 +61,9 @@ WORDINGS = {
     "detail": ["Describe the image in detail.", "What can be seen in the picture? Tell everything.", "Give a detailed description."],
 }
 MASS = {"water", "grass", "snow", "sand"}  # no article before them
+GROUPS = {"animal": "qa", "count": "qa", "colour": "qa", "action": "qa", "presence": "qa", "where": "relation"}
+CAPTION_QUERIES = ["Please give me a one sentence caption about the image.", "describe the image in one sentence",
+                   "What is happening in the picture?", "Write a caption for this image."]
 
 
 @dataclass
@@ -206,9 +209,6 @@ def best_constants(questions):
     for question in questions:
         answers[question.kind][question.answer] += 1
     return {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
-GROUPS = {"animal": "qa", "count": "qa", "colour": "qa", "action": "qa", "presence": "qa", "where": "relation"}
-CAPTION_QUERIES = ["Please give me a one sentence caption about the image.", "describe the image in one sentence",
-                   "What is happening in the picture?", "Write a caption for this image."]
 
 
 @dataclass

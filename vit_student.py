@@ -22,6 +22,7 @@ from images import load_picture, resize_to_square
 
 CROP_PIXELS = 256  # the square that fresh crops are taken from
 SHARED_DIM = 256  # width of the space that images share with texts
+LOSSES = "distillation", "contrast", "caption"
 
 
 def read_pixels(sources, size, views=1, side=None):
@@ -206,4 +207,3 @@ def embed(student, pixels, batch_size=64):
     """Pictures uint8 (n, 3, S, S) -> their unit vectors in the shared space (n, 256), on the CPU."""
     device = student.log_scale.device
     return torch.cat([student.embed_images(student(batch.to(device).float())).cpu() for batch in pixels.split(batch_size)])
-LOSSES = "distillation", "contrast", "caption"

@@ -90,15 +90,17 @@ def main():
         train(arguments, name, options)
     checkpoints = {"start": arguments.start} | {name: arguments.work / f"{name}.safetensors" for name in runs}
     checkpoints |= {Path(path).stem: path for path in arguments.others}
-    checkpoints |= {f"{name}, {whose}": path for name, path in checkpoints.items() for whose in (OTHERS, NONE)
-                    if read_metadata(path)["model"].get("concepts")}
+    # What is scored: a checkpoint with its pictures' own concepts, and where it knows any, with others' and with none.
+    scored = [(name, path, "") for name, path in checkpoints.items()]
+    scored += [(name, path, whose) for name, path in checkpoints.items() for whose in (OTHERS, NONE)
+               if read_metadata(path)["model"].get("concepts")]
     training = [image.captions for folder in (arguments.flickr8k, *arguments.coco)
                 for image in read_captions(Path(folder) / "train.json", None)]
     results = {"updates": arguments.updates, "images_of_an_update": BATCH, "rare": f"fewer than {RARE} training pictures",
                "runs": {name: " ".join(Path(option).name if "/" in option else option for option in options)
                         for name, options in runs.items()}, "scores": {}}
     for folder in arguments.flickr8k, arguments.coco[0]:
-        results["scores"][Path(folder).name] = score(arguments, Path(folder), checkpoints, training)
+        results["scores"][Path(folder).name] = score(arguments, Path(folder), scored, training)
     write_json(arguments.results, results)
 
 
@@ -114,13 +116,12 @@ def train(arguments, name, options):
         raise UserError(f"training {checkpoint} did not end: run the same command again")
 
 
-def score(arguments, folder, checkpoints, training):
-    """Scores of every checkpoint on a folder's val.json, and their differences from the first."""
+def score(arguments, folder, scored, training):
+    """Scores on a folder's val.json, and their differences from the first; `scored`: (name, checkpoint, whose concepts) of each."""
     images = read_captions(folder / "val.json", folder / "images" / "val")
     references = tokenize({str(i): image.captions for i, image in enumerate(images)})
     rare, found, first = RareThings(training, [image.captions for image in images]), {}, None
-    for name, checkpoint in checkpoints.items():
-        name, _, whose = name.partition(", ")
+    for name, checkpoint, whose in scored:
         file = arguments.work / f"{name}{whose}-{folder.name}.json"
         if not file.exists():
             model = Captioner.load(checkpoint, arguments.decoder).to(pick_device())

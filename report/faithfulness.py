@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from attention import of_words, p2_attention, peak, teacher_forced, upsample, word_maps
-from captioner import Captioner, find_weights
+from captioner import Captioner
+from checkpoints import find_weights
 from cli import ArgumentParser, UserError, run
 from dataset import read_captions
 from devices import pick_device

@@ -429,7 +429,7 @@ def test_two_processes_align_as_one_with_the_language_model_sharded(towers, data
     ({"projection": "cubic"}, "choose from linear, mlp"),
     ({"mix": ("qa",)}, "kind=part"),
     ({"mix": ("qa=-1",)}, "at least 0"),
-    ({"stage1_epochs": 0, "stage2_epochs": 0}, "one stage above"),
+    ({"stage1_epochs": 0, "stage2_epochs": 0}, "stage2_epochs must be above 0"),
     ({"head_sample": -1}, "at least 0"),
     ({"per_picture": 0}, "at least 1"),
     ({"mix": ("poems=1",)}, "of which there are no samples"),

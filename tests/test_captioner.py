@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import captioner
-from captioner import Captioner, CaptionerConfig, Projection, newest_checkpoint, read_metadata
+from captioner import Captioner, CaptionerConfig, Projection, read_metadata
+from checkpoints import newest_checkpoint
 from cli import UserError
 from dataset import collate
 from decoder import Decoder, DecoderConfig

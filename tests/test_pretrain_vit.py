@@ -435,7 +435,7 @@ def test_teachers_features_are_those_of_the_pictures_in_the_batch(trainer):
     ({"sizes": (30,), "epochs": (1,)}, "multiples of the patches' 14"),
     ({"sizes": (28, 42), "epochs": (1,)}, "go together"),
     ({"epochs": (1, 0)}, "each above 0"),
-    ({"distillation": 0, "contrast": 0, "caption": 0}, "one of them above"),
+    ({"distillation": 0, "contrast": 0, "caption": 0}, "--caption must be above 0"),
     ({"selection": 24}, "cannot be split"),
     ({"init": "nothing.safetensors"}, "does not exist"),
     ({"views": -1}, "at least 0"),

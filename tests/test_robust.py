@@ -24,6 +24,7 @@ import p2_infer
 import p2_train
 import training
 from captioner import Captioner
+from checkpoints import find_weights
 from cli import UserError, check_settings
 from dataset import clean_caption, read_captions
 from decoder import Decoder
@@ -266,9 +267,9 @@ def test_a_config_beside_the_weights_is_believed(tmp_path, config, words):
 
 def test_the_shipped_decoder_is_known_by_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("captioner.CHECKPOINT_FOLDERS", ())
+    monkeypatch.setattr("checkpoints.CHECKPOINT_FOLDERS", ())
     shutil.copy(captioner.EMBEDDED_DECODER, tmp_path / "mine.safetensors")
-    assert captioner.find_weights(tmp_path / "mine.safetensors") == (tmp_path / "mine.safetensors", captioner.EMBEDDED_CHECKPOINT)
+    assert find_weights(tmp_path / "mine.safetensors") == (tmp_path / "mine.safetensors", captioner.EMBEDDED_CHECKPOINT)
 
 
 # ---- tones, sizes ----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import dataset
 import encoder
 import p2_train
 import training
-from captioner import CaptionerConfig, read_metadata
+from captioner import CaptionerConfig, count_trained, read_metadata
 from cli import UserError, with_config
 from encoder import ImageEncoder
 from features import FeatureCache, LiveFeatures
@@ -401,7 +401,7 @@ def test_every_recipe_is_counted_without_weights(file, monkeypatch, capsys, tmp_
 def test_dry_run_counts_what_training_trains(workplace, monkeypatch, capsys):
     out = dry_run(monkeypatch, capsys, *options(settings()))
     trained = p2_train.CaptionerTrainer(CONFIG, settings(), "cpu").model.num_trained()
-    assert f"{trained / 1e6:.2f}M trained" in out and sum(p2_train.dry_run(CONFIG, settings()).values()) == trained
+    assert f"{trained / 1e6:.2f}M trained" in out and sum(count_trained(CONFIG, settings().decoder).values()) == trained
     monkeypatch.setattr(sys, "argv", ["p2_train.py", "--dry_run", "--lora_rank=2000", "--encoder", VIT])
     with pytest.raises(UserError, match="more than the 35M"):
         p2_train.main()
@@ -410,8 +410,8 @@ def test_dry_run_counts_what_training_trains(workplace, monkeypatch, capsys):
 def test_a_small_cross_attention_has_few_parameters(tmp_path, monkeypatch):
     """On GPT-2, as SmallCap (Ramos et al. 2023, arXiv:2209.15323) shrinks it."""
     monkeypatch.chdir(tmp_path)
-    parts = p2_train.dry_run(CaptionerConfig(encoder="vit_base_patch32_clip_224", cross_dim=64, projection_dim=64, lora_rank=0),
-                             p2_train.Settings(decoder="weights/decoder_model.bin"))
+    parts = count_trained(CaptionerConfig(encoder="vit_base_patch32_clip_224", cross_dim=64, projection_dim=64, lora_rank=0),
+                          "weights/decoder_model.bin")
     assert sum(parts.values()) < 2e6, parts
 
 

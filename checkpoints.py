@@ -1,0 +1,73 @@
+"""Which weights to use, and a captioner that starts from another's."""
+
+from pathlib import Path
+
+import torch.nn.functional as F
+
+from captioner import EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, check_hash, read_metadata
+from cli import UserError
+from decoder import read_gpt2
+from files import content_hash, read_weights
+
+CHECKPOINT_FOLDERS = Path("checkpoints"), Path(__file__).resolve().parent / "checkpoints"
+
+
+def find_weights(decoder_weights=None, checkpoint=None):
+    """The two weight files to use: without decoder weights the embedded model's; with them and no checkpoint, the newest of checkpoints/
+    that was trained with them. Raises UserError."""
+    if decoder_weights is None:
+        return EMBEDDED_DECODER, EMBEDDED_CHECKPOINT
+    if checkpoint is None:
+        decoder_hash = content_hash(read_gpt2(decoder_weights))
+        checkpoint = newest_checkpoint(decoder_hash)
+        if checkpoint is None and read_metadata(EMBEDDED_CHECKPOINT)["decoder_hash"] == decoder_hash:
+            checkpoint = EMBEDDED_CHECKPOINT
+    if checkpoint is None:
+        raise UserError(f"no checkpoint in checkpoints/ was trained with {decoder_weights}: train one with "
+                        f"`python3 p2_train.py --decoder {decoder_weights}` or name one")
+    return decoder_weights, checkpoint
+
+
+def newest_checkpoint(decoder_hash, folders=CHECKPOINT_FOLDERS):
+    """The newest checkpoint that was trained with these decoder weights, or None; here, or beside this module."""
+    paths = [path for folder in folders for path in Path(folder).glob("*.safetensors") if path.is_file()]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            if read_metadata(path)["decoder_hash"] == decoder_hash:
+                return path
+        except (UserError, KeyError):
+            continue  # some other file: not ours to complain about
+    return None
+
+
+def start_from(model, checkpoint, decoder_weights):
+    """Give a captioner a checkpoint's trained weights. Returns lines that say what it had to do without. Raises UserError unless it is of
+    the same model.
+
+    Its encoder may have been this one with fewer levels, or the first of those that are joined here: the channels
+    that it had come first then, and what the others add counts nothing to begin with. It may have known no concepts and no meaning,
+    and its decoder may have had other weights of the same shapes.
+    """
+    metadata, encoder, lines = read_metadata(checkpoint), model.encoder, []
+    known = encoder.first if metadata["model"]["encoder"] == encoder.first.name else encoder
+    check_hash(checkpoint, metadata, "encoder", known.weights_hash, known.name)
+    if metadata["decoder_hash"] != model.decoder.weights_hash:
+        lines.append(f"{checkpoint} was trained with other decoder weights than {decoder_weights}: a start, and no more")
+    try:
+        state = read_weights(checkpoint, "checkpoint")
+        if known is encoder.first and metadata["model"].get("encoder_levels", 1) <= encoder.levels:
+            weight = state["projection.input.weight"]
+            state["projection.input.weight"] = F.pad(weight, (0, encoder.dim - weight.shape[1]))
+            if weight.shape[1] < encoder.dim:
+                lines.append(f"{checkpoint} knows {weight.shape[1]} of the encoder's {encoder.dim} channels: the others count nothing "
+                             "to begin with")
+        for part in "concepts", "meaning":
+            if not metadata["model"].get(part):
+                state |= {name: value for name, value in model.trained_parameters().items()
+                          if name.startswith(f"projection.{part}.")}
+        if (centres := state.pop("centres", None)) is not None:
+            model.centres.copy_(centres)
+        model.load_trained({name: value for name, value in state.items() if name != "token_ids"})
+    except (KeyError, RuntimeError):
+        raise UserError(f"the checkpoint {checkpoint} has other model options: {metadata['model']}") from None
+    return lines

@@ -20,6 +20,7 @@ being below beneath beside between both by can do does down during each few for 
 how i in inside into is it its itself just like many more most near next no not of off on one or other out outside over
 own several she side so some such than that the their them then there these they this those three through to together
 top two under up upon very was we were what when where which while who with within without you your""".split())
+COLOUR_MAP = "inferno"  # matplotlib's
 CORRECTIONS = "none", "divide", "subtract"
 
 

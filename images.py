@@ -138,6 +138,13 @@ def shrink(image, side):
     if image.mode in ("L", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "I", "F"):
         return image.reduce(factor)
     return image.resize([length // factor for length in image.size], Image.Resampling.NEAREST)  # palettes, 16 bits
+def thumbnail(picture, pixels):
+    """A copy of the picture with at most so many pixels on its longer side."""
+    picture = picture.copy()
+    picture.thumbnail((pixels, pixels), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return picture
+
+
 # EXIF's orientations, as what turns such a picture upright.
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}

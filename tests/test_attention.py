@@ -20,6 +20,8 @@ from torch import nn
 import cli
 import p3_attention
 from attention import END, Attention, align_words, kept_region, llava_attention, p2_attention, peak, rollout, teacher_forced, upsample, word_maps
+from attention_figures import plot_layers, plot_words
+from attention_page import page, page_entry
 from captioner import Captioner, CaptionerConfig
 from cli import UserError
 from clip_model import default_clip
@@ -28,7 +30,6 @@ from decoder import Cache, Decoder, DecoderConfig
 from encoder import ImageEncoder
 from generation import GenerationConfig
 from llava import SMALL, Llava, LlavaSettings
-from p3_attention import page, page_entry, plot_layers, plot_words
 from tokenizer import END_OF_TEXT, BPETokenizer
 
 CORNERS = "NW", "NE", "SW", "SE"

@@ -179,8 +179,6 @@ def train(settings, text_files, caption_files, device=None):
     run = Run(state_file, same, parameters, optimizer, processes=Processes(device), clip=settings.clip,
               save_minutes=settings.save_minutes, first={"perplexity": []})
     scores = run.progress["perplexity"]
-    if "epoch" in run.progress:  # a state of before `step` counted over all epochs
-        run.progress["step"] += run.progress.pop("epoch") * steps
     with run:
         for epoch in range(len(scores), settings.epochs):
             generator = torch.Generator().manual_seed(settings.seed * 1000 + epoch)

@@ -28,7 +28,19 @@ def mark(module, kind):
     return module
 
 
-class LoRA:
+class Kind:
+    """What a kind need not say of itself: that it puts nothing within a layer, and that no value of its options is wrong."""
+
+    @classmethod
+    def at(cls, config, place, width):
+        """What it puts at a place, on activations of this width: a module, or None."""
+
+    @staticmethod
+    def check(config):
+        """Raise UserError for options that cannot be."""
+
+
+class LoRA(Kind):
     """Low-rank updates of linear layers and embeddings (Hu et al. 2021, https://arxiv.org/abs/2106.09685): loralib's layers.
 
     Merging is left to `Decoder.merge_lora`: loralib's own merges at every eval() and subtracts at train(), which drifts and would make
@@ -82,12 +94,8 @@ class LoRA:
             return nn.Embedding(rows, width)
         return cls.mark(loralib.Embedding(rows, width, r=config.lora_rank, lora_alpha=config.lora_alpha, merge_weights=False))
 
-    @staticmethod
-    def at(config, place, width):
-        return None
 
-
-class Adapter(nn.Module):
+class Adapter(Kind, nn.Module):
     """A bottleneck after a sublayer, starting as the identity (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751)."""
 
     name = "adapters"
@@ -118,7 +126,7 @@ class Adapter(nn.Module):
         known("place of adapters", config.adapter_places, SUBLAYERS)
 
 
-class Prefix(nn.Module):
+class Prefix(Kind, nn.Module):
     """Keys and values of P learned positions in every layer (prefix-tuning: Li and Liang 2021, https://arxiv.org/abs/2101.00190).
 
     With `prefix_hidden` they are the output of an MLP, as in the paper, which trains more steadily; the MLP is needed for training
@@ -158,16 +166,8 @@ class Prefix(nn.Module):
         with torch.no_grad():
             return {"values": self().detach().contiguous()}
 
-    @staticmethod
-    def at(config, place, width):
-        return None
 
-    @staticmethod
-    def check(config):
-        """Any number of positions will do."""
-
-
-class Prompt(nn.Embedding):
+class Prompt(Kind, nn.Embedding):
     """P learned embeddings before the text (prompt tuning: Lester et al. 2021, https://arxiv.org/abs/2104.08691)."""
 
     name = "prompt"
@@ -176,16 +176,8 @@ class Prompt(nn.Embedding):
     class Options:
         prompt_length: int = option(0, "of prompt tuning: learned embeddings before the text; 0: none")
 
-    @staticmethod
-    def at(config, place, width):
-        return None
 
-    @staticmethod
-    def check(config):
-        """Any number of positions will do."""
-
-
-class IA3(nn.Module):
+class IA3(Kind, nn.Module):
     """Learned factors of keys, values and the MLP's inner activations, starting at one (Liu et al. 2022,
     https://arxiv.org/abs/2205.05638): a hundredth of LoRA's parameters."""
 
@@ -205,10 +197,6 @@ class IA3(nn.Module):
     @classmethod
     def at(cls, config, place, width):
         return cls(width) if config.ia3 and place in ACTIVATIONS else None
-
-    @staticmethod
-    def check(config):
-        """Nothing can be wrong."""
 
 
 KINDS = LoRA, Adapter, Prefix, Prompt, IA3

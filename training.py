@@ -64,8 +64,6 @@ class Run:
         found = load_state(state_file, same, optimizer, self.kept, self.processes.device, scaler)
         self.resumed = found is not None
         self.progress |= found or {}
-        if "updates" in self.progress:  # a state of before `step` counted over all epochs
-            self.progress["step"] = self.progress.pop("updates")
         if average:
             average.steps = self.progress["step"]
         self.before = self.progress["seconds"]

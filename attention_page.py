@@ -14,7 +14,7 @@ from images import thumbnail
 
 COLOURS = matplotlib.colormaps[COLOUR_MAP]
 PAGE = """<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<html lang="en" class="KIND"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Where each word looked: TITLE</title>
 <style>
 body { font: 17px/1.5 system-ui, sans-serif; max-width: 700px; margin: 1.5em auto; padding: 0 1em; color: #222 }
@@ -26,10 +26,12 @@ canvas { position: absolute; opacity: 0; pointer-events: none }
 .on canvas { opacity: .62 }
 .word { padding: .1em .2em; border-radius: .2em; cursor: pointer }
 .word:hover, .word:focus { background: #ffd9a0; outline: none }
+.part h1, .part .about { display: none }
+.part body, .part figure { margin: 0 }
 small, label { color: #666; font-size: 14px; margin-right: 1em }
 </style>
 <h1>Where each word looked</h1>
-<p>Hover a word, or walk over the words with the Tab key. A word's map is the attention of the position that predicts it,
+<p class="about">Hover a word, or walk over the words with the Tab key. A word's map is the attention of the position that predicts it,
 heads averaged; each map has its own colours, from dark (least) to bright (most). Where the captioner saw concept words, resting
 on a word names the one that it attended to most.</p>
 <p><label>Layer <select id="layer"></select></label>
@@ -120,10 +122,10 @@ def encode64(data):
     return base64.b64encode(data).decode("ascii")
 
 
-def page(entries, layer="mean"):
-    """A page without outside parts, where hovering a word shows its map: HTML as bytes."""
+def page(entries, layer="mean", part=False):
+    """A page without outside parts, where hovering a word shows its map: HTML as bytes. `part`: of another page, without a heading."""
     data = json.dumps(entries, ensure_ascii=False).replace("<", "\\u003c")  # so that no word ends the script
     colours = ",".join(f"[{r},{g},{b}]" for r, g, b in (255 * COLOURS(range(256))[:, :3]).round().astype(int))
     parts = {"TITLE": html.escape(", ".join(entry["name"] for entry in entries[:3])), "DATA": data,
-             "COLOURS": f"[{colours}]", "LAYER": str(0 if layer == "mean" else layer)}
+             "COLOURS": f"[{colours}]", "KIND": "part" if part else "whole", "LAYER": str(0 if layer == "mean" else layer)}
     return re.sub("|".join(parts), lambda part: parts[part[0]], PAGE).encode("utf-8", "replace")

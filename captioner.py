@@ -9,7 +9,7 @@ Shapes: B images, K captions or beams of each, N patches, D the encoder's width,
 import json
 import sys
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +26,9 @@ from concepts import ClassifierWords, ClassWords, ClipWords, Concepts, Retrieved
 from dataset import IGNORE, collate
 from decoder import Block, Decoder, DecoderConfig, LayerContext, init_weights
 from encoder import EMBEDDED, load_encoder
-from files import WEIGHTS_FOLDER, check_digest, digest, first_line, read_weights, write_whole
+from files import WEIGHTS_FOLDER, check_digest, digest, first_line, read_weights, uninitialised, write_whole
 from generation import GenerationConfig, TextGenerator, best_of
-from images import load_ahead
+from images import ahead, load_ahead
 from peft import PeftConfig
 from tokenizer import END_OF_TEXT, BPETokenizer
 
@@ -69,9 +69,9 @@ class CaptionerConfig(PeftConfig):
             return None
         return ClassWords.of_imagenet() if self.concept_source == "clip" else ClassWords.of_encoder(encoder)
 
-    def load_encoder(self, weights=None):
-        """The frozen encoder; `weights`: None, or "random" for untrained ones."""
-        return load_encoder(self.encoder, self.image_size, self.encoder_levels, weights)
+    def load_encoder(self, weights=None, runtime="torch"):
+        """The frozen encoder; `weights`: None, or "random" for untrained ones; `runtime`: of pick_runtime."""
+        return load_encoder(self.encoder, self.image_size, self.encoder_levels, weights, runtime)
 
     def load_decoder(self, path):
         """The frozen decoder of a GPT-2 state dict, with what this configuration adds to it."""
@@ -256,7 +256,7 @@ class Captioner(TextGenerator, nn.Module):
     @cached_property
     def judge(self):
         """Our CLIP on the captioner's own encoder. Raises UserError where it is not here, or was made for another encoder."""
-        return ClipSmall.load(SMALL_WEIGHTS, self.encoder).to(self.decoder.wte.weight.device)
+        return ClipSmall.load(SMALL_WEIGHTS, self.encoder, runtime=self.encoder.runtime).to(self.decoder.wte.weight.device)
 
     def _apply(self, *arguments, **options):
         """Where the model goes, its judge goes too, which is none of its submodules: nothing of it is saved or trained."""
@@ -418,25 +418,28 @@ class Captioner(TextGenerator, nn.Module):
         self.load_state_dict(state, strict=False)
 
     @classmethod
-    def load(cls, checkpoint, decoder_weights, encoder=None, all_tokens=False):
+    def load(cls, checkpoint, decoder_weights, encoder=None, all_tokens=False, runtime="torch"):
         """Rebuild a captioner for inference from a checkpoint and the decoder weights it was trained with.
 
         Args:
             encoder: if one is there already; otherwise the checkpoint's is loaded.
             all_tokens: score all tokens instead of those that the training captions held.
+            runtime: of pick_runtime: what runs the encoder.
         Raises UserError where the encoder's or the decoder's weights are not those of the training.
         """
         metadata = read_metadata(checkpoint)
         state = read_weights(checkpoint, "checkpoint")
         check_digest(checkpoint, "checkpoint", state, metadata.get("digest"))
         config = CaptionerConfig(**{"encoder_levels": 1} | metadata["model"])  # of checkpoints that say nothing of levels
-        decoder = config.load_decoder(decoder_weights)
-        encoder = encoder or config.load_encoder()
+        with uninitialised():
+            decoder = config.load_decoder(decoder_weights)
+        encoder = encoder or config.load_encoder(runtime=runtime)
         check_hash(checkpoint, metadata, "decoder", decoder.weights_hash, decoder_weights)
         check_hash(checkpoint, metadata, "encoder", encoder.weights_hash, encoder.name)
         try:
             token_ids, centres = state.pop("token_ids").long(), state.pop("centres", None)
-            model = cls(config, encoder, decoder, None if all_tokens else token_ids)
+            with uninitialised():
+                model = cls(config, encoder, decoder, None if all_tokens else token_ids)
             if config.meaning:
                 model.centres.copy_(centres)
             model.load_trained(state)
@@ -476,30 +479,39 @@ def read_metadata(checkpoint):
 # ---- captions of a folder ------------------------------------------------------------------------------------------
 
 
-def caption_folder(model, images, generation, batch_size=32, device="cpu", processes=None):
-    """Caption {stem: path}, each process a part of them.
+def caption_folder(model, images, generation, batch_size=128, device="cpu", processes=None, progress=True):
+    """Caption {name: path}, each process a part of them.
 
-    Returns ({stem: caption}, {path: reason} of the images that could not be read). Pictures are decoded in threads
-    while the model works, with a progress bar on stderr.
+    Returns ({name: caption}, {path: reason} of the images that could not be read). Pictures are decoded in threads and encoded in
+    another while the captions of those before are searched for, with a progress bar on stderr.
     """
     model.to(device)
-    numbers = {path: number for number, path in enumerate(images.values())}
+    numbers, names = {path: number for number, path in enumerate(images.values())}, {path: name for name, path in images.items()}
     number, count, main = (processes.number, processes.count, processes.main) if processes else (0, 1, True)
     mine = list(numbers)[number::count]
     captions, unread = {}, {}
-    with tqdm(total=len(mine), unit="image", desc="captioning", disable=not main) as bar:
-        for paths, batch, bad in load_ahead(mine, model.encoder.preprocess, model.encoder.image_size, batch_size):
-            if batch is not None:
+    with tqdm(total=len(mine), unit="image", desc="captioning", disable=not (main and progress)) as bar:
+        batches = load_ahead(mine, model.encoder.preprocess, model.encoder.image_size, batch_size)
+        for paths, features, bad in ahead(partial(encode_batch, model.encoder, device), batches, count=1):
+            if features is not None:
                 with torch.autocast("cuda", torch.float16, enabled=device == "cuda"):
-                    texts = model.caption(batch.to(device), generation, [numbers[path] for path in paths])
-                captions.update((path.stem, text) for path, text in zip(paths, texts))
+                    texts = model.generate(features, generation, [numbers[path] for path in paths])
+                captions.update((names[path], text) for path, text in zip(paths, texts))
             for path, error in bad:
                 unread[path] = str(error)
                 tqdm.write(f"skipped {printable(str(path))}: {printable(str(error))}", file=sys.stderr)
             bar.update(len(paths) + len(bad))
     if processes:
         captions, unread = (dict(processes.gather(list(found.items()))) for found in (captions, unread))
-    return {stem: captions[stem] for stem in images if stem in captions}, unread
+    return {name: captions[name] for name in images if name in captions}, unread
+
+
+@torch.inference_mode()
+def encode_batch(encoder, device, batch):
+    """A batch of load_ahead's with features (B, N, D) in place of the images."""
+    paths, images, bad = batch
+    with torch.autocast("cuda", torch.float16, enabled=device == "cuda"):
+        return paths, None if images is None else encoder(images.to(device)), bad
 
 
 def caption_features(model, features, numbers, generation, embeddings=None, batch_size=100):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from clip_small import ClipSmall, Summary, mean_of_tokens, run_layers
+from clip_small import Summary, mean_of_tokens, run_layers
 
 SAMPLE = 2000  # pictures on which principal components and usual values are measured
 
@@ -119,7 +119,7 @@ class VirtualPictures:
 
 def partial_sentences(text, config, cache):
     """A function from a list of texts to their Sentences."""
-    frozen = ClipSmall.hash_of(text, config)
+    frozen = text.frozen_hash(config.text_layers)
     return lambda texts: Sentences(texts, text, config.text_layers, frozen, cache)
 
 

@@ -9,6 +9,7 @@ one, or any dual encoder of transformers, behind one interface.
 import re
 import sys
 import warnings
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from tqdm import tqdm
 from cli import UserError
 from clip_small import SMALL_WEIGHTS, TEXT_FOLDER, ClipSmall
 from encoder import EMBEDDED
-from files import WEIGHTS_FOLDER, first_line, read_archive, read_weights
+from files import WEIGHTS_FOLDER, content_hash, first_line, read_archive, read_weights
 from images import load_ahead
+from runtime import pick_runtime
 
 CLIP_WEIGHTS = WEIGHTS_FOLDER / "ViT-B-32.pt"
 SMALL = "clip_small"  # our own, on the embedded encoder
@@ -39,6 +41,8 @@ class DualEncoder:
 
     is_openai = False  # CLIPScore is defined by OpenAI's CLIP
     pixels = None
+    vectors_per_image = 1
+    fit = None  # (level, slope): a picture shows what a text says from a cosine of level + slope x deviation of the text's cosines on
     text_batch = 256
 
     def __init__(self, name, device, batch_size):
@@ -56,7 +60,16 @@ class DualEncoder:
         """Tokens of the text, the special ones included, were it not cut."""
         raise NotImplementedError
 
+    @cached_property
+    def fingerprint(self):
+        """Of all weights that embed: embeddings of models that differ in it cannot be compared."""
+        return content_hash(self.model.state_dict())
+
     @torch.inference_mode()
+    def embed_pictures(self, images):
+        """A batch as `preprocess` makes it -> normalised embeddings on the CPU, (B, D) or (B, Q, D)"""
+        return F.normalize(self.embed_images(images.to(self.device)).float(), dim=-1).cpu()
+
     def encode_images(self, paths):
         """Look at these images, with a progress bar on stderr.
 
@@ -67,7 +80,7 @@ class DualEncoder:
         with tqdm(total=len(paths), unit="image", desc="looking") as bar:
             for good, images, bad in load_ahead(paths, self.preprocess, self.pixels, self.batch_size):
                 if images is not None:
-                    embeddings.append(F.normalize(self.embed_images(images.to(self.device)).float(), dim=-1).cpu())
+                    embeddings.append(self.embed_pictures(images))
                 read += good
                 unread.update((path, str(error)) for path, error in bad)
                 bar.update(len(good) + len(bad))
@@ -179,6 +192,7 @@ class TransformersClip(DualEncoder):
         self.logit_scale = model.logit_scale.exp().item() if hasattr(model, "logit_scale") else 100.0
         tokenizer = self.processor.tokenizer
         text = getattr(config, "qformer_config" if self.is_blip2 else "text_config")
+        self.vectors_per_image = config.num_query_tokens if self.is_blip2 else 1
         self.limit = min(tokenizer.model_max_length, getattr(text, "max_position_embeddings", tokenizer.model_max_length))
 
     def preprocess(self, image):
@@ -216,16 +230,26 @@ def pooled(output):
 class SmallClip(DualEncoder):
     """Our own CLIP of weights/clip_small.safetensors (p4_clip.py): heads on the frozen embedded encoder and MiniLM.
 
+    Nine of ten captions of 300 training pictures of each set, by heads that had not seen them, are closer to their own picture than `fit`.
+
     Args:
         weights: the file.
+        runtime: what encodes on a CPU, see pick_runtime.
     """
 
-    def __init__(self, weights=SMALL_WEIGHTS, device="cpu", batch_size=32):
+    fit = 0.27, 1.1
+
+    def __init__(self, weights=SMALL_WEIGHTS, device="cpu", batch_size=32, runtime="auto"):
         super().__init__(Path(weights).stem, device, batch_size)
-        self.model = ClipSmall.load(weights).to(device)
+        self.model = ClipSmall.load(weights, runtime=pick_runtime(runtime, device)).to(device)
         self.preprocess, self.pixels = self.model.encoder.preprocess, self.model.encoder.image_size
         self.logit_scale = self.model.log_scale.exp().item()
         self.limit = self.model.text.max_tokens
+
+    @cached_property
+    def fingerprint(self):
+        image_head = content_hash(self.model.image_head.state_dict())
+        return f"{self.model.encoder.weights_hash} {image_head} {self.model.text_digest}"
 
     def embed_images(self, images):
         return self.model.embed_images(self.model.encoder(images))
@@ -246,13 +270,14 @@ def default_clip():
     return SMALL if all(part.exists() for part in parts) else None
 
 
-def load_clip(weights=None, device="cpu", batch_size=64):
+def load_clip(weights=None, device="cpu", batch_size=64, runtime="auto"):
     """The dual encoder of that name. Raises UserError.
 
     Args:
         weights: None: default_clip's; that it is clip_small is said in a line on stderr. Else "clip_small", a file that
             p4_clip.py wrote, a file or name of OpenAI's CLIP (`ViT-B/32`, `ViT-B-32.pt`), or a folder or hub name of a
             dual encoder of transformers.
+        runtime: what encodes on a CPU, of our own; see pick_runtime.
     """
     if weights is None:
         weights = default_clip()
@@ -262,9 +287,9 @@ def load_clip(weights=None, device="cpu", batch_size=64):
             print(f"with {SMALL}, our own CLIP, since {CLIP_WEIGHTS.name} is not in weights/", file=sys.stderr)
     name, path = str(weights), Path(weights)
     if name == SMALL:
-        return SmallClip(device=device)
+        return SmallClip(device=device, runtime=runtime)
     if path.is_file() and is_small_clip(path):
-        return SmallClip(path, device)
+        return SmallClip(path, device, runtime=runtime)
     is_a_file = path.is_file() or path.suffix in (".pt", ".pth", ".bin", ".safetensors")
     if not path.is_dir() and (is_a_file or name in import_clip().available_models()):
         return Clip(weights, device, batch_size)

@@ -12,9 +12,11 @@ al. 2014, https://arxiv.org/abs/1312.5650).
 Shapes: B images or texts, N patches, D the encoder's width, R the width of a reduced patch, K classes, T text tokens.
 """
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +29,8 @@ from tqdm import tqdm
 
 from cli import UserError, option
 from encoder import EMBEDDED, load_encoder
-from files import WEIGHTS_FOLDER, check_digest, content_hash, digest, fingerprints, first_line, read_weights, write_whole
+from files import WEIGHTS_FOLDER, check_digest, content_hash, digest, digest_of, fingerprints, first_line, read_weights, uninitialised, write_whole
+from runtime import Network
 
 USUAL = "stats_mean", "stats_std", "cell_mean"  # of ImageHead; differences from them are small
 SMALL_WEIGHTS = WEIGHTS_FOLDER / "clip_small.safetensors"
@@ -48,34 +51,51 @@ class ClipConfig:
     text_layers: int = option(0, "last layers of the sentence encoder to train")
     text_heads: int = option(4, "of the pooling over a sentence's tokens; 0: none")
 
-    def load_encoder(self, weights=None):
-        return load_encoder(self.encoder, self.image_size, self.encoder_levels, weights)
+    def load_encoder(self, weights=None, runtime="torch"):
+        return load_encoder(self.encoder, self.image_size, self.encoder_levels, weights, runtime)
 
 
 class TextEncoder:
-    """all-MiniLM-L6-v2 (Reimers and Gurevych 2019, https://arxiv.org/abs/1908.10084): sentences -> unit vectors (n, 384)."""
+    """all-MiniLM-L6-v2 (Reimers and Gurevych 2019, https://arxiv.org/abs/1908.10084): sentences -> unit vectors (n, 384).
 
-    def __init__(self, folder=None, device="cpu", max_tokens=128):
+    Args:
+        runtime: of pick_runtime. With "openvino" there is no `model`: `lower` of all layers is what it can do.
+    """
+
+    def __init__(self, folder=None, device="cpu", max_tokens=128, runtime="torch"):
         from tokenizers import Tokenizer
-        from transformers import BertModel
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()  # for a tenth of a second
-        folder = folder or TEXT_FOLDER
-        if not Path(folder).is_dir():
+        folder = Path(folder or TEXT_FOLDER)
+        if not folder.is_dir():
             raise UserError(f"{folder} is not here yet: run `bash hw3_download.sh`")
-        self.tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.enable_padding()
         self.tokenizer.enable_truncation(max_tokens)
-        self.max_tokens = max_tokens
-        self.model = BertModel.from_pretrained(folder).eval().to(device).requires_grad_(False)
-        self.dim = self.model.config.hidden_size
+        self.max_tokens, self.model, self.network = max_tokens, None, None
+        if runtime == "torch":
+            self.model = read_bert(folder).to(device)
+        else:
+            weights = [digest_of(file, "sha256") for file in [Path(__file__), *sorted(folder.iterdir())] if file.name != "tokenizer.json"]
+            self.network = Network(["sentences", weights], partial(trace_bert, folder), folder.parent / "openvino")
+        self.dim = self.model.config.hidden_size if self.model else self.network.facts["dim"]
+
+    @property
+    def device(self):
+        return self.model.device if self.model else torch.device("cpu")
+
+    @cached_property
+    def weights_hash(self):
+        """Content hash of all its weights."""
+        return content_hash(self.model.state_dict()) if self.model else self.network.facts["weights_hash"]
+
+    def frozen_hash(self, layers):
+        """Content hash of what lies below the last `layers` layers."""
+        return frozen_hash(self.model, layers) if self.model else self.network.facts["frozen_hash"]
 
     def tokenize(self, sentences):
         """Token ids and mask (B, T), with the special tokens."""
         rows = self.tokenizer.encode_batch(sentences)
-        return (torch.tensor([getattr(row, part) for row in rows], device=self.model.device)
-                for part in ("ids", "attention_mask"))
+        return (torch.tensor([getattr(row, part) for row in rows], device=self.device) for part in ("ids", "attention_mask"))
 
     def count_tokens(self, sentence):
         """How many tokens the sentence has, the special ones included, before it is cut."""
@@ -87,6 +107,8 @@ class TextEncoder:
     def lower(self, sentences, layers):
         """What comes out below the last `layers` layers: hidden (B, T, 384) and mask (B, T)."""
         ids, mask = self.tokenize(sentences)
+        if self.network:
+            return self.network(ids, mask), mask
         below = self.model.encoder.layer[:len(self.model.encoder.layer) - layers]
         return run_layers(self.model.embeddings(ids), mask, below), mask
 
@@ -100,6 +122,41 @@ class TextEncoder:
             hidden = self.model(ids, mask).last_hidden_state
             vectors[some] = F.normalize(mean_of_tokens(hidden, mask), dim=-1).float().cpu()
         return vectors
+
+
+def read_bert(folder):
+    from transformers import BertModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # for a tenth of a second
+    return BertModel.from_pretrained(folder).eval().requires_grad_(False)
+
+
+def frozen_hash(bert, layers):
+    """Content hash of a BERT's weights without its last `layers` layers and its pooler."""
+    total = len(bert.encoder.layer)
+    trained = tuple(f"encoder.layer.{i}." for i in range(total - layers, total))
+    return content_hash({name: value for name, value in bert.state_dict().items()
+                         if name.startswith(("embeddings.", "encoder.")) and not name.startswith(trained or "\0")})
+
+
+class Layers(nn.Module):
+    """All of a BERT's layers, as a module that can be traced: token ids and mask (B, T) -> (B, T, C)."""
+
+    def __init__(self, bert):
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, ids, mask):
+        return run_layers(self.bert.embeddings(ids), mask, self.bert.encoder.layer)
+
+
+def trace_bert(folder):
+    """What a Network asks for."""
+    bert = read_bert(folder)
+    example = torch.ones(2, 8, dtype=torch.long)
+    return Layers(bert), (example, example), [[-1, -1]] * 2, {
+        "dim": bert.config.hidden_size, "weights_hash": content_hash(bert.state_dict()), "frozen_hash": frozen_hash(bert, 0)}
 
 
 def run_layers(hidden, mask, layers):
@@ -171,7 +228,7 @@ class ImageHead(nn.Module):
         """Tokens of the encoder (B, N, D) -> Summary"""
         patches, stats = statistics(features, encoder)
         classes = encoder.class_probabilities(features.float()) if self.num_classes else patches.new_zeros(len(patches), 0)
-        return Summary((stats - self.stats_mean) / self.stats_std, (patches - self.cell_mean) @ self.components, classes)
+        return Summary((stats - self.stats_mean) / self.stats_std, patches @ self.components - self.cell_mean @ self.components, classes)
 
     def forward(self, summary, dropout=0.0):
         """`dropout` is of the statistics, and half as much of the pooled patches."""
@@ -188,7 +245,8 @@ class ImageHead(nn.Module):
 def statistics(features, encoder):
     """Tokens (B, N, D) -> the patches among them, fp32, and mean and deviation of each channel over these (B, 2 D)"""
     patches = features[:, features.shape[1] - encoder.grid[0] * encoder.grid[1]:].float()  # without class tokens
-    return patches, torch.cat([patches.mean(1), patches.std(1)], -1)
+    deviation, mean = torch.std_mean(patches, 1)
+    return patches, torch.cat([mean, deviation], -1)
 
 
 class TextHead(nn.Module):
@@ -197,8 +255,8 @@ class TextHead(nn.Module):
 
     def __init__(self, config, text):
         super().__init__()
-        layers = text.model.encoder.layer
-        self.layers = nn.ModuleList(layers[len(layers) - config.text_layers:] if config.text_layers else [])
+        layers = text.model.encoder.layer if config.text_layers else []
+        self.layers = nn.ModuleList(layers[len(layers) - config.text_layers:])
         self.layers.requires_grad_(True)
         self.output = nn.Linear(text.dim, config.width, bias=False)
         nn.init.normal_(self.output.weight, std=text.dim ** -0.5)
@@ -250,8 +308,13 @@ class ClipSmall(nn.Module):
 
     def embed_texts(self, texts):
         """List of B strings -> (B, width), of any length"""
-        hidden, mask = self.text.lower(texts, self.config.text_layers)
-        return self.text_head(hidden, mask)
+        return self.text_head(*self.text.lower(texts, self.config.text_layers))
+
+    def _apply(self, *arguments, **options):
+        """Where the model goes, the sentence encoder goes too, which is none of its submodules."""
+        if self.text.model:
+            self.text.model._apply(*arguments, **options)
+        return super()._apply(*arguments, **options)
 
     def save(self, path, training, scores=None):
         """Write the heads in fp16, what is usual in fp32, and in the metadata all that `load` needs to rebuild the model."""
@@ -259,29 +322,22 @@ class ClipSmall(nn.Module):
                  if not name.startswith("encoder.")}
         tensors = {name: value if name.endswith(USUAL) else value.half() for name, value in state.items()}
         metadata = {"model": asdict(self.config), "encoder_hash": self.encoder.weights_hash,
-                    "digest": digest(tensors), "text_hash": self.hash_of(self.text, self.config), "training": training, "scores": scores or {}}
+                    "digest": digest(tensors),
+                    "text_hash": self.text.frozen_hash(self.config.text_layers), "training": training, "scores": scores or {}}
         write_whole(path, save(tensors, {"clip_small": json.dumps(metadata)}))
 
     @property
     def text_digest(self):
         """Content hash of all that embeds texts."""
-        return content_hash({**{f"text.{name}": value for name, value in self.text.model.state_dict().items()},
-                             **self.text_head.state_dict()})
-
-    @staticmethod
-    def hash_of(text, config):
-        """Content hash of what stays frozen of a sentence encoder."""
-        layers = len(text.model.encoder.layer)
-        trained = tuple(f"encoder.layer.{i}." for i in range(layers - config.text_layers, layers))
-        return content_hash({name: value for name, value in text.model.state_dict().items()
-                             if name.startswith(("embeddings.", "encoder.")) and not name.startswith(trained or "\0")})
+        return hashlib.sha256(f"{self.text.weights_hash} {content_hash(self.text_head.state_dict())}".encode()).hexdigest()
 
     @classmethod
-    def load(cls, path, encoder=None, text=None):
+    def load(cls, path, encoder=None, text=None, runtime="torch"):
         """Rebuild the model for inference. Raises UserError where the encoders' weights are not those of the training.
 
         Args:
             encoder, text: if they are there already; else they are loaded.
+            runtime: of pick_runtime, for those that are loaded.
         """
         if not Path(path).is_file():
             raise UserError(f"{path} is not here: it comes with this repository, `git checkout -- weights` brings it back")
@@ -294,9 +350,12 @@ class ClipSmall(nn.Module):
         state = read_weights(path, "CLIP weights")
         check_digest(path, "CLIP weights", state, metadata.get("digest"))
         state = {name: value.float() for name, value in state.items()}
-        model = cls(config, encoder or config.load_encoder(), text or TextEncoder())
+        encoder = encoder or config.load_encoder(runtime=runtime)
+        text = text or TextEncoder(runtime="torch" if config.text_layers else runtime)
+        with uninitialised():
+            model = cls(config, encoder, text)
         for part, now, before in (("image", model.encoder.weights_hash, metadata["encoder_hash"]),
-                                  ("text", model.hash_of(model.text, config), metadata["text_hash"])):
+                                  ("text", model.text.frozen_hash(config.text_layers), metadata["text_hash"])):
             if now != before:
                 raise UserError(f"{path} was trained with other weights of the {part} encoder than are here")
         try:

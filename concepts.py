@@ -12,14 +12,14 @@ Shapes: B images or captions, K concepts of each, C classes, L nouns, N patches,
 import hashlib
 import json
 import re
-from functools import cached_property, lru_cache
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import ImageNetInfo
 from tqdm import tqdm
 
 from cli import UserError
@@ -86,6 +86,8 @@ class ClassWords:
 
     @classmethod
     def of_imagenet(cls):
+        from timm.data import ImageNetInfo  # two seconds, which those who ask an encoder are spared
+
         return cls(ImageNetInfo("imagenet-1k").label_names())
 
     def words(self, number):
@@ -133,17 +135,10 @@ class ClassWords:
         Returns (C, n_embd), or (C + L, n_embd), where the classes' root mean square is one.
         """
         embeddings = embeddings.detach()
-        known = embeddings.any(1)
-
-        @lru_cache(None)
-        def of_word(word):
-            tokens = torch.tensor(encode(f" {word}"))
-            tokens = tokens[known[tokens]]
-            return embeddings[tokens].mean(0) if len(tokens) else None
-
-        rows = [[vector for word in self.words(number) if (vector := of_word(word)) is not None]
-                for number in range(len(self.names if nouns else self.levels))]
-        vectors = torch.stack([torch.stack(row).mean(0) if row else embeddings.new_zeros(embeddings.shape[1]) for row in rows])
+        names = [self.words(number) for number in range(len(self.names if nouns else self.levels))]
+        words = {word: number for number, word in enumerate(dict.fromkeys(chain.from_iterable(names)))}
+        of_words = means(embeddings, [encode(f" {word}") for word in words])
+        vectors = means(of_words, [[words[word] for word in row] for row in names])
         return vectors / vectors[:len(self.levels)].square().mean().sqrt().clamp(min=1e-12)
 
     def imagine(self, found, seen, random):
@@ -178,6 +173,15 @@ class ClassWords:
             for rank, number in zip(np.sort(ranks), shown):
                 row[rank] = number
         return seen._replace(numbers=numbers)
+
+
+def means(vectors, groups):
+    """Of each group, a list of row numbers, the mean of those rows of `vectors` (n, C) that are not zero: (groups, C)"""
+    rows = torch.tensor([*chain.from_iterable(groups)], device=vectors.device)
+    owners = torch.repeat_interleave(torch.tensor([*map(len, groups)])).to(vectors.device)
+    found = vectors[rows]
+    counts = vectors.new_zeros(len(groups)).index_add_(0, owners, found.any(1).to(vectors.dtype))
+    return vectors.new_zeros(len(groups), vectors.shape[1]).index_add_(0, owners, found) / counts.clamp(min=1)[:, None]
 
 
 class ClassifierWords:

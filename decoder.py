@@ -86,6 +86,9 @@ class SelfAttention(nn.Module):
         """
         q, k, v = self.c_attn(x).chunk(3, dim=-1)
         q, k, v = (split_heads(part) for part in (q, self.peft_key(k), self.peft_value(v)))  # (R, H, T, 64) each
+        if isinstance(cache, BeamCache):
+            k, v, mask = cache.append(self, k, v, before)
+            return self.c_proj(join_heads(F.scaled_dot_product_attention(q, k, v, mask)))
         if cache is not None:
             k, v = cache.append(self, k, v)  # (R, H, past + T, 64)
         if before is not None:
@@ -227,12 +230,61 @@ class Cache:
         stored[1, :, :, self.length:end] = v
         return stored[:, :, :, :end].unbind(0)
 
-    def select(self, rows):
-        """Keep these rows in this order: beams that survived, images that are not finished."""
-        for layer, stored in self.stored.items():
-            kept = stored.new_empty(2, len(rows), *stored.shape[2:])
-            kept[:, :, :, :self.length] = stored[:, rows, :, :self.length]
-            self.stored[layer] = kept
+
+class BeamCache:
+    """Keys and values of the text so far, for K beams of each of B images: a row is an image, its tokens are the beams' newest.
+
+    Where beams change places nothing moves: a mask tells each which of its image's keys are those of its own past.
+
+    Args:
+        beams: K.
+        max_length: tokens of a beam.
+        device: of `past`.
+    """
+
+    def __init__(self, images, beams, max_length, device=None):
+        self.beams, self.max_length, self.length = beams, max_length, 0
+        self.stored = {}  # layer -> (2, B, H, M + max_length * K, 64), after those before the text, step by step
+        self.past = torch.zeros(images, beams, 0, dtype=torch.long, device=device)  # (B, K, length): who wrote each token of a beam
+        self.masks = {}  # of this step, by M
+
+    def append(self, layer, k, v, before):
+        """New keys and values (B, H, K, 64), of the first step (B, H, 1, 64); before the text, (B or 1, H, M, 64) or None.
+
+        Returns all keys and values (B, H, M + (length + 1) K, 64) and the mask of what each beam sees (B, 1, K, the same).
+        """
+        images, heads, new, width = k.shape
+        first = before[0].shape[2] if before is not None else 0
+        if layer not in self.stored:
+            self.stored[layer] = k.new_empty(2, images, heads, first + self.max_length * self.beams, width)
+            for stored, early in zip(self.stored[layer], before or ()):
+                stored[:, :, :first] = early
+        start = first + self.length * self.beams
+        end = start + self.beams
+        stored = self.stored[layer]
+        stored[0, :, :, start:end] = k
+        stored[1, :, :, start:end] = v
+        if first not in self.masks:
+            self.masks[first] = self.mask(new, first)
+        return *stored[:, :, :, :end].unbind(0), self.masks[first]
+
+    def mask(self, rows, first):
+        own = torch.arange(rows, device=self.past.device).expand(len(self.past), rows)[:, :, None]
+        seen = F.one_hot(torch.cat([self.past[:, :rows], own], 2), self.beams).flatten(2).bool()  # (B, rows, (length + 1) K)
+        return F.pad(seen, (first, 0), value=True)[:, None]
+
+    def step(self):
+        """All layers have taken a token of each beam."""
+        self.length += 1
+        self.masks = {}
+
+    def select(self, beams, images=None):
+        """From now on, beam k is what beam `beams[b, k]` was, and the token that it wrote last; `images`: keep these, in this order."""
+        if images is not None:
+            self.past = self.past[images]
+            self.stored = {layer: stored[:, images] for layer, stored in self.stored.items()}
+        past = torch.cat([self.past, torch.arange(self.beams, device=beams.device).expand(len(beams), -1)[:, :, None]], 2)
+        self.past = past.gather(1, beams[:, :, None].expand(-1, -1, past.shape[2]))
 
 
 class Recorder:
@@ -393,20 +445,26 @@ class Decoder(nn.Module):
 
         Args:
             context: `context` of B images; R = B * K, an image's K captions adjacent. None: text alone.
-            cache: a Cache: `tokens` are then those after it (one, unless it is empty), and it grows by them.
+            cache: a Cache: `tokens` are then those after it (one, unless it is empty), and it grows by them. Or a BeamCache: a row
+                of `tokens` is then an image (R = B), with the newest token of each of its beams.
             attentions: a list that receives each layer's attention to the image tokens (R, H, T, N).
         """
         start = cache.length if cache is not None else 0
-        if start + tokens.shape[1] > self.config.n_positions:
+        if start + (1 if isinstance(cache, BeamCache) else tokens.shape[1]) > self.config.n_positions:
             raise ValueError(f"{start + tokens.shape[1]} tokens, but the decoder has {self.config.n_positions} positions")
-        if start and tokens.shape[1] > 1:
+        if start and tokens.shape[1] > 1 and not isinstance(cache, BeamCache):
             raise ValueError("a cache that is not empty takes one token at a time")
         context = self.context() if context is None else context
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        if isinstance(cache, BeamCache):
+            positions = torch.full((tokens.shape[1],), start, device=tokens.device)
+        else:
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = F.dropout(self.wte(tokens) + self.wpe(positions), self.config.dropout, self.training)
         for block, seen in zip(self.h, context):
             x = block(x, seen, cache, attentions=attentions)
-        if cache is not None:
+        if isinstance(cache, BeamCache):
+            cache.step()
+        elif cache is not None:
             cache.length += tokens.shape[1]
         return self.ln_f(x)
 

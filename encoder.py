@@ -13,17 +13,16 @@ import sys
 from functools import cached_property
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
-from timm.data import ImageNetInfo, infer_imagenet_subset
-from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cli import UserError
-from files import WEIGHTS_FOLDER, content_hash, first_line, read_weights
+from files import WEIGHTS_FOLDER, content_hash, digest_of, first_line, read_weights
 from images import resize_to_square
+
+# timm is imported where it is used: it takes two seconds, and an encoder that is kept for OpenVINO needs none of it.
 
 EMBEDDED = "tf_efficientnet_lite2+tf_efficientnet_lite1"  # the embedded captioner's, which hw3_download.py fetches
 # Pixels that a CNN takes at a time on a CPU, so that its feature maps stay in the cache: 8 images at 224², 4 at 288².
@@ -36,13 +35,36 @@ CLASSIFIER = "class_weight", "class_bias"  # buffers, of an encoder whose file b
 HEADS = "image_projection", "text_projection"  # in their files as well: they lead to the space that images share with texts
 
 
-def load_encoder(name, image_size=None, levels=0, weights=None):
+def load_encoder(name, image_size=None, levels=0, weights=None, runtime="torch"):
     """The encoder of that name: an ImageEncoder, or for names joined by `+` a JoinedEncoder. Raises UserError.
 
     What a captioner reads, so that `levels` are 0 unless it says otherwise; `weights` are None or "random".
+
+    Args:
+        runtime: of pick_runtime: "openvino" gives a CompiledEncoder, which is for the CPU.
     """
-    encoders = [ImageEncoder(part.strip(), image_size, weights, levels) for part in name.split("+")]
-    return encoders[0] if len(encoders) == 1 else JoinedEncoder(encoders)
+    names = [part.strip() for part in name.split("+")]
+
+    def build():
+        encoders = [ImageEncoder(part, image_size, weights, levels) for part in names]
+        return encoders[0] if len(encoders) == 1 else JoinedEncoder(encoders)
+
+    if runtime == "torch":
+        return build()
+    from runtime import CompiledEncoder
+
+    kept = WEIGHTS_FOLDER / "openvino"
+    files = [] if weights else list(map(weights_file, names))
+    if files and all(files):
+        return CompiledEncoder([names, image_size, levels, [digest_of(file, "sha256") for file in files]], build, kept)
+    encoder = build()  # its weights are the model hub's, or random
+    return CompiledEncoder([names, encoder.image_size, encoder.levels, encoder.weights_hash], lambda: encoder, kept)
+
+
+def weights_file(name):
+    """The file of weights/ that holds an encoder's; None where there is none."""
+    files = [WEIGHTS_FOLDER / f"{name}{suffix}" for suffix in (".safetensors", ".bin", ".pth")]
+    return next((file for file in files if file.is_file()), None)
 
 
 class ImageEncoder(nn.Module):
@@ -64,7 +86,11 @@ class ImageEncoder(nn.Module):
     (class and register tokens, which stand before the patches).
     """
 
+    runtime = "torch"
+
     def __init__(self, name, image_size=None, weights=None, levels=1):
+        import timm
+
         super().__init__()
         if levels < 0:
             raise UserError(f"encoder_levels is {levels}, but must be at least 0")
@@ -116,9 +142,9 @@ class ImageEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1) * 255, persistent=False)
 
     def _load(self, name, config, size, weights):
-        if weights is None:
-            files = [WEIGHTS_FOLDER / f"{name}{suffix}" for suffix in (".safetensors", ".bin", ".pth")]
-            weights = next((file for file in files if file.is_file()), None)
+        import timm
+
+        weights = weights or weights_file(name)
         if weights is None and name in EMBEDDED.split("+"):
             raise UserError(f"the embedded encoder's weights {name} are not here yet: run `bash hw3_download.sh`")
         if weights is None and name in OWN:
@@ -149,6 +175,8 @@ class ImageEncoder(nn.Module):
 
     def _keep_classifier(self, state, config, dim):
         """Take the last layer of a weights file, if it is one for a known list of classes: see `class_probabilities`."""
+        from timm.data import infer_imagenet_subset
+
         name = config.classifier if isinstance(config.classifier, str) else "\0"
         weight, bias = (state.get(f"{name}.{part}") for part in ("weight", "bias"))
         if (weight is not None and bias is not None and weight.shape == (len(bias), dim)
@@ -176,6 +204,10 @@ class ImageEncoder(nn.Module):
         return self
 
     @property
+    def device(self):
+        return self.mean.device
+
+    @property
     def num_tokens(self):
         return self.num_prefix_tokens + self.grid[0] * self.grid[1]
 
@@ -201,6 +233,8 @@ class ImageEncoder(nn.Module):
     @cached_property
     def class_info(self):
         """timm's description of the classes; None where it has no classifier."""
+        from timm.data import ImageNetInfo, infer_imagenet_subset
+
         if self.class_bias is None:
             return None
         return ImageNetInfo(infer_imagenet_subset({"num_classes": len(self.class_bias)}))
@@ -245,6 +279,8 @@ class JoinedEncoder(nn.Module):
     numbers of their levels, are the same.
     """
 
+    runtime = "torch"
+
     def __init__(self, encoders):
         super().__init__()
         self.parts = nn.ModuleList(encoders)
@@ -267,8 +303,8 @@ class JoinedEncoder(nn.Module):
         return self.parts[0]
 
     @property
-    def mean(self):
-        return self.first.mean
+    def device(self):
+        return self.first.device
 
     @cached_property
     def weights_hash(self):
@@ -313,6 +349,8 @@ def without_batch_norm(model, image_size):
 
 def fold_batch_norm(module):
     """Fold each batch norm into the convolution that is named before it."""
+    from timm.layers import BatchNormAct2d
+
     conv = None
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d) and conv:

@@ -86,7 +86,7 @@ class LiveFeatures:
             images = torch.cat(list(self.pool.map(self.read, *index_and_view)))
         except ImageError as error:
             raise UserError(f"{error}: mend the picture or drop it") from None
-        images = images.to(self.encoder.mean.device)  # not "cuda", which in another thread than the first is GPU 0
+        images = images.to(self.encoder.device)  # not "cuda", which in another thread than the first is GPU 0
         with torch.autocast("cuda", torch.float16, enabled=self.device == "cuda"):
             return self.encoder(images).half()
 

@@ -225,6 +225,19 @@ def read_weights(path, what="weights file"):
     return dict(weights)
 
 
+def uninitialised():
+    """Within, what torch.nn.init is asked to set keeps whatever its memory holds: for modules whose weights are read next."""
+    from torch.overrides import TorchFunctionMode
+
+    class Uninitialised(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if getattr(function, "__module__", "") == "torch.nn.init":
+                return {"tensor": args[0] if args else None, **(kwargs or {})}["tensor"]
+            return function(*args, **(kwargs or {}))
+
+    return Uninitialised()
+
+
 class ArchivedModule:
     """What stands for a module of a TorchScript archive: its attributes, and none of its code."""
 

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from cli import UserError, check_settings, option
-from decoder import Cache
+from decoder import BeamCache, Cache
+
+LEAVE = 0.75  # images that are done leave a batch when no more than so many of it go on: leaving copies what the others see
 
 
 @dataclass
@@ -45,10 +47,10 @@ class TextGenerator:
     """What generates for a module that has a `decoder`, `token_ids` (V) that may be said, and `end`, the place of <|endoftext|> among
     them."""
 
-    def next_log_probs(self, tokens, context, cache, head, temperature=1.0):
-        """The step of generation: tokens (R, 1) after those in the cache -> log-probabilities (R, V), fp32."""
-        hidden = self.decoder.hidden(tokens, context, cache)[:, -1]
-        return (F.linear(hidden, head).float() / temperature).log_softmax(-1)
+    def next_logits(self, tokens, context, cache, head):
+        """The step of generation: tokens (R, 1), or (B, K) with a BeamCache, after those in the cache -> logits (R, 1, V) or (B, K, V),
+        fp32."""
+        return F.linear(self.decoder.hidden(tokens, context, cache), head).float()
 
     def beam_search(self, image, generation):
         """Image tokens (B, N, C) -> B lists of token ids, without <|endoftext|>: the best hypothesis of each."""
@@ -58,7 +60,7 @@ class TextGenerator:
         """Image tokens (B, N, C) -> what beam search found for each image, best first: B lists of (score, token ids).
 
         Each image keeps K running beams. Of each step's 2K best continuations, those among the first K that end
-        are finished hypotheses, and the K best that do not end run on. An image is done, and leaves the batch,
+        are finished hypotheses, and the K best that do not end run on. An image is done
         when K hypotheses have finished (first come, first served: Kasai et al. 2022, arXiv:2204.05424) or
         max_length is reached, where its best running beam counts as it is.
         """
@@ -68,23 +70,22 @@ class TextGenerator:
         end = self.end
         head = self.decoder.head_weight(self.token_ids)
         context = self.decoder.context(image)
-        cache = Cache(max_length)
+        cache = BeamCache(images, K, max_length, device)
 
         active = torch.arange(images, device=device)  # which image each slot of the batch holds
-        scores = torch.full((images, K), -torch.inf, device=device)
-        scores[:, 0] = 0  # one beam to begin with
-        tokens = torch.full((images, K, max_length + 1), end, device=device)  # places, not ids
+        scores = torch.zeros(images, 1, device=device)  # one beam to begin with; all are -inf where a slot's image is done
+        tokens = torch.full((images, 1, max_length + 1), end, device=device)  # places, not ids
         finished = torch.zeros(images, dtype=torch.long, device=device)  # hypotheses, for each slot
         # Of each image, in the order in which they were finished: below K before a step, and K more in it.
         found_scores = torch.full((images, 2 * K), -torch.inf, device=device)
         found = torch.full((images, 2 * K, max_length + 1), end, device=device)
 
         for length in range(1, max_length + 1):
-            last = self.token_ids[tokens[:, :, length - 1]].view(-1, 1)
-            log_probs = self.next_log_probs(last, context, cache, head).view(len(active), K, -1)
-            V = log_probs.shape[-1]
-            scores, flat = (scores[:, :, None] + log_probs).flatten(1).topk(min(2 * K, K * V))
-            beam, token = flat // V, flat % V  # (B, 2K) each
+            logits = self.next_logits(self.token_ids[tokens[:, :, length - 1]], context, cache, head)  # (B, K, V)
+            best, token = logits.topk(min(2 * K, logits.shape[-1]))  # of each beam, as no more can be among the image's
+            scores = scores[:, :, None] + (best - logits.logsumexp(-1, keepdim=True))
+            scores, flat = scores.flatten(1).topk(min(2 * K, scores[0].numel()))  # (B, 2K)
+            beam, token = flat // best.shape[-1], token.flatten(1).gather(1, flat)
             ends = token == end
 
             # Those that end.
@@ -100,22 +101,26 @@ class TextGenerator:
             # Those that run on.
             scores, pick = scores.masked_fill(ends, -torch.inf).topk(min(K, scores.shape[1]))
             beam, token = beam.gather(1, pick), token.gather(1, pick)
-            going = ((finished < K) & (scores[:, 0] > -torch.inf)).nonzero().squeeze(1)
-            if not len(going):
-                break
-            if len(going) < len(active):
-                context = [layer.select(going) for layer in context]
-                active, finished, scores = active[going], finished[going], scores[going]
-            beam, token = beam[going], token[going]
             if beam.shape[1] < K:  # fewer continuations than beams, in a tiny vocabulary: fill with dead ones
                 pad = (0, K - beam.shape[1])
                 scores, beam, token = F.pad(scores, pad, value=-torch.inf), F.pad(beam, pad), F.pad(token, pad)
-            tokens = tokens[going[:, None], beam]
+            tokens = tokens.gather(1, beam[:, :, None].expand(-1, -1, max_length + 1))
             tokens[:, :, length] = token
-            cache.select((going[:, None] * K + beam).flatten())
+            done = (finished >= K) | (scores[:, 0] == -torch.inf)
+            scores = scores.masked_fill(done[:, None], -torch.inf)
+            going = (~done).nonzero().squeeze(1)
+            if not len(going):
+                break
+            leave = len(going) <= LEAVE * len(active)
+            if leave:
+                context = [layer.select(going) for layer in context]
+                active, finished, scores, tokens, beam = (part[going] for part in (active, finished, scores, tokens, beam))
+            cache.select(beam, going if leave else None)
         else:
-            found_scores[active, finished] = scores[:, 0] / max_length**alpha
-            found[active, finished] = tokens[:, 0]
+            going = (scores[:, 0] > -torch.inf).nonzero().squeeze(1)
+            place = active[going], finished[going]
+            found_scores[place] = scores[going, 0] / max_length**alpha
+            found[place] = tokens[going, 0]
 
         order = found_scores.argsort(dim=1, descending=True, stable=True)
         hypotheses = [[(score[i], self.until_end(rows[i][1:])) for i in best if score[i] > -torch.inf]
@@ -143,8 +148,8 @@ class TextGenerator:
         tokens = torch.full((len(random), max_length + 1), self.end, device=image.device)
         ended = torch.zeros(len(random), dtype=torch.bool, device=image.device)
         for length in range(1, max_length + 1):
-            last = self.token_ids[tokens[:, length - 1:length]]
-            log_probs = self.next_log_probs(last, context, cache, head, generation.temperature)
+            logits = self.next_logits(self.token_ids[tokens[:, length - 1:length]], context, cache, head)[:, -1]
+            log_probs = (logits / generation.temperature).log_softmax(-1)
             if generation.top_k or generation.top_p < 1:
                 likely = log_probs.sort(-1, descending=True).values
                 if generation.top_k:

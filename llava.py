@@ -1,6 +1,7 @@
 """A LLaVA of `transformers`: its settings, loading it, asking it about pictures."""
 
 import re
+import threading
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -93,11 +94,66 @@ class Llava:
 
     def prompt(self, instruction):
         """The text around a picture: the processor's chat template, or LLaVA-1.5's."""
-        instruction = instruction.replace(self.processor.image_token, " ").strip()
+        return self.conversation([(instruction, None)])
+
+    def conversation(self, turns):
+        """The text around a picture, of a talk about it: turns are (what was asked, what was answered), of the last None."""
+        turns = [(asked.replace(self.processor.image_token, " ").strip(), answered) for asked, answered in turns]
         if not self.processor.chat_template:
-            return f"USER: {self.processor.image_token}\n{instruction} ASSISTANT:"
-        said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": instruction}]}]
+            asked = [f"USER: {self.processor.image_token}\n{turns[0][0]} ASSISTANT:", *(f"USER: {text} ASSISTANT:" for text, _ in turns[1:])]
+            ends = [f" {answered}{self.processor.tokenizer.eos_token}" for _, answered in turns[:-1]] + [""]
+            return "".join(part for pair in zip(asked, ends) for part in pair)
+        said = []
+        for number, (asked, answered) in enumerate(turns):
+            said.append({"role": "user", "content": [{"type": "image"}] * (not number) + [{"type": "text", "text": asked}]})
+            if answered is not None:
+                said.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
         return without_bos(self.processor.apply_chat_template(said, add_generation_prompt=True), self.processor.tokenizer)
+
+    @torch.inference_mode()
+    def talk(self, picture, turns, settings, stopped):
+        """Answer the last of some turns about a picture, and yield what is said so far: word by word with one beam, at once with more.
+
+        Args:
+            turns: of `conversation`.
+            stopped: a threading.Event that ends it early.
+        """
+        from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+        class Stop(StoppingCriteria):
+            def __call__(self, tokens, scores, **options):
+                return torch.full((len(tokens),), stopped.is_set(), device=tokens.device)
+
+        inputs = self.processor(images=[picture], text=[self.conversation(turns)], return_tensors="pt").to(self.model.device, self.model.dtype)
+        options = {**settings.generation(), "suppress_tokens": [self.model.config.image_token_id],
+                   "pad_token_id": self.processor.tokenizer.pad_token_id, "stopping_criteria": StoppingCriteriaList([Stop()])}
+        if settings.num_beams > 1:
+            tokens = self.model.generate(**inputs, **options)
+            yield self.texts(tokens[:, inputs["input_ids"].shape[1]:])[0]
+            return
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failed = []
+
+        def generate():
+            try:
+                with torch.inference_mode():
+                    self.model.generate(**inputs, **options, streamer=streamer)
+            except Exception as error:  # of another thread: it is raised in this one
+                failed.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=generate, daemon=True)
+        thread.start()
+        said = ""
+        try:
+            for part in streamer:
+                said += part
+                yield " ".join(said.split())
+        finally:
+            stopped.set()
+            thread.join()
+        if failed:
+            raise failed[0]
 
     def inputs(self, pictures, instructions):
         """RGB PIL images and as many instructions -> the tensors that the model takes, texts padded on the left."""

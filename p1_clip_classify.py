@@ -31,6 +31,7 @@ from clip_model import (
 from devices import pick_device
 from files import check_output, read_json, write_whole
 from images import image_files, load_image
+from runtime import RUNTIME_HELP
 
 # The picture of bars, in inches: a cell is an image with its bars to the right.
 CELL, GAP, IMAGE, BARS = (6.4, 2.7), 0.2, 2.5, 3.2
@@ -163,6 +164,7 @@ def main():
                         "together; without --template, of the assignment's three")
     parser.add_argument("--bars", nargs="+", metavar="NAME", help="draw these images and their five likeliest classes")
     parser.add_argument("--figure", default="bars.png", help="that picture")
+    parser.add_argument("--runtime", default="auto", help=f"{RUNTIME_HELP}; of our own CLIP")
     parser.add_argument("--clip_weights", help="OpenAI's CLIP, a file of its weights or a name; or a folder or name of another "
                         "dual encoder of transformers; or clip_small (default: weights/ViT-B-32.pt, else clip_small)")
     args = parser.parse_args()
@@ -182,7 +184,7 @@ def main():
     if args.clip_weights is None and default_clip() is None:
         raise UserError(f"classifying {NO_CLIP}; or `bash hw3_download.sh`, for our own small one")
 
-    clip = load_clip(args.clip_weights, pick_device())
+    clip = load_clip(args.clip_weights, pick_device(), runtime=args.runtime)
     classifier = average(embed_classes(clip, names, templates))
     each = embed_classes(clip, names, compared) if args.compare else None
     read, images, unread = clip.encode_images(paths)

@@ -22,6 +22,7 @@ from devices import Processes
 from files import check_output, read_json, write_json
 from generation import GenerationConfig
 from images import list_images
+from runtime import RUNTIME_HELP, pick_runtime
 
 
 def read_datastore(path):
@@ -42,11 +43,12 @@ def main():
     parser.add_argument("output", help="JSON file: file name without extension -> caption")
     parser.add_argument("decoder_weights", nargs="?", help="GPT-2 weights, .bin or .safetensors")
     parser.add_argument("checkpoint", nargs="?", help="what p2_train.py wrote")
-    parser.add_argument("--batch_size", type=int, default=32, help="images at a time")
+    parser.add_argument("--batch_size", type=int, default=128, help="images at a time")
     parser.add_argument("--datastore", help="captions, COCO's captions file or predictions: what those of similar pictures name, "
                         "by our CLIP, is recognised too")
     parser.add_argument("--cache", default="cache", help="folder for the datastore's embeddings")
     parser.add_argument("--all_tokens", action="store_true", help="score all tokens, not only those of the training captions")
+    parser.add_argument("--runtime", default="auto", help=RUNTIME_HELP)
     add_options(parser, GenerationConfig)
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
@@ -61,12 +63,12 @@ def main():
         recommended["clip_weight"] = 0.0  # of beams
     parser.set_defaults(**recommended)
     generation = take_options(parser.parse_args(), GenerationConfig)
-    model = Captioner.load(checkpoint, decoder_weights, all_tokens=arguments.all_tokens)
+    processes = Processes()
+    model = Captioner.load(checkpoint, decoder_weights, all_tokens=arguments.all_tokens, runtime=pick_runtime(arguments.runtime, processes.device))
     if generation.clip_weight:
         _ = model.judge  # what it lacks shows before the work
     if arguments.decoder_weights and not arguments.checkpoint:
         print(f"with the checkpoint {checkpoint}", file=sys.stderr)
-    processes = Processes()
     model.to(processes.device)
     if datastore:
         model.retrieve(datastore, arguments.cache)

@@ -36,6 +36,7 @@ from features import FeatureCache, LiveFeatures, SomeFeatures
 from generation import GenerationConfig
 from images import ahead
 from metrics import cider, tokenize
+from runtime import RUNTIME_HELP, pick_runtime
 from tokenizer import BPETokenizer
 from training import MovingAverage, Run, TrainingLog, adamw, comparable, cosine, prepare_output
 
@@ -54,6 +55,7 @@ class Settings:
     output: str = option(
         "checkpoints/captioner.safetensors", "the checkpoint to write; beside it the log (.jsonl) and its curves (.png)")
     cache: str = option("cache", "folder for the encoder's features; empty: encode in every step, which is far slower")
+    runtime: str = option("auto", RUNTIME_HELP)
     views: int = option(4, "of each image in the cache: 1 as it is, more: random crops too, every other mirrored")
     init: str = option(
         "", "checkpoint whose trained weights to start from; same model options, but its encoder may be the first part of this one")
@@ -131,7 +133,7 @@ class CaptionerTrainer:
         self.images, self.selection = self.mixture.images, self.mixture.selection
 
         torch.manual_seed(settings.seed)
-        encoder = config.load_encoder()
+        encoder = config.load_encoder(runtime=pick_runtime(settings.runtime, self.device))
         decoder = config.load_decoder(settings.decoder)
         max_tokens = min(settings.max_tokens, decoder.config.n_positions - 1)
         self.data = CaptionData(self.images, BPETokenizer(), max_tokens)
@@ -210,7 +212,7 @@ class CaptionerTrainer:
         """Go on from the state of an interrupted run, if there is one."""
         settings = self.settings
         # What is left out changes no result.
-        same = comparable(settings, "save_minutes", "cache", "max_hours", "tensorboard", "samples", "accumulation",
+        same = comparable(settings, "save_minutes", "cache", "runtime", "max_hours", "tensorboard", "samples", "accumulation",
                             "fsdp") | comparable(self.config) | {
             "training images": data_digest(self.images), "selection images": data_digest(self.selection),
             "texts": self.text.digest if self.text else "", "encoder's weights": self.model.encoder.weights_hash,

@@ -25,6 +25,7 @@ from features import FeatureCache
 from files import check_writable, write_whole
 from generation import GenerationConfig, best_of
 from metrics import cider, tokenize
+from runtime import pick_runtime
 
 
 @torch.inference_mode()
@@ -74,7 +75,7 @@ def main():
     if arguments.write:
         check_writable(arguments.checkpoint)
     images = read_captions(arguments.annotation_file, arguments.images_root)
-    model = Captioner.load(arguments.checkpoint, arguments.decoder_weights).to(pick_device())
+    model = Captioner.load(arguments.checkpoint, arguments.decoder_weights, runtime=pick_runtime("auto", pick_device())).to(pick_device())
     features = FeatureCache(model.encoder, [image.path for image in images], arguments.cache, device=pick_device())
     embeddings = Folds(arguments.folds, model.judge.text_digest).of([image.path for image in images])[:, 0] if arguments.folds else None
     references = tokenize({str(i): image.captions for i, image in enumerate(images)})

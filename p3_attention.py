@@ -27,6 +27,7 @@ from devices import pick_device
 from files import check_writable, write_whole
 from images import ImageError, list_images, load_image
 from llava import SIDE, Llava, LlavaSettings, default_model
+from runtime import RUNTIME_HELP, pick_runtime
 
 
 def layer_or_head(text):
@@ -50,6 +51,7 @@ def main():
                         help="p2: carry the maps back through the projection's transformer layers")
     parser.add_argument("--correction", choices=CORRECTIONS, default="none",
                         help="for patches that every word attends to: divide by, or subtract, the mean over words")
+    parser.add_argument("--runtime", default="auto", help=f"{RUNTIME_HELP}; of p2's model")
     parser.add_argument("--scale", choices=SCALES, default="panel", help="of the colours: each panel's own, or one for all")
     arguments = parser.parse_args()
     settings = LlavaSettings(arguments.instruction)
@@ -72,7 +74,7 @@ def main():
         side = SIDE
     else:
         decoder_weights, checkpoint = find_weights(arguments.decoder_weights, arguments.checkpoint)
-        model = Captioner.load(checkpoint, decoder_weights).to(pick_device())
+        model = Captioner.load(checkpoint, decoder_weights, runtime=pick_runtime(arguments.runtime, pick_device())).to(pick_device())
         side = model.encoder.image_size
         generation = model.generation if arguments.beam_size is None else replace(model.generation, beam_size=arguments.beam_size)
 

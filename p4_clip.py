@@ -42,6 +42,7 @@ from devices import Processes, pick_device
 from features import FeatureCache
 from files import fingerprints, read_lines
 from retrieval import Ranks
+from runtime import RUNTIME_HELP, pick_runtime
 from training import MovingAverage, Run, adamw, comparable, cosine, prepare_output
 
 TEXTS = 128  # sentences that pass the trained layers at a time
@@ -56,6 +57,7 @@ class Settings:
     folds: int = option(0, "parts of the pictures, each to be embedded by a head that has not seen it; 0: train a model")
     of: str = option(str(SMALL_WEIGHTS), "the model of --folds")
     cache: str = option("cache", "folder for features")
+    runtime: str = option("auto", RUNTIME_HELP)
     views: int = option(1, "of each picture in the cache: 1 as it is, more: random crops too, every other mirrored")
     captions: int = option(1, "of each picture in a step, at most")
     text: tuple = option((), "files with a sentence a line, without pictures, for --keep")
@@ -103,7 +105,8 @@ class ClipTrainer:
         self.folders = [Folder(folder, selection) for folder, selection in zip(settings.data, settings.selection)]
         extra = [line.strip() for file in settings.text for line in read_lines(file)]
         torch.manual_seed(settings.seed)
-        encoder, text = config.load_encoder().to(self.device), TextEncoder(device=self.device)
+        encoder = config.load_encoder(runtime=pick_runtime(settings.runtime, self.device)).to(self.device)
+        text = TextEncoder(device=self.device)
         self.names = [name.split(", ") for name in encoder.class_names] if config.classes and settings.anchors else []
         sentences = partial_sentences(text, config, settings.cache)
         captions = [[*map(clean_captions, folder.images)] for folder in self.folders]
@@ -149,7 +152,7 @@ class ClipTrainer:
         self.optimizer = adamw([(others, 1.0), (text, settings.text_learning_rate / settings.learning_rate)],
                                settings.learning_rate, settings.weight_decay)
         self.average = MovingAverage(parameters, settings.average)
-        same = comparable(settings, "save_minutes", "max_hours", "cache") | comparable(self.config) | {
+        same = comparable(settings, "save_minutes", "max_hours", "cache", "runtime") | comparable(self.config) | {
             "number of pictures": len(self.pictures), "number of captions": len(self.sentences)}
         self.run = Run(self.state_file, same, parameters, self.optimizer, average=self.average, processes=Processes(self.device),
                        clip=settings.clip, after=self.bound_scale, save_minutes=settings.save_minutes, max_hours=settings.max_hours,
@@ -285,7 +288,7 @@ class CrossFit(ClipTrainer):
     def fit(self):
         """Write the embeddings, as clip_small.Folds reads them. Returns whether the end was reached."""
         settings = self.settings
-        same = comparable(settings, "save_minutes", "max_hours", "cache") | {
+        same = comparable(settings, "save_minutes", "max_hours", "cache", "runtime") | {
             "number of pictures": len(self.pictures), "number of captions": len(self.sentences), "texts": self.model.text_digest}
         runs = []
         everything = torch.randperm(len(self.pictures), generator=torch.Generator().manual_seed(settings.seed))

@@ -50,3 +50,10 @@ def recalls(images, texts, owners, ranks=(1, 5, 10)):
     A text is to find its image, an image any one of its texts.
     """
     return Ranks.of(texts @ images.t(), owners).recalls(ranks)
+
+
+def auroc(present, absent):
+    """Area under the ROC curve: how often a score of `present` is above one of `absent`; ties count half."""
+    absent = np.sort(absent)
+    below, up_to = (np.searchsorted(absent, present, side) for side in ("left", "right"))
+    return float((below + up_to).mean() / (2 * len(absent)))

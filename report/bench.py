@@ -1,14 +1,22 @@
 """How fast captioning is, as ratios measured in one run.
 
-    python3 report/bench.py <images> [--beam_size 3] [--count 1000]
+    python3 report/bench.py <images> [--beam_size 3] [--count 1000] [--out speed.json]
+    python3 report/bench.py <images> --profile
+    python3 report/bench.py <images> --growth
+    python3 report/bench.py <images> --against <clone at another commit>
     python3 report/bench.py --training data [--steps 20]
 
-Four ways through the same images, each with its images per second and its ratio to the first, which is the floor
+Ways through the same images, medians of `--repeats`, each with its images per second and its ratio to the first, which is the floor
 that the frozen encoder sets:
   encoder       the frozen encoder alone, on pictures already decoded
+  eager         the same in PyTorch
   hw3_2.sh      the whole command, start of Python and loading of weights included
   captioning    the same without the start: decode, encode, search, in batches with a cache
   one by one    one image at a time, every step computing the whole text again
+  transformers  the eager encoder, and VisionEncoderDecoderModel.generate with a decoder of the same sizes, as many tokens and beams
+
+`--profile` says where a picture's milliseconds go; `--growth` how the whole command's time and memory grow with pictures, beams and the
+longest caption; `--against` runs hw3_2.sh here and there in turn, and compares their captions.
 
 And three ways to train the same model, a ViT-Tiny with random weights and a GPT-2 of six layers, frozen, with a projection
 and cross-attention between them, in captions per second, the start left out:
@@ -24,6 +32,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -39,35 +48,59 @@ from cli import ArgumentParser, UserError, run
 from dataset import clean_caption, collate, read_captions, write_subset
 from devices import pick_device
 from encoder import ImageEncoder
+from files import read_json, write_json
 from images import list_images, load_ahead, load_image
+from runtime import pick_runtime
 from tokenizer import BPETokenizer
 
 
 class TokenHistory:
-    """Stands in for Cache in a search without one: it remembers the tokens, not their keys and values."""
+    """Stands in for BeamCache in a search without one: it remembers the beams' tokens, not their keys and values."""
 
-    def __init__(self, max_length):
-        self.tokens = None
+    def __init__(self, images, beams, max_length, device=None):
+        self.tokens, self.beams = None, beams
 
-    def select(self, rows):
-        self.tokens = self.tokens[rows]
+    def select(self, beams, images=None):
+        tokens = self.tokens if images is None else self.tokens[images]
+        self.tokens = tokens.gather(1, beams[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
-def log_probs_without_cache(self, tokens, context, history, head, temperature=1.0):
-    """Captioner.next_log_probs that runs the decoder over the whole text at every step."""
-    history.tokens = tokens if history.tokens is None else torch.cat([history.tokens, tokens], 1)
-    hidden = self.decoder.hidden(history.tokens, context)[:, -1]
-    return (F.linear(hidden, head).float() / temperature).log_softmax(-1)
+def logits_without_cache(self, tokens, context, history, head):
+    """Captioner.next_logits that runs the decoder over the whole text at every step: tokens (B, K) -> (B, K, V)."""
+    history.tokens = tokens[:, :, None] if history.tokens is None else torch.cat([history.tokens, tokens[:, :, None]], 2)
+    hidden = self.decoder.hidden(history.tokens.flatten(0, 1), context)[:, -1]
+    return F.linear(hidden, head).float().view(*tokens.shape, -1)
 
 
 def one_by_one_without_cache(model, batches, settings):
     """Caption decoded batches one image at a time and without a cache: list of captions."""
-    originals = generation.Cache, Captioner.next_log_probs
-    generation.Cache, Captioner.next_log_probs = TokenHistory, log_probs_without_cache
+    originals = generation.BeamCache, Captioner.next_logits
+    generation.BeamCache, Captioner.next_logits = TokenHistory, logits_without_cache
     try:
         return [caption for batch in batches for image in batch for caption in model.caption(image[None], settings)]
     finally:
-        generation.Cache, Captioner.next_log_probs = originals
+        generation.BeamCache, Captioner.next_logits = originals
+
+
+def hugging_face_captions(eager, batches, sizes, beams, length):
+    """Generate with a transformers decoder of these sizes, randomly set, on the eager encoder's tokens: as many captions of so many
+    tokens."""
+    from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
+    from transformers.modeling_outputs import BaseModelOutput
+
+    torch.manual_seed(0)
+    decoder = GPT2Config(n_embd=sizes.n_embd, n_layer=sizes.n_layer, n_head=sizes.n_embd // 64, n_positions=sizes.n_positions,
+                         add_cross_attention=True)
+    vit = ViTConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64)  # not run
+    model = VisionEncoderDecoderModel(VisionEncoderDecoderConfig.from_encoder_decoder_configs(vit, decoder)).eval()
+    model.enc_to_dec_proj = torch.nn.Linear(eager.dim, sizes.n_embd)
+    count = 0
+    for batch in batches:
+        rows = model.generate(encoder_outputs=BaseModelOutput(last_hidden_state=eager(batch)), num_beams=beams, do_sample=False,
+                              min_new_tokens=length, max_new_tokens=length, decoder_start_token_id=50256, pad_token_id=50256,
+                              eos_token_id=50256)
+        count += len(rows)
+    return count
 
 
 def timed(function):
@@ -77,6 +110,112 @@ def timed(function):
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start, result
+
+
+# ---- the whole command -----------------------------------------------------------------------------------------
+
+
+class Command:
+    """hw3_2.sh of some clone on the same pictures, as a process of its own."""
+
+    def __init__(self, images, folder, root=ROOT):
+        self.root, self.images, self.output = Path(root), folder / "images", folder / "captions.json"
+        self.images.mkdir(exist_ok=True)
+        for name, path in images.items():
+            link = self.images / f"{name}{path.suffix}"
+            if not link.is_symlink():
+                link.symlink_to(path.resolve())
+        self.environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def __call__(self, *options):
+        """Seconds, most memory in GB, {name: caption}"""
+        command = ["bash", str(self.root / "hw3_2.sh"), str(self.images), str(self.output), *map(str, options)]
+        start = time.perf_counter()
+        process = subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        errors = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        if os.waitstatus_to_exitcode(status) not in (0, 3):
+            raise UserError(f"hw3_2.sh failed: {errors.strip().splitlines()[-1]}")
+        memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+        return seconds, memory, read_json(self.output, "captions")
+
+
+def several(images, count):
+    """So many pictures: these, again and again under other names where there are fewer."""
+    names = list(images)
+    return {names[i] if i < len(names) else f"{names[i % len(names)]}-{i // len(names)}": images[names[i % len(names)]] for i in range(count)}
+
+
+def growth(images, runtime, counts=(100, 1000, 5000), beams=(1, 3, 5, 10), lengths=(10, 20, 40)):
+    """Rows of what hw3_2.sh takes as one thing grows: pictures, with 200 pictures beams, with 200 the longest caption."""
+    rows = []
+    settings = [({"pictures": count}, []) for count in counts]
+    settings += [({"pictures": 200, "beams": beam}, ["--beam_size", beam]) for beam in beams]
+    settings += [({"pictures": 200, "longest caption": length}, ["--max_length", length]) for length in lengths]
+    with tempfile.TemporaryDirectory() as folder:
+        Command(several(images, 1), Path(folder))("--runtime", runtime)  # what is compiled once is not to count
+    for setting, options in settings:
+        with tempfile.TemporaryDirectory() as folder:
+            seconds, memory, _ = Command(several(images, setting["pictures"]), Path(folder))("--runtime", runtime, *options)
+        rows.append({**setting, "seconds": round(seconds, 2), "images per second": round(setting["pictures"] / seconds, 2),
+                     "memory, GB": round(memory, 2)})
+        print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    return rows
+
+
+def against(images, other, repeats, options):
+    """hw3_2.sh of another clone and of this one in turn: medians, their ratio, and how many captions are the same."""
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+        there, here = Command(images, Path(one), other), Command(images, Path(two))
+        here(*options)  # what is compiled once is not to count
+        runs = [(there(*options), here(*options)) for _ in range(repeats)]
+    seconds = [[run[which][0] for run in runs] for which in (0, 1)]
+    (_, _, before), (_, _, after) = runs[-1]
+    found = {"there, seconds": seconds[0], "here, seconds": seconds[1], "times as fast": median(seconds[0]) / median(seconds[1]),
+             "same captions": sum(before[name] == after[name] for name in before), "images": len(before)}
+    print("\n".join(f"{name}: {value}" for name, value in found.items()))
+    return found
+
+
+# ---- where the time goes ---------------------------------------------------------------------------------------
+
+
+def profile(images, settings, runtime, batch_size):
+    """Print and return milliseconds a picture of each stage, one after the other, and of the search by operation."""
+    start, _ = timed(lambda: subprocess.run([sys.executable, str(ROOT / "p2_infer.py"), "--help"], capture_output=True, check=True))
+    loading, model = timed(lambda: Captioner.load(EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, runtime=runtime))
+    encoder, paths, found = model.encoder, list(images.values()), {}
+    found["reading"], pictures = timed(lambda: [load_image(path, encoder.image_size) for path in paths])
+    found["resizing"], tensors = timed(lambda: [encoder.preprocess(picture) for picture in pictures])
+    batches = torch.stack(tensors).split(batch_size)
+    with torch.inference_mode():
+        model.caption(batches[0], settings)  # warm up
+        found["encoding"], features = timed(lambda: [encoder(batch) for batch in batches])
+        embeddings = [None] * len(features)
+        if settings.clip_weight or model.config.meaning:
+            found["embedding"], embeddings = timed(lambda: [model.judge.embed_images(part) for part in features])
+        found["projecting"], tokens = timed(lambda: [
+            model.image_tokens(part, model.concepts(part, seen)) for part, seen in zip(features, embeddings)])
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as operations:
+            model.hypotheses(tokens[0], settings)
+        found["searching"], hypotheses = timed(lambda: [model.hypotheses(part, settings) for part in tokens])
+        if settings.clip_weight:
+            found["choosing"], _ = timed(lambda: [model.choose(seen, some, settings.clip_weight) for seen, some in zip(embeddings, hypotheses)])
+        found["detokenising"], _ = timed(lambda: [model.text(rows[0][1]) for some in hypotheses for rows in some])
+    stages = {name: 1000 * seconds / len(paths) for name, seconds in found.items()}
+    print(f"{len(paths)} images, ms each:")
+    for name, value in stages.items():
+        print(f"  {name:13}{value:8.2f}")
+    print(f"  together     {sum(stages.values()):8.2f}, one after the other\nstart: {start:.1f} s to --help, then {loading:.1f} s to load")
+    averages = sorted(operations.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in averages)
+    parts = {row.key: row.self_cpu_time_total / total for row in averages[:10]}
+    print("searching, by operation: " + ", ".join(f"{name.removeprefix('aten::')} {share:.0%}" for name, share in parts.items()))
+    return {"ms an image": stages, "seconds to help": start, "seconds to load": loading, "search by operation": parts}
+
+
+# ---- training --------------------------------------------------------------------------------------------------
 
 
 def training_speed(data, steps, images_a_step=8):
@@ -109,6 +248,7 @@ def training_speed(data, steps, images_a_step=8):
           f"trained parameters {trained / 1e6:.2f}M, transformers {trained_there / 1e6:.2f}M")
     for name, value in seconds.items():
         print(f"{name:13}{captions / value:8.1f} captions/s  {seconds['transformers'] / value:6.2f} of transformers")
+    return {"captions": captions, "captions per second": {name: captions / value for name, value in seconds.items()}}
 
 
 def hugging_face_trainer(images, batch_size, sizes, folder, device):
@@ -141,53 +281,88 @@ def hugging_face_trainer(images, batch_size, sizes, folder, device):
     return trainer, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+# ---- all ways through the same images ---------------------------------------------------------------------------
+
+
+def compare_ways(images, settings, runtime, batch_size, repeats):
+    """Print and return images per second of each way, medians."""
+    device = pick_device()
+    model = Captioner.load(EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, runtime=runtime).to(device)
+    eager = model.config.load_encoder().to(device)
+    encoder = model.encoder
+    batches = [batch.to(device) for _, batch, _ in load_ahead(images.values(), encoder.preprocess, encoder.image_size, batch_size)
+               if batch is not None]
+    few = [batches[0][:32]]  # the slow way, on few images
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        command = Command(images, Path(folder))
+        options = ["--beam_size", settings.beam_size, "--clip_weight", settings.clip_weight, "--length_penalty", settings.length_penalty,
+                   "--batch_size", batch_size, "--runtime", runtime]
+        encoder(batches[0]), eager(few[0])  # warm up
+        captions, _ = caption_folder(model, images, settings, batch_size, device)
+        length = round(sum(len(model.tokenizer.encode(text)) + 1 for text in captions.values()) / len(captions))
+        ways = {
+            "encoder": (1, lambda: [encoder(batch) for batch in batches]),
+            "eager": (1, lambda: [eager(batch) for batch in batches]),
+            "hw3_2.sh": (1, lambda: command(*options)),
+            "captioning": (1, lambda: caption_folder(model, images, settings, batch_size, device)),
+            "one by one": (len(few[0]) / len(images), lambda: one_by_one_without_cache(model, few, settings)),
+            "transformers": (min(1, len(batches[0]) / len(images)), lambda: hugging_face_captions(
+                eager, batches[:1], model.decoder.config, settings.beam_size, length))}
+        seconds = {name: [] for name in ways}
+        for _ in range(repeats):  # in turn, so that a slow minute of the machine is everybody's
+            for name, (part, way) in ways.items():
+                taken, result = timed(way)
+                seconds[name].append(taken / part)
+                if name == "one by one":
+                    alone = result
+    same = sum(one == two for one, two in zip(alone, captions.values()))
+    print(f"{len(images)} images, beam {settings.beam_size}, batch {batch_size}, {torch.get_num_threads()} threads of {os.cpu_count()} "
+          f"cores, {device}, {runtime}, captions of {length} tokens")
+    speeds = {name: len(images) / median(values) for name, values in seconds.items()}
+    for name, value in speeds.items():
+        low, high = (len(images) / bound for bound in (max(seconds[name]), min(seconds[name])))
+        print(f"{name:13}{value:8.1f} images/s ({low:.1f} to {high:.1f})  {value / speeds['encoder']:6.2f} of the encoder alone")
+    print(f"one by one and in batches gave the same caption for {same} of {len(alone)} images")
+    return {"images": len(images), "beam size": settings.beam_size, "images per second": speeds, "seconds": seconds,
+            "same captions one by one": [same, len(alone)]}
+
+
 def main():
     parser = ArgumentParser(description="How fast captioning is, as ratios measured in one run.")
     parser.add_argument("images", nargs="?", help="folder of images")
+    parser.add_argument("--profile", action="store_true", help="where the time goes, stage by stage")
+    parser.add_argument("--growth", action="store_true", help="with pictures, beams and the longest caption")
+    parser.add_argument("--against", metavar="CLONE", type=Path, help="hw3_2.sh of another clone, and this one's")
     parser.add_argument("--training", metavar="DATA", type=Path, help="measure training, on this train.json and images/train")
     parser.add_argument("--steps", type=int, default=20, help="of training, 8 images each")
     parser.add_argument("--beam_size", type=int, help="beams of every search; default: as the embedded model's checkpoint says")
-    parser.add_argument("--batch_size", type=int, default=32, help="images at a time")
+    parser.add_argument("--clip_weight", type=float, help="what our CLIP counts in choosing among beams; default: the same")
+    parser.add_argument("--runtime", default="auto", help="what encodes")
+    parser.add_argument("--batch_size", type=int, default=128, help="images at a time")
     parser.add_argument("--count", type=int, default=1000, help="images, the first by name")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", help="JSON file for the numbers")
     arguments = parser.parse_args()
     if (arguments.images is None) == (arguments.training is None):
         parser.error("name a folder of images, or --training and a folder of data")
     if arguments.training:
-        return training_speed(arguments.training, arguments.steps)
-    device = pick_device()
-    images = dict(list(list_images(arguments.images).items())[:arguments.count])
-    model = Captioner.load(EMBEDDED_CHECKPOINT, EMBEDDED_DECODER).to(device)
-    settings = model.generation if arguments.beam_size is None else replace(model.generation, beam_size=arguments.beam_size)
-    encoder = model.encoder
-    batches = [batch.to(device) for _, batch, _ in
-               load_ahead(images.values(), encoder.preprocess, encoder.image_size, arguments.batch_size)
-               if batch is not None]
-    few = batches[:1]  # the slow way, on few images
-
-    with torch.inference_mode():
-        encoder(batches[0])  # warm up
-        seconds = {"encoder": timed(lambda: [encoder(batch) for batch in batches])[0]}
-    with tempfile.TemporaryDirectory() as folder:
-        for path in images.values():
-            (Path(folder) / path.name).symlink_to(path.resolve())
-        output = Path(folder) / "captions.json"
-        command = ["bash", str(ROOT / "hw3_2.sh"), folder, str(output),
-                   "--beam_size", str(settings.beam_size), "--batch_size", str(arguments.batch_size)]
-        environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        seconds["hw3_2.sh"], done = timed(lambda: subprocess.run(command, env=environment, capture_output=True, text=True))
-        if done.returncode not in (0, 3):
-            raise UserError(f"hw3_2.sh failed: {done.stderr.strip().splitlines()[-1]}")
-    seconds["captioning"], (captions, _) = timed(
-        lambda: caption_folder(model, images, settings, arguments.batch_size, device))
-    slow, alone = timed(lambda: one_by_one_without_cache(model, few, settings))
-    seconds["one by one"] = slow / len(few[0]) * len(images)
-
-    same = sum(one == two for one, two in zip(alone, captions.values()))
-    print(f"{len(images)} images, beam {settings.beam_size}, batch {arguments.batch_size}, "
-          f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {device}")
-    for name, value in seconds.items():
-        print(f"{name:12}{len(images) / value:8.1f} images/s  {seconds['encoder'] / value:6.2f} of the encoder alone")
-    print(f"one by one and in batches gave the same caption for {same} of {len(alone)} images")
+        found = training_speed(arguments.training, arguments.steps)
+    else:
+        images = dict(list(list_images(arguments.images).items())[:arguments.count])
+        changes = {name: value for name in ("beam_size", "clip_weight") if (value := getattr(arguments, name)) is not None}
+        settings = replace(captioner.recorded_generation(captioner.read_metadata(EMBEDDED_CHECKPOINT)), **changes)
+        runtime = pick_runtime(arguments.runtime, pick_device())
+        if arguments.growth:
+            found = growth(images, runtime)
+        elif arguments.against:
+            options = [part for name, value in changes.items() for part in (f"--{name}", value)]
+            found = against(images, arguments.against, arguments.repeats, options)
+        elif arguments.profile:
+            found = profile(images, settings, runtime, arguments.batch_size)
+        else:
+            found = compare_ways(images, settings, runtime, arguments.batch_size, arguments.repeats)
+    if arguments.out:
+        write_json(arguments.out, found)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("output/captioner_steps"), help="folder for checkpoints and captions")
     parser.add_argument("--cache", default="cache", help="folder of the encoder's features")
     parser.add_argument("--others", nargs="*", default=[], help="checkpoints to score beside them")
+    parser.add_argument("--others_decoder", help="their GPT-2 weights, if they are not those of --decoder")
     parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "captioner_steps.json")
     arguments = parser.parse_args()
     runs = steps(arguments)
@@ -90,6 +91,7 @@ def main():
         train(arguments, name, options)
     checkpoints = {"start": arguments.start} | {name: arguments.work / f"{name}.safetensors" for name in runs}
     checkpoints |= {Path(path).stem: path for path in arguments.others}
+    arguments.decoders = {path: arguments.others_decoder for path in arguments.others if arguments.others_decoder}
     # What is scored: a checkpoint with its pictures' own concepts, and where it knows any, with others' and with none.
     scored = [(name, path, "") for name, path in checkpoints.items()]
     scored += [(name, path, whose) for name, path in checkpoints.items() for whose in (OTHERS, NONE)
@@ -124,7 +126,7 @@ def score(arguments, folder, scored, training):
     for name, checkpoint, whose in scored:
         file = arguments.work / f"{name}{whose}-{folder.name}.json"
         if not file.exists():
-            model = Captioner.load(checkpoint, arguments.decoder).to(pick_device())
+            model = Captioner.load(checkpoint, arguments.decoders.get(checkpoint, arguments.decoder)).to(pick_device())
             features = FeatureCache(model.encoder, [image.path for image in images], arguments.cache, device=pick_device())
             write_json(file, caption(model, features, whose))
         captions = read_json(file, "captions file")

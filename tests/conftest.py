@@ -18,19 +18,30 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: more threads
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = str(ROOT), str(ROOT / "report")
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (30, 40, 200), "yellow": (220, 210, 40)}
-VIT = "vit_tiny_patch16_224"
+VIT, CNN = "vit_tiny_patch16_224", "test_efficientnet"
+WORDS = "[PAD] [UNK] [CLS] [SEP] a an the red green blue yellow picture colour photo of tench fish dog cat is . there".split()
 DRIVER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
-import encoder
+import encoder, runtime
+runtime.PREFERRED = "torch"
 encoder.WEIGHTS_FOLDER = Path.cwd()
 import cli, {module}
 {before}
 cli.run({module}.main)
 """
+
+
+@pytest.fixture(autouse=True)
+def encode_with_torch(request, monkeypatch):
+    """Hundreds of small encoders would be compiled in vain: OpenVINO is for tests that are marked `openvino`."""
+    if not request.node.get_closest_marker("openvino"):
+        import runtime
+
+        monkeypatch.setattr(runtime, "PREFERRED", "torch")
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +96,40 @@ def workplace(tmp_path, monkeypatch):
                         enumerate([f"a {name} picture", f"The colour {name} ."])]
     (tmp_path / "data" / "train.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     return tmp_path
+
+
+def write_bert(folder, layers=2):
+    """A tiny random BERT with a tokenizer, as all-MiniLM-L6-v2 lies in its folder."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel
+
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    torch.manual_seed(2)
+    BertModel(BertConfig(vocab_size=len(WORDS), hidden_size=24, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=32,
+                         initializer_range=0.3)).save_pretrained(folder)
+    tokenizer.save(str(Path(folder) / "tokenizer.json"))
+
+
+@pytest.fixture
+def place(workplace, monkeypatch):
+    """conftest's workplace with a small CNN that has a classifier of 1,000 classes, and a small sentence encoder."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    import clip_small
+
+    torch.manual_seed(3)
+    model = timm.create_model(CNN, num_classes=1000)
+    for parameter in model.classifier.parameters():
+        parameter.data.normal_(std=0.3)
+    save_file(model.state_dict(), workplace / f"{CNN}.safetensors")
+    write_bert(workplace / "bert")
+    monkeypatch.setattr(clip_small, "TEXT_FOLDER", workplace / "bert")
+    return workplace
 
 
 def stopping(when):

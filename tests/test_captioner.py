@@ -35,6 +35,8 @@ def kind(request):
 class FakeEncoder(torch.nn.Module):
     """Stands for an ImageEncoder whose features a test makes up."""
 
+    runtime = "torch"
+
     def __init__(self, dim=12, num_tokens=4):
         super().__init__()
         self.name, self.dim, self.num_tokens, self.image_size, self.levels = "fake", dim, num_tokens, 8, 1
@@ -386,7 +388,7 @@ def test_a_checkpoint_that_knows_of_no_levels_has_one(tmp_path, monkeypatch):
     """As those written before there were several; a later one brings back its number."""
     model = make_captioner(tmp_path)
     asked = []
-    monkeypatch.setattr(captioner, "load_encoder", lambda name, size, levels, weights: asked.append(levels) or model.encoder)
+    monkeypatch.setattr(captioner, "load_encoder", lambda name, size, levels, weights, runtime: asked.append(levels) or model.encoder)
     file = tmp_path / "c.safetensors"
     model.config.encoder_levels = 2
     model.save(file)

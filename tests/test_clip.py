@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import COLOURS
+from conftest import CNN, COLOURS, WORDS, write_bert
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -25,38 +25,7 @@ from encoder import ImageEncoder
 from p4_clip import ClipTrainer, CrossFit, Settings
 from retrieval import Ranks
 
-CNN = "test_efficientnet"
 CONFIG = ClipConfig(encoder=CNN, image_size=64, width=32, attention_heads=2, cell_dim=8, text_layers=1, text_heads=2)
-WORDS = "[PAD] [UNK] [CLS] [SEP] a an the red green blue yellow picture colour photo of tench fish dog cat is . there".split()
-
-
-def write_bert(folder, layers=2):
-    """A tiny random BERT with a tokenizer, as all-MiniLM-L6-v2 lies in its folder."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel
-
-    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    torch.manual_seed(2)
-    BertModel(BertConfig(vocab_size=len(WORDS), hidden_size=24, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=32,
-                         initializer_range=0.3)).save_pretrained(folder)
-    tokenizer.save(str(Path(folder) / "tokenizer.json"))
-
-
-@pytest.fixture
-def place(workplace, monkeypatch):
-    """conftest's workplace with a small CNN that has a classifier of 1,000 classes, and a small sentence encoder."""
-    import timm
-
-    torch.manual_seed(3)
-    model = timm.create_model(CNN, num_classes=1000)
-    for parameter in model.classifier.parameters():
-        parameter.data.normal_(std=0.3)
-    save_file(model.state_dict(), workplace / f"{CNN}.safetensors")
-    write_bert(workplace / "bert")
-    monkeypatch.setattr(clip_small, "TEXT_FOLDER", workplace / "bert")
-    return workplace
 
 
 def settings(**changes):

@@ -337,7 +337,7 @@ def test_captions_of_similar_pictures_name_what_a_picture_shows(tmp_path):
 def judged(monkeypatch):
     """Every captioner's judge is this one, which tells zebras from all else."""
     judge = FakeJudge(lambda text: (0.0, 2.0) if "zebra" in text else (2.0, 0.0))
-    monkeypatch.setattr("captioner.ClipSmall.load", lambda *arguments: judge)
+    monkeypatch.setattr("captioner.ClipSmall.load", lambda *arguments, **options: judge)
     return judge
 
 

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cli import UserError
-from decoder import Cache, Decoder, attention_weights
+from decoder import BeamCache, Cache, Decoder, attention_weights
 from files import content_hash
 
 
@@ -81,15 +81,28 @@ def test_content_hash_sees_values_names_and_shapes_but_not_the_format():
     assert content_hash(state) != content_hash(state | {"a": state["a"].view(2, 3)})
 
 
-def test_selected_cache_rows_go_on_as_themselves(tmp_path):
-    decoder = random_decoder(tmp_path)
-    tokens, rows = torch.randint(0, 300, (4, 9)), torch.tensor([2, 2, 0])
+@pytest.mark.parametrize("peft", [{}, {"prefix_length": 4, "prefix_hidden": 32}])
+@pytest.mark.parametrize("fusion", ["cross", "prefix"])
+def test_beams_that_change_places_go_on_with_their_own_past(tmp_path, peft, fusion):
+    decoder = random_decoder(tmp_path, image_dim=128, fusion=fusion, **peft)
+    image, chance = torch.randn(3, 5, 128), torch.Generator().manual_seed(0)
     with torch.inference_mode():
-        cache = Cache(9)
-        decoder.hidden(tokens[:, :8], cache=cache)
-        cache.select(rows)
-        torch.testing.assert_close(decoder.hidden(tokens[rows, 8:], cache=cache), decoder.hidden(tokens[rows])[:, 8:],
-                                   atol=1e-5, rtol=1e-5)
+        context, cache = decoder.context(image), BeamCache(3, 2, 9)
+        texts = torch.randint(0, 300, (3, 1, 1))
+        decoder.hidden(texts[:, :, -1], context, cache)
+        parents, images = torch.zeros(3, 2, dtype=torch.long), torch.arange(3)
+        for step in range(1, 9):
+            leaving = step == 5
+            if leaving:  # the second image is done
+                kept = torch.tensor([0, 2])
+                parents, texts, images, context = parents[kept], texts[kept], images[kept], [layer.select(kept) for layer in context]
+            cache.select(parents, kept if leaving else None)
+            new = torch.randint(0, 300, (len(images), 2, 1), generator=chance)
+            texts = torch.cat([texts.gather(1, parents[:, :, None].expand(-1, -1, texts.shape[2])), new], 2)
+            found = decoder.hidden(texts[:, :, -1], context, cache)
+            expected = decoder.hidden(texts.flatten(0, 1), decoder.context(image[images]))[:, -1].view(len(images), 2, -1)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+            parents = torch.randint(0, 2, (len(images), 2), generator=chance)
 
 
 @pytest.mark.parametrize("name", ["cross", "prefix"])

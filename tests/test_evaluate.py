@@ -562,7 +562,7 @@ def test_without_openais_clip_the_score_has_a_name_of_its_own(tmp_path, monkeypa
     captions = write_coco(tmp_path / "captions.json", {name: [f"a {name} square", "something"] for name in colours})
     (tmp_path / "good.json").write_text(json.dumps({"red": "a red thing", "green": "a blue thing", "blue": "so blue"}))
     monkeypatch.setattr(metrics, "default_clip", lambda: "clip_small")
-    monkeypatch.setattr(metrics, "load_clip", lambda *arguments: Colourful())
+    monkeypatch.setattr(metrics, "load_clip", lambda *arguments, **options: Colourful())
     arguments = ("--pred_file", tmp_path / "good.json", "--annotation_file", captions, "--images_root", tmp_path)
     assert evaluate_main(monkeypatch, *arguments, "--out", tmp_path / "scores.json", "--rank", "1", "--rank_by", "ImageTextScore",
                          "--rank_file", tmp_path / "rank.png") == 0

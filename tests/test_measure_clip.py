@@ -77,7 +77,7 @@ def test_the_whole_report(workplace, monkeypatch, capsys):
     Image.fromarray(np.repeat(np.array(colours, np.uint8)[:, None], 1024, 1)).save(cifar / "test_batch.png")
     (cifar / "test_lables.json").write_text("[1, 6]")
     monkeypatch.setattr(measure_clip, "CIFAR10", ["blue"] + ["red"] * 5 + ["green"])
-    monkeypatch.setattr(measure_clip, "load_clip", lambda *arguments: Colourful())
+    monkeypatch.setattr(measure_clip, "load_clip", lambda *arguments, **options: Colourful())
     monkeypatch.setattr(sys, "argv", ["measure_clip.py", "--data", "data", "--models", "one", "two", "--cifar10", "cifar", "--results", "clip.json"])
     with pytest.raises(SystemExit) as exit:
         cli.run(measure_clip.main)

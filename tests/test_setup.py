@@ -39,7 +39,7 @@ def write_script(path, text):
 def checkout(tmp_path):
     """A copy of the scripts, and a PATH that holds a few tools but no Python."""
     folder = tmp_path / "my checkout"
-    for name in ["setup_env.sh", "hw3_demo.sh", "hw3_test.sh", "hw3_1.sh", "hw3_2.sh", "hw3_download.sh",
+    for name in ["setup_env.sh", "hw3_demo.sh", "hw3_test.sh", "hw3_1.sh", "hw3_2.sh", "hw3_4.sh", "hw3_download.sh",
                  "requirements.txt", "constraints.txt", "tests/requirements.txt"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
@@ -254,11 +254,12 @@ def test_test_script_passes_arguments_on(run, checkout, tmp_path):
 @pytest.mark.parametrize("status", [0, 1, 2, 3])
 @pytest.mark.parametrize("script, program, arguments", [
     ("hw3_2.sh", "p2_infer.py", ["my images", "out 'put'.json", "dec oder.bin", "check*point"]),
+    ("hw3_4.sh", "p4_demo.py", ["my pictures"]),
     ("hw3_1.sh", "p1_llava_infer.py", ["my images", "out 'put'.json"]),
     ("hw3_1.sh", "p1_llava_infer.py", ["my images", "of id2label.json/out.json", "mo del.csv/"]),
     ("hw3_1.sh", "p1_clip_classify.py", ["my images", "id2 label.json", "out 'put'.csv"]),
     ("hw3_1.sh", "p1_clip_classify.py", ["my images", "id2label.json", "OUT.CSV", "--template", "a *", "--compare"]),
-], ids=["captions", "LLaVA", "LLaVA of a name", "classes", "CLASSES"])
+], ids=["captions", "page", "LLaVA", "LLaVA of a name", "classes", "CLASSES"])
 def test_scripts_pass_paths_and_status_through(run, checkout, tmp_path, script, program, arguments, status):
     write_script(tmp_path / "stub" / "python3", f'#!/bin/bash\n[ "$1" = -c ] && exit\nprintf "<%s>" "$@"\nexit {status}\n')
     result = run("bash", checkout / script, *arguments, path=[tmp_path / "stub"])
@@ -291,7 +292,7 @@ def test_own_environment_is_used_if_none_is_active(run, checkout, tmp_path, scri
 
 
 @pytest.mark.parametrize("python", [None, f'#!/bin/bash\nexec "{sys.executable}" -S "$@"\n'], ids=["no python", "bare"])
-@pytest.mark.parametrize("script", ["hw3_1.sh", "hw3_2.sh"])
+@pytest.mark.parametrize("script", ["hw3_1.sh", "hw3_2.sh", "hw3_4.sh"])
 def test_script_says_that_packages_are_missing(run, checkout, tmp_path, script, python):
     if python:
         write_script(tmp_path / "stub" / "python3", python)
@@ -300,7 +301,7 @@ def test_script_says_that_packages_are_missing(run, checkout, tmp_path, script, 
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("script", ["hw3_1.sh", "hw3_2.sh"])
+@pytest.mark.parametrize("script", ["hw3_1.sh", "hw3_2.sh", "hw3_4.sh"])
 def test_script_calls_only_python(script):
     commands = [line.split("#")[0] for line in (ROOT / script).read_text().splitlines()]
     assert not re.search(r"\b(cd|cp|mv|rm|mkdir|pip|sudo)\b", "\n".join(commands))

@@ -61,7 +61,7 @@ def test_a_checkpoint_is_tuned_and_says_so(tmp_path, monkeypatch, capsys):
     (tmp_path / "val.json").write_text(json.dumps({
         "images": [{"id": i, "file_name": f"{i}.png"} for i in range(6)],
         "annotations": [{"id": i, "image_id": i, "caption": f"{wanted[i]} {'abcdef'[i]}"} for i in range(6)]}))
-    monkeypatch.setattr(p2_tune.Captioner, "load", lambda *arguments: model)
+    monkeypatch.setattr(p2_tune.Captioner, "load", lambda *arguments, **options: model)
     monkeypatch.setattr(p2_tune, "FeatureCache", lambda *arguments, **options: Features(features))
     monkeypatch.setattr(sys, "argv", ["p2_tune.py", str(tmp_path / "one.safetensors"), "--annotation_file", str(tmp_path / "val.json"),
                                       "--images_root", str(tmp_path / "images"), "--beam_size", "1", "3", "--length_penalty", "0", "1",

@@ -1,0 +1,206 @@
+"""Frozen networks on a CPU through OpenVINO: what PyTorch computes, sooner, and at the next start without PyTorch's network.
+
+A network is traced and compiled once and kept in weights/openvino, under a name that its weights and all versions decide; what is damaged
+there, or of another version, is made anew. PyTorch does the work where OpenVINO is not installed, or `--runtime torch` says so.
+"""
+
+import hashlib
+import json
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from cli import UserError
+from files import digest_of, first_line, read_json, write_json, write_whole
+from images import resize_to_square
+
+RUNTIMES = "auto", "openvino", "torch"
+PREFERRED = "openvino"  # what "auto" is on a CPU
+RUNTIME_HELP = "what encodes on a CPU: auto (openvino where it is installed), openvino or torch"
+MOST = 12  # networks that are kept, the newest
+STEP = 2  # images that a stream takes at a time
+# Of an encoder, what those ask for who use it: kept beside its network.
+FACTS = "name", "image_size", "levels", "dim", "grid", "num_prefix_tokens", "num_tokens", "weights_hash", "class_names", "class_ids"
+
+
+def pick_runtime(name, device):
+    """"openvino" or "torch": what encodes. Raises UserError for an unknown name, and where "openvino" is asked for and is not there.
+
+    Where "auto" has to do without OpenVINO on a CPU, a line on stderr says so.
+    """
+    if name not in RUNTIMES:
+        raise UserError(f"--runtime is {name}: choose from {', '.join(RUNTIMES)}")
+    if name == "openvino" and device != "cpu":
+        raise UserError("--runtime openvino is for the CPU, and this runs on a GPU")
+    if name == "torch" or device != "cpu" or name == "auto" and PREFERRED == "torch":
+        return "torch"
+    try:
+        import openvino  # noqa: F401
+        return "openvino"
+    except (ImportError, OSError) as error:  # not there, or its libraries do not load
+        if name == "openvino":
+            raise UserError(f"openvino cannot be imported ({first_line(error)}): pip install openvino, or say --runtime torch") from None
+        print("PyTorch encodes, since openvino cannot be imported: with it, pictures take two thirds of the time", file=sys.stderr)
+        return "torch"
+
+
+class Network:
+    """A PyTorch module on the CPU through OpenVINO, with one output.
+
+    Args:
+        of: what decides the outputs, as JSON has it; with the versions of all that is involved it names what is kept.
+        build: () -> module, examples, shapes, facts, called where nothing is kept: example inputs to trace it with, each one's
+            shape, with -1 for what varies, and what to keep beside it (a dict, as JSON has it).
+        folder: where it is kept.
+        streams: calls that run side by side, each on its share of the threads.
+    Attributes: `facts`. Raises UserError for a module that OpenVINO cannot take.
+    """
+
+    def __init__(self, of, build, folder, streams=1):
+        import openvino
+
+        versions = [version(package) for package in ("openvino", "torch", "timm", "transformers") if find_spec(package)]
+        sources = [digest_of(Path(__file__).with_name(name), "sha256") for name in ("encoder.py", "runtime.py")]
+        name = hashlib.sha256(json.dumps([of, versions, sources]).encode()).hexdigest()[:16]
+        self.file = Path(folder) / f"{name}.openvino"
+        self.core = openvino.Core()
+        self.options = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        try:
+            self.compiled = self.read() or self.make(*build())
+        except RuntimeError as error:
+            raise UserError(f"OpenVINO cannot take this network ({first_line(error)}): say --runtime torch") from None
+        self.own = threading.local()  # of each thread, its request
+
+    def read(self):
+        """The network that is kept; None where there is none, or it is damaged."""
+        try:
+            kept, content = read_json(self.file.with_suffix(".json"), "record"), self.file.read_bytes()
+            if kept["sha256"] == hashlib.sha256(content).hexdigest():
+                self.facts = kept["facts"]
+                return self.core.import_model(content, "CPU", self.options)
+        except (UserError, OSError, LookupError, TypeError, RuntimeError):
+            pass
+        return None
+
+    def make(self, module, examples, shapes, facts):
+        """Trace it, compile it, and keep it where that can be."""
+        self.facts = json.loads(json.dumps(facts))
+        compiled = self.core.compile_model(self.trace(module, examples, shapes), "CPU", self.options)
+        content = compiled.export_model().getvalue()
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.file, content)
+            write_json(self.file.with_suffix(".json"), {"sha256": hashlib.sha256(content).hexdigest(), "facts": self.facts})
+            for old in sorted(self.file.parent.glob("*.openvino"), key=lambda file: -file.stat().st_mtime)[MOST:]:
+                old.with_suffix(".json").unlink(missing_ok=True)
+                old.unlink(missing_ok=True)
+        except (OSError, UserError) as error:
+            print(f"the network for OpenVINO cannot be kept in {self.file.parent}, so that every start makes it anew: "
+                  f"{first_line(error)}", file=sys.stderr)
+        return compiled
+
+    @staticmethod
+    def trace(module, examples, shapes):
+        """The module as OpenVINO's model, by its frontend itself: its `convert_model` reports to its makers over the network."""
+        import openvino
+        from openvino.frontend import FrontEndManager
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of branches on shapes, which `shapes` answers for
+            traced = torch.jit.trace(module, examples, check_trace=False)
+            graph = TorchScriptPythonDecoder(traced, example_input=examples if len(examples) > 1 else examples[0])
+            frontend = FrontEndManager().load_by_framework("pytorch")
+            model = frontend.convert(frontend.load(graph))
+        model.reshape(dict(zip(model.inputs, map(openvino.PartialShape, shapes))))
+        return model
+
+    def __call__(self, *inputs):
+        """Tensors on the CPU -> a tensor."""
+        if not hasattr(self.own, "request"):
+            self.own.request = self.compiled.create_infer_request()
+        outputs = self.own.request.infer([part.contiguous().numpy() for part in inputs], share_inputs=True)
+        return torch.from_numpy(outputs[0])
+
+
+class Classifier(nn.Module):
+    """An encoder's `class_probabilities`, as a module that can be traced."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, features):
+        return self.encoder.class_probabilities(features)
+
+
+class CompiledEncoder(nn.Module):
+    """An ImageEncoder or a JoinedEncoder through OpenVINO: its outputs to 1e-4, its attributes, whatever the batch the same bits.
+
+    Args:
+        of: what decides it, as JSON has it; see Network.
+        build: () -> the encoder, called where nothing is kept.
+        folder: where its networks are kept.
+    """
+
+    runtime = "openvino"
+
+    def __init__(self, of, build, folder):
+        super().__init__()
+        made = []  # the encoder, if it has to be
+
+        def encoder():
+            if not made:
+                made.append(build())
+            return made[0]
+
+        def tokens():
+            size = encoder().image_size
+            facts = {name: getattr(encoder(), name) for name in FACTS}
+            first = {name: getattr(encoder().first, name) for name in ("name", "weights_hash")}
+            return encoder(), (torch.zeros(2, 3, size, size, dtype=torch.uint8),), [[-1, 3, size, size]], {**facts, "first": first}
+
+        def classes():
+            shape = encoder().num_tokens, encoder().dim
+            return Classifier(encoder()), (torch.zeros(2, *shape),), [[-1, *shape]], {}
+
+        streams = torch.get_num_threads()  # layers of one thread wait for nobody
+        self.network, self.pool = Network(["tokens", of], tokens, folder, streams), ThreadPoolExecutor(streams)
+        self.facts = self.network.facts
+        self.classifier = Network(["classes", of], classes, folder) if self.class_names else None
+
+    def __getattr__(self, name):
+        if name in FACTS:
+            value = self.facts[name]
+            return tuple(value) if name == "grid" else value
+        return super().__getattr__(name)
+
+    @cached_property
+    def first(self):
+        """Name and hash of a JoinedEncoder's first part; of another, itself."""
+        return self if self.facts["first"]["name"] == self.name else SimpleNamespace(**self.facts["first"])
+
+    @property
+    def device(self):
+        return torch.device("cpu")
+
+    def preprocess(self, image):
+        """RGB PIL image of any size -> uint8 tensor (3, S, S): the whole picture, aspect ignored, bicubic."""
+        return resize_to_square(image, self.image_size)
+
+    def class_probabilities(self, features):
+        """Tokens (B, N, D) -> (B, classes)"""
+        return self.classifier(features)
+
+    def forward(self, images):
+        """uint8 images (B, 3, S, S) -> tokens (B, N, D)"""
+        return torch.cat([*self.pool.map(self.network, images.split(STEP))])

@@ -364,7 +364,8 @@ def test_the_command_writes_figures_maps_and_a_page(tmp_path, monkeypatch, capsy
         "a b.layers.pdf", "a b.layers.png", "a b.npz", "a b.words.pdf", "a b.words.png", "index.html"]
     with np.load(out / "a b.npz") as maps:
         assert maps["maps"].shape == (len(maps["words"]), 6, 4, 9, 9)
-        np.testing.assert_allclose(maps["maps"].sum((-1, -2)), 1, atol=1e-4)
+        on_patches = maps["maps"].sum((-1, -2))
+        assert (on_patches > 0.05).all() and (on_patches <= 1 + 1e-4).all()  # the rest is on concept words and the picture's meaning
         assert maps["words"][-1] == END and printed.out == f"a b.png  {maps['caption']}\n"
     with Image.open(out / "a b.words.png") as figure:
         assert figure.info["dpi"][0] == pytest.approx(300, abs=1)

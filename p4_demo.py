@@ -107,7 +107,7 @@ def build(models, remember):
     """The page. `remember`: whether LLaVA is told what was asked and answered before."""
     import gradio as gr
 
-    running = {}  # of each visitor, what stops the answer that is under way
+    running = {}  # of each visitor, what stops the answer that is under way; another, once there is a later question
 
     def end(request: gr.Request):
         if request.session_hash in running:
@@ -148,7 +148,9 @@ def build(models, remember):
     def choose(chosen, event: gr.SelectData):
         return Chosen(chosen.paths, chosen.paths[event.index]), []
 
-    def ask(question, history):
+    def ask(question, history, request: gr.Request):
+        if before := running.pop(request.session_hash, None):  # who asks on does not wait for the last answer
+            before.set()
         return "", [*history, {"role": "user", "content": question.strip() or QUESTION}]
 
     def answer(chosen, history, beams, temperature, request: gr.Request):
@@ -159,6 +161,8 @@ def build(models, remember):
         stopped = running[request.session_hash] = threading.Event()
         try:
             for text in models.talk(chosen.path, turns if remember else turns[-1:], int(beams), temperature, stopped):
+                if stopped.is_set() and running.get(request.session_hash) is not stopped:
+                    return  # the chat belongs to a later question
                 yield [*history, {"role": "assistant", "content": text}]
         except UserError as error:
             yield [*history, {"role": "assistant", "content": str(error)}]
@@ -193,8 +197,8 @@ def build(models, remember):
         upload.upload(search_like, [upload, top, chosen], [*found, chat]).success(explain, chosen, words)
         gallery.select(choose, chosen, [chosen, chat]).success(explain, chosen, words)
         asked = question.submit(ask, [question, chat], [question, chat])
-        answering = asked.then(answer, [chosen, chat, beams, temperature], chat, concurrency_limit=4)
-        gr.on([stop.click, question.submit], end, cancels=[answering], queue=False)  # who asks on does not wait for the last answer
+        asked.then(answer, [chosen, chat, beams, temperature], chat, concurrency_limit=4)
+        stop.click(end, queue=False)
         folder.submit(models.take_in, folder, state)
     return demo
 

@@ -65,6 +65,8 @@ def open_browser():
 def browser(site):
     browser = open_browser()
     browser.get(site[0])
+    find(browser, "#question textarea")
+    time.sleep(2)  # until its events are bound
     yield browser
     browser.quit()
 
@@ -89,7 +91,9 @@ def find(browser, selector):
 def type_into(browser, name, text):
     field = find(browser, f"#{name} textarea, #{name} input")
     field.clear()
-    field.send_keys(text + "\n")
+    field.send_keys(text)
+    time.sleep(0.5)  # until the page has taken it in
+    field.send_keys("\n")
 
 
 def hits(browser):

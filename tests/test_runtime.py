@@ -1,11 +1,12 @@
 """Networks through OpenVINO: PyTorch's outputs, kept on disk, made anew where what is kept is damaged or stale."""
 
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import CNN, VIT, write_bert
+from conftest import CNN, ROOT, VIT, write_bert
 from safetensors.torch import save_file
 
 import encoder as encoder_module
@@ -81,6 +82,32 @@ def test_a_folder_that_cannot_be_written_costs_time_alone(place, capsys):
     found = load_encoder(CNN, 64, runtime="openvino")(images(1, 64))
     torch.testing.assert_close(found, load_encoder(CNN, 64)(images(1, 64)), atol=1e-4, rtol=1e-4)
     assert "cannot be kept" in capsys.readouterr().err
+
+
+FIRST_CALLS = """
+import sys, threading
+sys.path.insert(0, {root!r})
+sys.setswitchinterval(1e-6)
+import torch
+from pathlib import Path
+from runtime import Network
+network = Network("first", lambda: (torch.nn.Linear(4, 4), (torch.zeros(2, 4),), [[-1, 4]], {{}}), Path({folder!r}))
+together, found = threading.Barrier(8), []
+def ask():
+    together.wait()
+    found.append(network(torch.ones(2, 4)))
+threads = [threading.Thread(target=ask) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert len(found) == 8 and all(torch.equal(one, found[0]) for one in found)
+"""
+
+
+def test_the_first_calls_of_several_threads_end(tmp_path):
+    """In OpenVINO's binding alone, every other such start waits for ever."""
+    for _ in range(3):
+        code = FIRST_CALLS.format(root=str(ROOT), folder=str(tmp_path))
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
 def test_sentences(tmp_path):

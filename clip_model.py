@@ -42,7 +42,9 @@ class DualEncoder:
     is_openai = False  # CLIPScore is defined by OpenAI's CLIP
     pixels = None
     vectors_per_image = 1
-    fit = None  # (level, slope): a picture shows what a text says from a cosine of level + slope x deviation of the text's cosines on
+    # (level, slope): a picture shows what a text says from a cosine of level + slope x deviation, over pictures, of the text's cosines;
+    # None: not measured.
+    fit = None
     text_batch = 256
 
     def __init__(self, name, device, batch_size):

@@ -86,11 +86,10 @@ class SelfAttention(nn.Module):
         """
         q, k, v = self.c_attn(x).chunk(3, dim=-1)
         q, k, v = (split_heads(part) for part in (q, self.peft_key(k), self.peft_value(v)))  # (R, H, T, 64) each
-        if isinstance(cache, BeamCache):
-            k, v, mask = cache.append(self, k, v, before)
-            return self.c_proj(join_heads(F.scaled_dot_product_attention(q, k, v, mask)))
         if cache is not None:
             k, v = cache.append(self, k, v)  # (R, H, past + T, 64)
+            if cache.seen is not None:
+                mask = F.pad(cache.seen, (before[0].shape[2] if before is not None else 0, 0), value=True)
         if before is not None:
             k, v = (torch.cat([early.repeat_interleave(len(text) // len(early), 0), text], 2)
                     for early, text in zip(before, (k, v)))
@@ -216,67 +215,49 @@ def init_weights(model, n_layer):
 class Cache:
     """Keys and values of the text so far, in every self-attention layer. Memory is taken once."""
 
+    beams = 1  # that share a row
+    seen = None  # which keys of the text each new token sees; None: all that came before it
+
     def __init__(self, max_length):
         self.max_length = max_length
-        self.length = 0  # tokens held, before the step under way
-        self.stored = {}  # layer -> (2, R, H, max_length, 64)
+        self.length = 0  # positions held, before the step under way
+        self.stored = {}  # layer -> (2, R, H, max_length * beams, 64), position by position
+
+    def steps(self, tokens):
+        """How many positions so many new tokens of a row take."""
+        return tokens
 
     def append(self, layer, k, v):
         if layer not in self.stored:
-            self.stored[layer] = k.new_empty(2, *k.shape[:2], self.max_length, HEAD_WIDTH)
-        end = self.length + k.shape[2]
-        stored = self.stored[layer]
-        stored[0, :, :, self.length:end] = k
-        stored[1, :, :, self.length:end] = v
-        return stored[:, :, :, :end].unbind(0)
-
-
-class BeamCache:
-    """Keys and values of the text so far, for K beams of each of B images: a row is an image, its tokens are the beams' newest.
-
-    Where beams change places nothing moves: a mask tells each which of its image's keys are those of its own past.
-
-    Args:
-        beams: K.
-        max_length: tokens of a beam.
-        device: of `past`.
-    """
-
-    def __init__(self, images, beams, max_length, device=None):
-        self.beams, self.max_length, self.length = beams, max_length, 0
-        self.stored = {}  # layer -> (2, B, H, M + max_length * K, 64), after those before the text, step by step
-        self.past = torch.zeros(images, beams, 0, dtype=torch.long, device=device)  # (B, K, length): who wrote each token of a beam
-        self.masks = {}  # of this step, by M
-
-    def append(self, layer, k, v, before):
-        """New keys and values (B, H, K, 64), of the first step (B, H, 1, 64); before the text, (B or 1, H, M, 64) or None.
-
-        Returns all keys and values (B, H, M + (length + 1) K, 64) and the mask of what each beam sees (B, 1, K, the same).
-        """
-        images, heads, new, width = k.shape
-        first = before[0].shape[2] if before is not None else 0
-        if layer not in self.stored:
-            self.stored[layer] = k.new_empty(2, images, heads, first + self.max_length * self.beams, width)
-            for stored, early in zip(self.stored[layer], before or ()):
-                stored[:, :, :first] = early
-        start = first + self.length * self.beams
-        end = start + self.beams
+            self.stored[layer] = k.new_empty(2, *k.shape[:2], self.max_length * self.beams, HEAD_WIDTH)
+        start = self.length * self.beams
+        end = start + self.steps(k.shape[2]) * self.beams
         stored = self.stored[layer]
         stored[0, :, :, start:end] = k
         stored[1, :, :, start:end] = v
-        if first not in self.masks:
-            self.masks[first] = self.mask(new, first)
-        return *stored[:, :, :, :end].unbind(0), self.masks[first]
+        return stored[:, :, :, :end].unbind(0)
 
-    def mask(self, rows, first):
-        own = torch.arange(rows, device=self.past.device).expand(len(self.past), rows)[:, :, None]
-        seen = F.one_hot(torch.cat([self.past[:, :rows], own], 2), self.beams).flatten(2).bool()  # (B, rows, (length + 1) K)
-        return F.pad(seen, (first, 0), value=True)[:, None]
 
-    def step(self):
-        """All layers have taken a token of each beam."""
-        self.length += 1
-        self.masks = {}
+class BeamCache(Cache):
+    """The same for K beams of each of B images: a row is an image, its new tokens are those of its beams, all at one position; at the
+    first, where all beams are one, a single token.
+
+    Where beams change places nothing moves: `seen` (B, 1, K, (length + 1) K) tells each which of its image's keys are its own past's.
+    """
+
+    def __init__(self, images, beams, max_length, device=None):
+        super().__init__(max_length)
+        self.beams = beams
+        self.past = torch.zeros(images, beams, 0, dtype=torch.long, device=device)  # (B, K, length): who wrote each token of a beam
+        self.look(1)
+
+    def steps(self, tokens):
+        return 1
+
+    def look(self, new):
+        """Let so many new tokens see their beams' past, and themselves."""
+        own = torch.arange(new, device=self.past.device).expand(len(self.past), new)[:, :, None]
+        self.seen = F.one_hot(torch.cat([self.past[:, :new], own], 2), self.beams).flatten(2).bool()[:, None]
 
     def select(self, beams, images=None):
         """From now on, beam k is what beam `beams[b, k]` was, and the token that it wrote last; `images`: keep these, in this order."""
@@ -285,10 +266,13 @@ class BeamCache:
             self.stored = {layer: stored[:, images] for layer, stored in self.stored.items()}
         past = torch.cat([self.past, torch.arange(self.beams, device=beams.device).expand(len(beams), -1)[:, :, None]], 2)
         self.past = past.gather(1, beams[:, :, None].expand(-1, -1, past.shape[2]))
+        self.look(self.beams)
 
 
 class Recorder:
     """Stands for a Cache where the keys and values of every layer are wanted, and gradients through them."""
+
+    seen = None
 
     def __init__(self):
         self.stored = {}
@@ -450,22 +434,18 @@ class Decoder(nn.Module):
             attentions: a list that receives each layer's attention to the image tokens (R, H, T, N).
         """
         start = cache.length if cache is not None else 0
-        if start + (1 if isinstance(cache, BeamCache) else tokens.shape[1]) > self.config.n_positions:
-            raise ValueError(f"{start + tokens.shape[1]} tokens, but the decoder has {self.config.n_positions} positions")
-        if start and tokens.shape[1] > 1 and not isinstance(cache, BeamCache):
+        new = cache.steps(tokens.shape[1]) if cache is not None else tokens.shape[1]
+        if start + new > self.config.n_positions:
+            raise ValueError(f"{start + new} tokens, but the decoder has {self.config.n_positions} positions")
+        if start and new > 1:
             raise ValueError("a cache that is not empty takes one token at a time")
         context = self.context() if context is None else context
-        if isinstance(cache, BeamCache):
-            positions = torch.full((tokens.shape[1],), start, device=tokens.device)
-        else:
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        positions = torch.arange(start, start + new, device=tokens.device)
         x = F.dropout(self.wte(tokens) + self.wpe(positions), self.config.dropout, self.training)
         for block, seen in zip(self.h, context):
             x = block(x, seen, cache, attentions=attentions)
-        if isinstance(cache, BeamCache):
-            cache.step()
-        elif cache is not None:
-            cache.length += tokens.shape[1]
+        if cache is not None:
+            cache.length += new
         return self.ln_f(x)
 
     def head_weight(self, token_ids=None):

@@ -4,17 +4,7 @@
 #   bash hw3_1.sh <images> <id2label.json> <out.csv>
 # Exit status: 0 all done, 2 a mistake that you can mend, 3 some images were skipped, 1 anything else.
 
-here=$(dirname "${BASH_SOURCE[0]}")
-if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ] && [ -x "$here/.venv/bin/python3" ]; then
-    PATH=$here/.venv/bin:$PATH
-fi
-needed=(torch timm transformers safetensors PIL numpy tqdm) # CLIP's own package is needed for OpenAI's weights alone
-missing=$(python3 -c 'import sys; from importlib.util import find_spec; print(*[name for name in sys.argv[1:] if not find_spec(name)])' \
-    "${needed[@]}" 2>/dev/null) || missing=python3
-if [ -n "$missing" ]; then
-    echo "hw3_1.sh: python3 or its packages are missing ($missing): \`bash hw3_demo.sh\` installs them, or activate their environment" >&2
-    exit 2
-fi
+. "$(dirname "${BASH_SOURCE[0]}")/find_python.sh" torch timm transformers safetensors PIL numpy tqdm # CLIP's own package is needed for OpenAI's weights alone
 shopt -s nocasematch
 if [[ ${3:-} == *.csv ]]; then
     exec python3 "$here/p1_clip_classify.py" "$@"

@@ -3,15 +3,5 @@
 #   bash hw3_2.sh <images> <out.json> [decoder_weights [checkpoint]]
 # Exit status: 0 all captioned, 2 a mistake that you can mend, 3 some images were skipped, 1 anything else.
 
-here=$(dirname "${BASH_SOURCE[0]}")
-if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ] && [ -x "$here/.venv/bin/python3" ]; then
-    PATH=$here/.venv/bin:$PATH
-fi
-needed=(torch timm loralib safetensors tokenizers PIL numpy tqdm)
-missing=$(python3 -c 'import sys; from importlib.util import find_spec; print(*[name for name in sys.argv[1:] if not find_spec(name)])' \
-    "${needed[@]}" 2>/dev/null) || missing=python3
-if [ -n "$missing" ]; then
-    echo "hw3_2.sh: python3 or its packages are missing ($missing): \`bash hw3_demo.sh\` installs them, or activate their environment" >&2
-    exit 2
-fi
+. "$(dirname "${BASH_SOURCE[0]}")/find_python.sh" torch timm loralib safetensors tokenizers PIL numpy tqdm
 exec python3 "$here/p2_infer.py" "$@"

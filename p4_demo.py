@@ -23,7 +23,7 @@ from clip_model import load_clip
 from devices import pick_device
 from images import load_picture, thumbnail
 from llava import Llava, LlavaSettings, default_model
-from picture_index import PictureIndex
+from picture_index import DEFAULT_INDEX, PictureIndex
 from runtime import RUNTIME_HELP, pick_runtime
 
 SAMPLES = Path(__file__).resolve().parent / "samples"
@@ -225,7 +225,7 @@ def blank():
 def main():
     parser = ArgumentParser(description="A page on this machine: find pictures, see their captions, talk about them.")
     parser.add_argument("folder", nargs="?", default=str(SAMPLES), help="pictures to take in first, subfolders too")
-    parser.add_argument("--index", default="cache/search.db", help="a folder for the index, or http://host:port of a Milvus server")
+    parser.add_argument("--index", default=DEFAULT_INDEX, help="a folder for the index, or http://host:port of a Milvus server")
     parser.add_argument("--model", help="CLIP: clip_small, OpenAI's, or a folder or hub name of a dual encoder of transformers")
     parser.add_argument("--llava", help="folder or hub name of a LLaVA; default: the one in weights/")
     parser.add_argument("--port", type=int, default=7860)

@@ -22,12 +22,11 @@ from clip_model import load_clip
 from dataset import clean_captions, read_captions
 from devices import pick_device
 from files import check_output, read_json, write_json, write_whole
-from picture_index import CAPTION_WEIGHT, FITS, PictureIndex
+from picture_index import CAPTION_WEIGHT, DEFAULT_INDEX, FITS, PictureIndex
 from retrieval import Ranks, auroc
 from runtime import RUNTIME_HELP, pick_runtime
 from significance import paired_bootstrap
 
-INDEX = "cache/search.db"
 COLUMNS = 5  # of a contact sheet
 
 
@@ -212,7 +211,7 @@ def main():
     scoring.add_argument("--last", type=int, default=0, help="pictures, the last of the file; 0: all")
     scoring.add_argument("--json", metavar="FILE", help="write the numbers")
     for command in adding, asking:
-        command.add_argument("--index", default=INDEX, help="a folder for the index, or http://host:port of a Milvus server")
+        command.add_argument("--index", default=DEFAULT_INDEX, help="a folder for the index, or http://host:port of a Milvus server")
     for command in adding, asking, scoring:
         command.add_argument("--model", help="CLIP: clip_small, OpenAI's, or a folder or hub name of a dual encoder of transformers")
         command.add_argument("--runtime", default="auto", help=RUNTIME_HELP)

@@ -30,8 +30,9 @@ from tqdm import tqdm
 
 from cli import UserError, printable
 from files import digest_of, first_line
-from images import IMAGE_SUFFIXES, ImageError, load_image, open_image, read_batches
+from images import IMAGE_SUFFIXES, load_ahead, open_image
 
+DEFAULT_INDEX = "cache/search.db"
 CAPTION_WEIGHT = 0.5  # of a caption's likeness to the query, beside the picture's: report/README.md
 MOST = 16_000  # hits of one search
 SAMPLE = 2_000  # entries that say how a query's scores are spread
@@ -68,11 +69,12 @@ def pictures_below(folder):
     return found
 
 
-def digest_or_error(path):
+def content_of(path):
+    """Digest of a file; of one that cannot be read, which shows when it is looked at, ""."""
     try:
         return digest_of(path, "sha256")
-    except OSError as error:
-        return error
+    except OSError:
+        return ""
 
 
 def taken(path):
@@ -223,10 +225,10 @@ class PictureIndex:
 
     # ---- filling ----
 
-    def entries(self, fields=("path", "stamp", "content", "caption"), folder=None):
-        """All entries, or those below a folder, as dicts of these fields, in batches."""
+    def entries(self, fields=("path", "stamp", "content", "caption")):
+        """All entries, as dicts of these fields."""
         with milvus_errors(self.where):
-            rows = self.client.query_iterator(self.name, batch_size=1000, filter=self.within(folder), output_fields=["id", *fields])
+            rows = self.client.query_iterator(self.name, batch_size=1000, filter="", output_fields=["id", *fields])
             while batch := rows.next():
                 yield from ({**row, "path": path_of(row["path"])} for row in batch)
             rows.close()
@@ -248,9 +250,10 @@ class PictureIndex:
         known = defaultdict(list)
         for entry in self.entries():
             known[entry["path"]].append(entry)
-        below = {entry["path"] for entry in self.entries(("path",), folder)}
+        root = Path(folder).resolve()
+        below = {path for path in known if root in Path(path).parents}
         by_content = {entries[0]["content"]: entries for entries in known.values()}
-        unread, stamps, contents = {}, {}, {}
+        unread, stamps = {}, {}
         for path in pictures_below(folder):
             try:
                 stamps[path] = "{0.st_size} {0.st_mtime_ns}".format(os.stat(path))
@@ -260,8 +263,7 @@ class PictureIndex:
                 if path not in known or known[path][0]["stamp"] != stamp or caption and not known[path][0]["caption"]]
         counts = {"new": 0, "moved": 0, "gone": 0, "kept": len(stamps) - len(todo)}
         with ThreadPoolExecutor() as pool:
-            for path, found in zip(todo, pool.map(digest_or_error, todo)):
-                (unread if isinstance(found, OSError) else contents)[path] = found.strerror if isinstance(found, OSError) else found
+            contents = dict(zip(todo, pool.map(content_of, todo)))
         moved = {path: same for path in contents if (same := by_content.get(contents[path])) and not (caption and not same[0]["caption"])}
         fresh = [path for path in contents if path not in moved]
         with milvus_errors(self.where):
@@ -287,21 +289,18 @@ class PictureIndex:
     def encode(self, paths, stamps, contents, caption, progress):
         """Embed these pictures and put them in, batch by batch, each of which stays when the next is interrupted."""
         clip, unread = self.clip, {}
-        batches = read_batches((paths[start:start + BATCH] for start in range(0, len(paths), BATCH)),
-                               lambda path: clip.preprocess(load_image(path, clip.pixels)))
         with tqdm(total=len(paths), unit="image", desc="indexing", disable=not progress) as bar:
-            for batch in batches:
-                good = [path for path, image in batch if not isinstance(image, ImageError)]
-                unread |= {path: str(image) for path, image in batch if isinstance(image, ImageError)}
-                if good:
-                    vectors = clip.embed_pictures(torch.stack([image for _, image in batch if not isinstance(image, ImageError)]))
+            for good, images, bad in load_ahead(paths, clip.preprocess, clip.pixels, BATCH):
+                unread.update((path, str(error)) for path, error in bad)
+                if images is not None:
+                    vectors = clip.embed_pictures(images)
                     vectors = vectors if vectors.ndim == 3 else vectors[:, None]  # (B, Q, D)
                     captions = caption(good) if caption else {}
                     said = torch.tensor([bool(captions.get(path)) for path in good])
                     texts = clip.encode_texts([captions.get(path, "") for path in good]) * said[:, None]
                     joined = torch.cat([vectors, texts[:, None].expand(-1, vectors.shape[1], -1)], -1)
                     self.put(good, joined.numpy(), captions, stamps, contents)
-                bar.update(len(batch))
+                bar.update(len(good) + len(bad))
         return unread
 
     def put(self, paths, vectors, captions, stamps, contents):

@@ -138,8 +138,15 @@ class ImageEncoder(nn.Module):
         if levels > self.levels:
             raise UserError(f"encoder_levels is {levels}, but {name} has {self.levels}")
         self.num_prefix_tokens = self.model.num_prefix_tokens if self.is_vit else 0
-        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1) * 255, persistent=False)
+        self.statistics = config.mean, config.std  # of pixels from 0 to 1
+        self.register_buffer("mean", torch.empty(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.empty(3, 1, 1), persistent=False)
+        self.reset_buffers()
+
+    def reset_buffers(self):
+        """Fill the buffers `mean` and `std`, which no file holds."""
+        for buffer, values in zip((self.mean, self.std), self.statistics):
+            buffer.copy_(torch.tensor(values).view(3, 1, 1) * 255)
 
     def _load(self, name, config, size, weights):
         import timm

@@ -71,6 +71,8 @@ class Llava:
             options["device_map"] = "auto" if torch.cuda.device_count() > 1 else 0
         try:
             from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+
+            import vision_tower  # noqa: F401  # so that folders with our encoders are read too
         except ImportError:
             raise UserError("LLaVA needs transformers: pip install -c constraints.txt transformers") from None
         try:

@@ -13,12 +13,25 @@ from safetensors.torch import save_file
 
 from cli import UserError, option
 from dataset import IGNORE
+from encoder import OWN
 from files import content_hash, first_line, make_ordinary, read_weights
 from llava import LOADING_ERRORS, without_bos
 
 # What the texts of a conversation stand in: every query between the first two, every answer before the end of text.
 LLAMA_FORM = "[INST] ", " [/INST]"
 PLAIN_FORM = "", "\n"
+FOLDER_README = """\
+A LLaVA whose vision tower is a frozen image encoder that `transformers` does not know of itself. With vision_tower.py of the
+repository that wrote this folder, and the modules beside it, on Python's path:
+
+    import vision_tower
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+
+Without that import `transformers` ends with an error that names the model type `frozen_image_encoder`.
+"""
 
 
 @dataclass
@@ -28,6 +41,7 @@ class LlavaOptions:
     projection: str = option("mlp", "linear, or mlp: two layers")
     image_size: int = option(0, "pixels a side; 0: the vision model's own")
     vision_layer: int = option(-1, "whose output the projection takes; -1: the last")
+    side: int = option(0, "of a frozen encoder: rows and columns of image tokens, to which its patches are averaged; 0: its own")
     train_vision_layers: int = option(0, "so many layers of the vision model, up to `vision_layer`, are trained along")
     seed: int = 0
 
@@ -35,8 +49,6 @@ class LlavaOptions:
 def build(vision_name, language_name, settings):
     """A LlavaForConditionalGeneration of two pretrained models and a fresh projection, and its processor. Raises UserError."""
     from transformers import (
-        AutoImageProcessor,
-        AutoModel,
         AutoModelForCausalLM,
         AutoTokenizer,
         GenerationConfig,
@@ -46,16 +58,7 @@ def build(vision_name, language_name, settings):
     )
 
     try:
-        with TemporaryDirectory() as folder:
-            if Path(vision_name).suffix == ".safetensors":
-                from vit_student import write_dinov2
-
-                write_dinov2(vision_name, folder, settings.image_size or 224)
-            else:
-                folder = vision_name
-            vision = AutoModel.from_pretrained(folder, dtype=torch.float32)
-            vision = getattr(vision, "vision_model", vision)  # of a CLIP, its vision half
-            image_processor = AutoImageProcessor.from_pretrained(folder)
+        vision, image_processor = read_vision(str(vision_name), settings)
         language = AutoModelForCausalLM.from_pretrained(language_name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(language_name)
     except LOADING_ERRORS as error:
@@ -97,13 +100,36 @@ def build(vision_name, language_name, settings):
     return model, processor
 
 
+def read_vision(name, settings):
+    """A vision model by a folder, a name on the hub, a ViT's file or an encoder's name, and its image processor."""
+    from timm import is_model
+    from transformers import AutoImageProcessor, AutoModel
+
+    from vision_tower import EncoderImageProcessor, EncoderVisionModel
+
+    if not Path(name).exists() and all(part in OWN or is_model(part) for part in name.split("+")):
+        vision = EncoderVisionModel.of_encoder(name, settings.image_size or None, settings.side)
+        return vision, EncoderImageProcessor()
+    if settings.side:
+        raise UserError(f"--side is for encoders that are named, such as tf_efficientnet_lite2, and {name} is none")
+    with TemporaryDirectory() as folder:
+        if Path(name).suffix == ".safetensors":
+            from vit_student import write_dinov2
+
+            write_dinov2(name, folder, settings.image_size or 224)
+        else:
+            folder = name
+        vision = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        return getattr(vision, "vision_model", vision), AutoImageProcessor.from_pretrained(folder)  # of a CLIP, its vision half
+
+
 def check_vision(model, name, settings):
     """(pixels a side, pixels of a patch, tokens before the patches') of a vision model. Raises UserError if it cannot serve."""
     patch, depth = getattr(model.config, "patch_size", None), getattr(model.config, "num_hidden_layers", 0)
     if not isinstance(patch, int) or not hasattr(model.config, "hidden_size"):
         raise UserError(f"{name} has no square patches: it is no vision transformer")
     size = settings.image_size or model.config.image_size
-    if size % patch:
+    if size % patch and not is_encoder(model):
         raise UserError(f"--image_size is {size}, but must be a multiple of the patches' {patch} pixels")
     if not -depth - 1 <= settings.vision_layer <= depth:
         raise UserError(f"--vision_layer is {settings.vision_layer}, but {name} has {depth} layers")
@@ -209,10 +235,10 @@ def trained_parameters(model, vision_layers):
 
 
 def answer_loss(model, inputs, likely=None, drawn=None):
-    """The cross-entropy of each answer's tokens, given its picture and what its branch says before: their sum.
+    """The cross-entropy of each answer's tokens, given its picture and what its branch says before: their weighted sum.
 
     Args:
-        inputs: input_ids, position_ids, branches and labels (B, T), as `collate` gives them; pixel_values (B, 3, S, S).
+        inputs: input_ids, position_ids, branches, labels and weights (B, T), as `collate` gives them; pixel_values (B, 3, S, S).
         likely, drawn: for `sampled_cross_entropy`; default: the softmax over all tokens.
     The head is computed at the answers alone: with a large vocabulary it would cost more than all layers.
     """
@@ -222,8 +248,10 @@ def answer_loss(model, inputs, likely=None, drawn=None):
     labels = inputs["labels"][:, 1:]
     learned = labels != IGNORE
     if likely is None:
-        return F.cross_entropy(model.lm_head(hidden[learned]).float(), labels[learned], reduction="sum")
-    return sampled_cross_entropy(hidden[learned], labels[learned], model.lm_head.weight, likely, drawn)
+        losses = F.cross_entropy(model.lm_head(hidden[learned]).float(), labels[learned], reduction="none")
+    else:
+        losses = sampled_cross_entropy(hidden[learned], labels[learned], model.lm_head.weight, likely, drawn)
+    return losses @ inputs["weights"][:, 1:][learned]
 
 
 def attention_mask(config, branches, positions):
@@ -252,7 +280,7 @@ def attention_mask(config, branches, positions):
 
 
 def sampled_cross_entropy(hidden, targets, head, likely, drawn):
-    """The cross-entropy of a softmax over the whole vocabulary whose unlikely part is estimated: its sum over the targets.
+    """The cross-entropy of a softmax over the whole vocabulary whose unlikely part is estimated, for each target: (n).
 
     The denominator is exact over the tokens `likely`; what is `drawn` evenly from the others stands for all of these
     (importance sampling: Bengio and Senécal 2008, https://doi.org/10.1109/TNN.2007.912312).
@@ -264,7 +292,7 @@ def sampled_cross_entropy(hidden, targets, head, likely, drawn):
     logits = F.linear(hidden, head[torch.cat([likely, drawn])]).float()
     if len(drawn):
         logits[:, len(likely):] += math.log((len(head) - len(likely)) / len(drawn))
-    return F.cross_entropy(logits, torch.searchsorted(likely, targets), reduction="sum")
+    return F.cross_entropy(logits, torch.searchsorted(likely, targets), reduction="none")
 
 
 def write_llava(model, processor, folder, trained, training):
@@ -272,8 +300,14 @@ def write_llava(model, processor, folder, trained, training):
     not at all."""
     model.load_state_dict(trained, strict=False)
     staging = folder.with_name(f"{folder.name}.tmp")
-    model.half().save_pretrained(staging)
+    for part in model.model.children():
+        if not is_encoder(part):  # whose features are to be those of the file that its weights came from
+            part.half()
+    model.lm_head.half()
+    model.save_pretrained(staging)
     processor.save_pretrained(staging)
+    if is_encoder(model.model.vision_tower):
+        (staging / "README.md").write_text(FOLDER_README, encoding="utf-8")
     save_file(trained, staging / "trained.safetensors", {"training": json.dumps(training)})
     make_ordinary(*staging.glob("*.safetensors"))
     if folder.exists():
@@ -322,6 +356,17 @@ def check_trained(file, state, training, parameters, frozen, names):
 
 
 def frozen_hash(model, trained):
-    """content_hash of all that is not trained but position embeddings: those may be interpolated, to other bits elsewhere."""
-    return content_hash({name: value for name, value in model.state_dict().items()
-                         if name not in trained and "position_embedding" not in name})
+    """content_hash of all that is not trained but position embeddings: those may be interpolated, to other bits elsewhere.
+
+    So may the folded batch norms of an encoder, for which its own hash stands.
+    """
+    tower = model.model.vision_tower
+    left_out = ("model.vision_tower.",) if is_encoder(tower) else ()
+    weights = content_hash({name: value for name, value in model.state_dict().items()
+                            if name not in trained and "position_embedding" not in name and not name.startswith(left_out)})
+    return f"{weights} {tower.encoder.weights_hash}" if is_encoder(tower) else weights
+
+
+def is_encoder(part):
+    """Whether a module is vision_tower.py's."""
+    return getattr(part.config, "model_type", "") == "frozen_image_encoder" if hasattr(part, "config") else False

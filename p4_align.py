@@ -5,7 +5,8 @@
 
 After LLaVA (Liu et al. 2023, https://arxiv.org/abs/2304.08485, and its 1.5: https://arxiv.org/abs/2310.03744), from a vision
 transformer and a causal language model of `transformers` (folders, or names on the model hub; for the former also a ViT-S/14
-that p4_pretrain_vit.py wrote; for the latter most that are built as Llama, Qwen, Mistral or Gemma 3 are), in two stages:
+that p4_pretrain_vit.py wrote, or the name of an encoder of encoder.py, such as tf_efficientnet_lite2+tf_efficientnet_lite1;
+for the latter most that are built as Llama, Qwen, Mistral or Gemma 3 are), in two stages:
 captions with nothing asked, then questions and instructions, mixed by kind. Only the answers count in the loss. What is written
 is a complete LlavaForConditionalGeneration with its processor, and beside it trained.safetensors with what was trained alone,
 from which `assemble` makes the same again.
@@ -54,9 +55,10 @@ FIT_PICTURES = 32  # that a fresh projection is fitted to
 
 @dataclass
 class Settings(LlavaOptions):
-    data: str = option("data", "folder with train.json and images/train")
-    instructions: str = option(
-        "", "JSON list of {image, kind, query, answer} for stage 2; default: derived from the captions (p4_questions.py)")
+    data: tuple = option(("data",), "folders with train.json and images/train")
+    instructions: tuple = option(
+        (), "JSON lists of {image, kind, query, answer}, or of people's {image, folder, question, answer}, for stage 2; default: "
+        "derived from the captions (p4_questions.py)")
     init: str = option("", "trained.safetensors of an earlier run of the same models and layers, to start from")
     mix: tuple = option(
         ("qa=0.6", "relation=0.2", "detail=0.2", "caption=0"), "parts of stage 2: qa, relation, detail, caption, or other kinds of the instructions")
@@ -74,6 +76,7 @@ class Settings(LlavaOptions):
     clip: float = option(1.0, "gradient norm")
     precision: str = option("auto", "auto (bf16 on CUDA, else fp32), fp32 or bf16")
     fsdp: bool = option(False, "shard the language model over the processes")
+    weigh: str = option("tokens", "what counts alike in the loss: tokens, or answers, so that long ones do not drown a yes")
     head_sample: int = option(
         0, "so many tokens, drawn anew for each update, stand for all that no answer has; 0: the softmax over all")
     max_tokens: int = option(96, "of an answer; longer ones are cut")
@@ -82,9 +85,15 @@ class Settings(LlavaOptions):
 
     def __post_init__(self):
         self.mix = tuple(self.mix)
+        self.data, self.instructions = (tuple(str(path) for path in np.atleast_1d(paths) if path)
+                                        for paths in (self.data, self.instructions))
         check_settings(self, ("batch_size", "per_picture", "accumulation", "max_tokens"), signed=("vision_layer",))
         if self.projection not in ("linear", "mlp"):
             raise UserError(f"--projection is {self.projection}: choose from linear, mlp")
+        if self.weigh not in ("tokens", "answers"):
+            raise UserError(f"--weigh is {self.weigh}: choose from tokens, answers")
+        if not self.data:
+            raise UserError("--data names at least one folder")
         if not self.stage1_epochs + self.stage2_epochs:
             raise UserError("--stage1_epochs or --stage2_epochs must be above 0")
         if min(self.learning_rate, self.stage2_learning_rate, self.vision_learning_rate) <= 0:
@@ -121,11 +130,11 @@ class AlignmentTrainer:
         self.state_file = self.output.with_name(f"{self.output.name}.state.pt")
         check_writable(self.state_file)
         start = read_trained(settings.init) if settings.init else None
-        data = Path(settings.data)
-        self.images = [image for image in read_captions(data / "train.json", data / "images" / "train")
-                       if clean_captions(image)]
+        self.images = [image for data in map(Path, settings.data)
+                       for image in read_captions(data / "train.json", data / "images" / "train") if clean_captions(image)]
         if not self.images:
-            raise UserError(f"{data / 'train.json'} has no image with a caption")
+            raise UserError(f"{Path(settings.data[0]) / 'train.json'} has no image with a caption")
+        self.captioned = len(self.images)  # before those that are only asked about
         self.groups = instruction_samples(settings, self.images) if settings.stage2_epochs else {}
         self.model, self.processor = build(vision_name, language_name, settings)
         self.trained = trained_parameters(self.model, settings.train_vision_layers)
@@ -183,10 +192,10 @@ class AlignmentTrainer:
         for epoch in range(math.ceil(epochs)):
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + 1009 * second + epoch)
             if second:
-                rows = by_picture(sample_epoch(self.groups, self.settings.parts(), most * len(self.images), generator), most)
+                rows = by_picture(sample_epoch(self.groups, self.settings.parts(), most * self.captioned, generator), most)
             else:  # each picture once
                 rows = []
-                for number in torch.randperm(len(self.images), generator=generator).tolist():
+                for number in torch.randperm(self.captioned, generator=generator).tolist():
                     captions = clean_captions(self.images[number])
                     order = torch.randperm(len(captions), generator=generator)[:most].tolist()
                     rows.append([Sample(number, "", captions[i]) for i in order])
@@ -202,16 +211,17 @@ class AlignmentTrainer:
 
     def collate(self, rows):
         """Rows of samples -> pixel_values, and tensors (B, T), padded on the right: input_ids, labels, position_ids and
-        branches: 0 for the part with the picture, then 1 for the first sample's, 2, …; -1 behind the end. Raises UserError."""
+        branches: 0 for the part with the picture, then 1 for the first sample's, 2, …; -1 behind the end; and weights of the
+        labels. Raises UserError."""
         tokenizer = self.processor.tokenizer
         pictures = [load_picture(self.images[row[0].image].path, self.size()) for row in rows]
         asked = self.processor(images=pictures, text=[self.text(row[0]) for row in rows])
-        columns = {"input_ids": [], "labels": [], "position_ids": [], "branches": []}
+        columns = {"input_ids": [], "labels": [], "position_ids": [], "branches": [], "weights": []}
         for ids, row in zip(asked["input_ids"], rows):
             for name, values in self.columns(ids, row).items():
                 columns[name].append(values)
         longest = max(map(len, columns["labels"]))
-        padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORE, "position_ids": 0, "branches": -1}
+        padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORE, "position_ids": 0, "branches": -1, "weights": 0.0}
         return {name: torch.tensor([values + [padding[name]] * (longest - len(values)) for values in column])
                 for name, column in columns.items()} | {
             "pixel_values": torch.as_tensor(np.stack([np.asarray(picture) for picture in asked["pixel_values"]]))}
@@ -221,7 +231,7 @@ class AlignmentTrainer:
         tokenizer, token = self.processor.tokenizer, self.processor.image_token_id
         shared = len(asked) - asked[::-1].index(token)  # up to the last image token
         found = {"input_ids": asked[:shared], "labels": [IGNORE] * shared, "position_ids": [*range(shared)],
-                 "branches": [0] * shared}
+                 "branches": [0] * shared, "weights": [0.0] * shared}
         for number, sample in enumerate(row, 1):
             query = tokenizer(self.text(sample))["input_ids"]
             query = query[query.index(token) + 1:]
@@ -232,6 +242,7 @@ class AlignmentTrainer:
             found["labels"] += [IGNORE] * len(query) + answer
             found["position_ids"] += range(shared, shared + length)
             found["branches"] += [number] * length
+            found["weights"] += [0.0] * len(query) + [1.0 / len(answer) if self.settings.weigh == "answers" else 1.0] * len(answer)
         return found
 
     def pieces(self, step):
@@ -248,7 +259,7 @@ class AlignmentTrainer:
             piece = mine[start:start + size]
             inputs = self.collate(piece or rows[:1])
             if not piece:
-                inputs["labels"] = torch.full_like(inputs["labels"], IGNORE)
+                inputs["labels"], inputs["weights"] = torch.full_like(inputs["labels"], IGNORE), torch.zeros_like(inputs["weights"])
             found.append(inputs)
         return found
 
@@ -277,7 +288,7 @@ class AlignmentTrainer:
         """One update. Returns the mean loss of a target token."""
         settings, second = self.settings, step >= self.stages[0]
         number, total = step - second * self.stages[0], self.stages[second]  # of this stage's updates
-        targets = self.processes.add(sum((inputs["labels"] != IGNORE).sum().item() for inputs in pieces))
+        targets = self.processes.add(sum(inputs["weights"].sum().item() for inputs in pieces))
         value, drawn = 0.0, None
         if self.likely is not None:
             generator = torch.Generator().manual_seed((settings.seed << 32) + step)
@@ -302,7 +313,7 @@ class AlignmentTrainer:
 
 def main():
     parser = ArgumentParser(description="Make a LLaVA: train the projection between a vision and a language model.")
-    parser.add_argument("vision", help="vision model of transformers: folder, or name on the model hub")
+    parser.add_argument("vision", help="vision model of transformers, folder or name on the model hub; a ViT's file; or an encoder's name")
     parser.add_argument("language", help="causal language model: folder, or name on the model hub")
     parser.add_argument("output", help="folder to write")
     add_options(parser, Settings)

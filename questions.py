@@ -4,11 +4,12 @@ import random
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from cli import UserError
-from dataset import clean_caption, clean_captions
+from dataset import CaptionedImage, clean_caption, clean_captions
 from files import read_json
 
 ANIMALS = {"dog", "cat", "horse", "cow", "sheep", "bird", "bear", "elephant", "goat", "camel", "duck", "monkey", "zebra", "giraffe"}
@@ -74,14 +75,28 @@ class Question:
 
 
 def read_questions(path):
-    """A file of questions, as this script writes it -> [(file name of the image, Question), …]. Raises UserError."""
-    entries, keys = read_json(path, "questions file"), ("image", "kind", "query", "answer")
+    """A file of questions -> [(image, Question), …]. Raises UserError.
+
+    Either as p4_questions.py writes it, {image, kind, query, answer}, of which the image is a file name, or as people asked,
+    {image, folder, question, answer}, of which it is the Path of images/<folder>/<image> beside the file, and the kind "vqa".
+    """
+    entries = read_json(path, "questions file")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{path} is not a list of {{image, kind, query, answer}}")
+    asked = all("question" in entry for entry in entries)
+    keys = ("image", "folder", "question", "answer") if asked else ("image", "kind", "query", "answer")
     for entry in entries:
         if not all(isinstance(entry.get(key), str) for key in keys):
-            raise UserError(f"{path} is not a list of {{image, kind, query, answer}}, each a text: {str(entry)[:200]}")
-    return [(entry["image"], Question(*(entry[key] for key in keys[1:]))) for entry in entries]
+            raise UserError(f"{path} is not a list of {{{', '.join(keys)}}}, each a text: {str(entry)[:200]}")
+    if not asked:
+        return [(entry["image"], Question(*(entry[key] for key in keys[1:]))) for entry in entries]
+    return [(Path(path).parent / "images" / entry["folder"] / entry["image"], Question("vqa", entry["question"], as_sentence(entry["answer"])))
+            for entry in entries]
+
+
+def as_sentence(answer):
+    """"yes" -> "Yes.", as all answers here are written."""
+    return f"{answer[:1].upper()}{answer[1:]}".removesuffix(".") + "."
 
 
 def words_of(caption):
@@ -219,20 +234,30 @@ class Sample:
 
 
 def read_instructions(path, images):
-    """An instructions file -> [(kind, Sample), …]. Raises UserError."""
-    numbers, found = {image.path.name: number for number, image in enumerate(images)}, []
-    for name, question in read_questions(path):
-        if name not in numbers:
-            raise UserError(f"{path} asks about {name}, which is not in train.json")
+    """A file of questions -> [(kind, Sample), …]; pictures that only people's questions are about join `images`. Raises UserError."""
+    names, places, found = defaultdict(list), {}, []
+    for number, image in enumerate(images):
+        names[image.path.name].append(number)
+        places[image.path.resolve()] = number
+    for image, question in read_questions(path):
+        if isinstance(image, Path):
+            number = places.setdefault(image.resolve(), len(images))
+            if number == len(images):
+                images.append(CaptionedImage(image, []))
+        elif len(names[image]) == 1:
+            number = names[image][0]
+        else:
+            raise UserError(f"{path} asks about {image}, which " + ("several folders have" if names[image] else "is not in train.json"))
         query = " ".join(question.query.replace("<image>", " ").split())  # LLaVA's own data has it where the picture comes
-        found.append((question.kind, Sample(numbers[name], query, question.answer)))
+        found.append((question.kind, Sample(number, query, question.answer)))
     return found
 
 
 def instruction_samples(settings, images):
     """The samples of stage 2 by group: {group: [Sample, …]}. Raises UserError where a group of --mix has none."""
+    captioned = list(enumerate(images))
     if settings.instructions:
-        found = read_instructions(settings.instructions, images)
+        found = [pair for path in settings.instructions for pair in read_instructions(path, images)]
     else:
         found = [(question.kind, Sample(number, question.query, question.answer))
                  for number, question in derive_all(images, settings.seed)]
@@ -240,7 +265,7 @@ def instruction_samples(settings, images):
     for kind, sample in found:
         groups.setdefault(GROUPS.get(kind, kind), []).append(sample)
     rng = random.Random(settings.seed)
-    groups.setdefault("caption", [Sample(number, rng.choice(CAPTION_QUERIES), text) for number, image in enumerate(images)
+    groups.setdefault("caption", [Sample(number, rng.choice(CAPTION_QUERIES), text) for number, image in captioned
                                   for text in clean_captions(image)])
     if lacking := [kind for kind in settings.parts() if not groups.get(kind)]:
         raise UserError(f"--mix names {lacking[0]}, of which there are no samples: there are {', '.join(sorted(groups))}")

@@ -2,16 +2,21 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
-from conftest import finish, start, stopping
+from conftest import CNN, ROOT, finish, start, stopping
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import encoder
 import llava_training
 import p4_align
 import training
@@ -209,12 +214,12 @@ def test_a_sampled_head_gives_the_softmax_over_all():
     likely, targets = torch.arange(0, 4000, 40), torch.tensor([0, 40, 3960, 80, 80])
     others = torch.tensor([i for i in range(4000) if i % 40])
     exact = torch.nn.functional.cross_entropy(hidden @ head.t(), targets, reduction="sum").item()
-    assert sampled_cross_entropy(hidden, targets, head, likely, others).item() == pytest.approx(exact, abs=1e-4)
-    estimates = [sampled_cross_entropy(hidden, targets, head, likely, others[torch.randperm(3900)[:400]]).item()
+    assert sampled_cross_entropy(hidden, targets, head, likely, others).sum().item() == pytest.approx(exact, abs=1e-4)
+    estimates = [sampled_cross_entropy(hidden, targets, head, likely, others[torch.randperm(3900)[:400]]).sum().item()
                  for _ in range(200)]
     assert sum(estimates) / 200 == pytest.approx(exact, abs=0.03) and max(estimates) - min(estimates) < 1.5
     # A softmax over the likely ones alone leaves out some log(40) a target.
-    assert exact - sampled_cross_entropy(hidden, targets, head, likely, others[:0]).item() > 5 * math.log(20)
+    assert exact - sampled_cross_entropy(hidden, targets, head, likely, others[:0]).sum().item() > 5 * math.log(20)
 
 
 def test_the_vocabularys_likely_part_holds_every_answer(towers, data, monkeypatch):
@@ -373,6 +378,103 @@ def test_a_vit_of_this_repository_is_a_vision_tower(towers, data):
         expected = Student.load(data / "vit.safetensors").vit.eval().forward_features(pixels)
     torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-4)
     assert processor.image_processor.size["height"] == 112
+
+
+@pytest.fixture
+def cnn(data, monkeypatch):
+    """A small random CNN among the weights, by its name: 32 channels of 8 x 8 patches at 64 pixels, and earlier maps."""
+    monkeypatch.setattr(encoder, "WEIGHTS_FOLDER", data)
+    torch.manual_seed(4)
+    save_file(timm.create_model(CNN).state_dict(), data / f"{CNN}.safetensors")
+    return CNN
+
+
+def test_a_frozen_encoder_is_a_vision_tower(towers, data, cnn):
+    model, processor = build(cnn, towers / "language", settings(side=3, image_size=160))
+    pictures = [Image.effect_noise((70, 50), 90).convert("RGB") for _ in range(2)]
+    inputs = processor(images=pictures, text=[f"{processor.image_token} What?"] * 2, return_tensors="pt")
+    plain = encoder.load_encoder(cnn, 160)
+    assert plain.grid == (5, 5) and (inputs["input_ids"] == processor.image_token_id).sum(1).tolist() == [9, 9]
+    pixels = torch.stack([plain.preprocess(picture) for picture in pictures])
+    assert torch.equal(inputs["pixel_values"], pixels.float())
+    tokens = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-1]
+    cells = plain(pixels).unflatten(1, (5, 5))
+    assert tokens.shape == (2, 9, plain.dim)
+    torch.testing.assert_close(tokens[:, 0], cells[:, :2, :2].mean((1, 2)))
+    torch.testing.assert_close(tokens[:, 5], cells[:, 1:4, 3:].mean((1, 2)))
+    assert not any(parameter.requires_grad for parameter in model.model.vision_tower.encoder.parameters())
+
+
+def test_a_llava_on_a_frozen_encoder_is_read_after_one_import_alone(towers, data, cnn):
+    run = AlignmentTrainer(cnn, towers / "language", "llava", settings(side=2))
+    assert run.fit()
+    picture = data / "data" / "images" / "train" / "red.png"
+    script = """
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+import sys, torch
+from PIL import Image
+model, processor = LlavaForConditionalGeneration.from_pretrained("llava"), AutoProcessor.from_pretrained("llava")
+inputs = processor(images=[Image.open(sys.argv[1])], text=[processor.image_token + " What?"], return_tensors="pt")
+torch.save(model(**inputs).logits, "logits.pt")
+"""
+    options = {"capture_output": True, "text": True, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    without = subprocess.run([sys.executable, "-c", script, str(picture)], **options)
+    assert without.returncode and "frozen_image_encoder" in without.stderr
+    done = subprocess.run([sys.executable, "-c", f"import vision_tower\n{script}", str(picture)], **options)
+    assert not done.returncode, done.stderr
+    llava = Llava(data / "llava")
+    inputs = llava.processor(images=[Image.open(picture)], text=[f"{llava.processor.image_token} What?"], return_tensors="pt")
+    with torch.no_grad():
+        found = llava.model(**inputs).logits
+    assert torch.equal(found, torch.load("logits.pt"))
+    for name, value in run.trained.items():  # and it is what was trained, in half precision
+        torch.testing.assert_close(dict(llava.model.named_parameters())[name], value.half().float(), rtol=0, atol=0)
+    assert "import vision_tower" in (data / "llava" / "README.md").read_text()
+    assemble(cnn, str(towers / "language"), data / "llava" / "trained.safetensors", data / "again")
+    assert (data / "again" / "model.safetensors").read_bytes() == (data / "llava" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name, changes, message", [
+    (CNN, {"side": 4, "image_size": 64}, "has 2 x 2 patches, of which 4 x 4 tokens cannot be made"),
+    (CNN, {"train_vision_layers": 1}, "comes after 0 layers"),
+    ("no_such_net", {}, "cannot be loaded as a vision"),
+])
+def test_encoders_that_do_not_fit_are_refused(towers, data, cnn, name, changes, message):
+    with pytest.raises(UserError, match=message):
+        build(name, towers / "language", settings(**changes))
+    with pytest.raises(UserError, match="--side is for encoders"):
+        build(towers / "vision", towers / "language", settings(side=2))
+
+
+def test_answers_weigh_alike(towers, data):
+    run = trainer(towers, weigh="answers")
+    one, two = ([[sample]] for sample in (Sample(0, "Is it?", "Yes."), Sample(0, "", CAPTIONS["red"])))
+    inputs = run.collate([one[0] + two[0]])
+    assert inputs["weights"].sum().item() == pytest.approx(2)
+    means = [loss_one_by_one(run, rows) / (run.collate(rows)["labels"] != IGNORE).sum().item() for rows in (one, two)]
+    assert answer_loss(run.model, inputs).item() == pytest.approx(sum(means), rel=1e-5)
+
+
+def test_what_people_asked_is_learned_beside_several_folders(towers, data):
+    shutil.copytree(data / "data", data / "more")
+    for file in (data / "more" / "images" / "train").iterdir():
+        file.rename(file.with_name(f"more_{file.name}"))
+    text = (data / "more" / "train.json").read_text().replace('"file_name": "', '"file_name": "more_')
+    (data / "more" / "train.json").write_text(text)
+    (data / "more" / "images" / "vqa").mkdir()
+    shutil.copy(data / "data" / "images" / "train" / "red.png", data / "more" / "images" / "vqa" / "new.png")
+    asked = [{"image": name, "folder": folder, "question": "What colour?", "answer": answer, "agree": 9}
+             for name, folder, answer in (("more_blue.png", "train", "blue"), ("new.png", "vqa", "red"))]
+    (data / "more" / "asked.json").write_text(json.dumps(asked))
+    run = trainer(towers, data=("data", "more"), instructions=("questions.json", "more/asked.json"), mix=("vqa=1",))
+    assert run.captioned == 16 and len(run.images) == 17
+    samples = {(run.images[sample.image].path.name, sample.query, sample.answer) for row in run.batches[-1] for sample in row}
+    assert samples <= {("more_blue.png", "What colour?", "Blue."), ("new.png", "What colour?", "Red.")} and samples
+    assert all(sample.image < 16 for rows in run.batches[:run.stages[0]] for row in rows for sample in row)
+    shutil.copy(data / "data" / "images" / "train" / "red.png", data / "more" / "images" / "train" / "red.png")
+    (data / "more" / "train.json").write_text(text.replace("more_red.png", "red.png"))
+    with pytest.raises(UserError, match="asks about red.png, which several folders have"):
+        trainer(towers, data=("data", "more"))
 
 
 # ---- going on --------------------------------------------------------------------------------------------------

@@ -277,12 +277,20 @@ def test_a_run_stops_after_max_hours_and_goes_on(workplace):
 
 
 def test_sigterm_is_python_s_again_after_training():
-    before = signal.getsignal(signal.SIGTERM)
-    with Interruption() as interruption:
-        assert not interruption
-        signal.raise_signal(signal.SIGTERM)  # to this thread: libraries have others
-        assert interruption
-    assert signal.getsignal(signal.SIGTERM) is before
+    script = """
+import signal
+from training import Interruption
+before = signal.getsignal(signal.SIGTERM)
+with Interruption() as interruption:
+    assert not interruption
+    signal.raise_signal(signal.SIGTERM)
+    assert interruption
+assert signal.getsignal(signal.SIGTERM) is before
+print("still here", flush=True)
+signal.raise_signal(signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "still here\n"), done.stderr
 
 
 # ---- logs ------------------------------------------------------------------------------------------------------

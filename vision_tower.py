@@ -1,0 +1,123 @@
+"""The frozen image encoders as a vision tower of `transformers`: once this is imported, its Auto classes read and write them.
+
+    import vision_tower
+    model = LlavaForConditionalGeneration.from_pretrained("weights/llava_small")
+
+A tower is an encoder of encoder.py, whose patches may be averaged to a coarser grid, so that the language model reads fewer tokens.
+
+Shapes: B pictures, S pixels a side, N tokens, D channels of each.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, BatchFeature, PreTrainedConfig, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import make_flat_list_of_images
+from transformers.modeling_outputs import BaseModelOutput
+
+from cli import UserError
+from encoder import ImageEncoder, load_encoder
+from images import resize_to_square
+
+
+class EncoderVisionConfig(PreTrainedConfig):
+    """What a tower is made of, in the words that LLaVA asks for.
+
+    Args:
+        encoder: the name of encoder.py: a timm model, or several joined by `+`.
+        encoder_levels: how many feature maps make a token, as the encoder counts them.
+        image_size: S.
+        side: rows and columns of tokens, so that N is its square.
+        hidden_size: D.
+    """
+
+    model_type = "frozen_image_encoder"
+
+    encoder: str = ""
+    encoder_levels: int = 1
+    image_size: int = 288
+    side: int = 9
+    hidden_size: int = 1
+    num_hidden_layers: int = 0  # of those that LLaVA could choose between: there is the last one's output alone
+
+    @property
+    def patch_size(self):
+        """Pixels a side of what one token stands for, rounded down."""
+        return self.image_size // self.side
+
+
+class EncoderVisionModel(PreTrainedModel):
+    """An image encoder in the form of a vision model of `transformers`: pixels as EncoderImageProcessor gives them -> N tokens.
+
+    Its weights are those of a folder, or random; `of_encoder` takes an encoder that is there.
+    """
+
+    config_class = EncoderVisionConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "encoder"
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True  # whichever the language model uses
+
+    def __init__(self, config):
+        super().__init__(config)
+        with torch.device("cpu"):  # from_pretrained builds without weights, and an encoder looks at its own outputs
+            self.encoder = load_encoder(config.encoder, config.image_size, config.encoder_levels, "random")
+        self.post_init()
+
+    @classmethod
+    def of_encoder(cls, name, image_size=None, side=0, weights=None):
+        """The tower of an encoder by its name. Raises UserError for one whose patches cannot be averaged so.
+
+        Args:
+            side: rows and columns of tokens; 0: as many as the encoder has patches.
+        """
+        encoder = load_encoder(name, image_size, weights=weights)
+        if encoder.grid[0] != encoder.grid[1] or side > encoder.grid[0]:
+            raise UserError(f"{name} has {encoder.grid[0]} x {encoder.grid[1]} patches, of which {side} x {side} tokens cannot be made")
+        config = EncoderVisionConfig(encoder=name, encoder_levels=encoder.levels, image_size=encoder.image_size,
+                                     side=side or encoder.grid[0], hidden_size=encoder.dim)
+        model = cls(config)
+        model.encoder = encoder
+        return model.eval()
+
+    def _init_weights(self, module):
+        """What no file holds: the mean and deviation of pixels, which an encoder takes off."""
+        if isinstance(module, ImageEncoder):
+            module.reset_buffers()
+
+    def forward(self, pixel_values, **options):
+        """Pixels from 0 to 255 (B, 3, S, S) -> a BaseModelOutput with tokens (B, N, D), row by row, as its last and only state."""
+        side = self.config.side
+        tokens = self.encoder(pixel_values)[:, self.encoder.num_prefix_tokens:]
+        if self.encoder.grid[0] != side:
+            grid = tokens.transpose(1, 2).unflatten(2, tuple(self.encoder.grid))
+            tokens = F.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2)
+        return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
+
+
+class EncoderImageProcessor(BaseImageProcessor):
+    """A picture as the encoders take it: the whole of it, squeezed to a square as resize_to_square does, from 0 to 255.
+
+    Args:
+        size: {"height": S, "width": S}
+    """
+
+    model_input_names = ["pixel_values"]
+    do_resize, do_center_crop = True, False
+
+    def __init__(self, size=None, **options):
+        super().__init__(**options)
+        self.size = size or {"height": 288, "width": 288}
+
+    def preprocess(self, images, return_tensors=None, **options):
+        """PIL images, or arrays (rows, columns, 3) of bytes -> {"pixel_values": float32 (B, 3, S, S)}."""
+        pictures = [image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+                    for image in make_flat_list_of_images(self.fetch_images(images))]
+        pixels = [resize_to_square(picture.convert("RGB"), self.size["height"]).float().numpy() for picture in pictures]
+        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+
+
+AutoConfig.register(EncoderVisionConfig.model_type, EncoderVisionConfig)
+AutoModel.register(EncoderVisionConfig, EncoderVisionModel)
+AutoImageProcessor.register(EncoderVisionConfig, image_processor_classes=dict.fromkeys(("pil", "torchvision"), EncoderImageProcessor))

@@ -240,11 +240,15 @@ class TrainingLog:
                 self.board.add_scalar(name, value, update)
 
     def close(self, curves):
-        """Draw these values of the lines over the updates, one panel each that has any, into the picture."""
-        from matplotlib.figure import Figure  # only here, and without a window
-
+        """Draw the picture: these values of the lines."""
         if self.board:
             self.board.close()
+        self.draw(curves)
+
+    def draw(self, curves):
+        """Draw these values over the updates, one panel each that has any."""
+        from matplotlib.figure import Figure  # only here, and without a window
+
         series = {name: [(entry["update"], entry[name]) for entry in self.entries if entry.get(name) is not None]
                   for name in curves}
         series = {name: points for name, points in series.items() if points}

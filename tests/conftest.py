@@ -1,6 +1,7 @@
 """Put the repository's root and report/ on the path: the scripts are flat modules there. Where the data is; tiny data to train on;
 scripts started as processes."""
 
+import functools
 import json
 import os
 import socket
@@ -42,6 +43,24 @@ def encode_with_torch(request, monkeypatch):
         import runtime
 
         monkeypatch.setattr(runtime, "PREFERRED", "torch")
+
+
+@functools.cache
+def tokens_of(captions):
+    """metrics.tokenize of captions as JSON, once for each."""
+    import metrics
+
+    return metrics.tokenize(json.loads(captions))
+
+
+@pytest.fixture(autouse=True)
+def train_in_haste(request, monkeypatch):
+    """Dozens of tiny trainings here repeat each other's captions, each of which would start Java again, and draw their curves, which
+    none but tests that are marked `curves` looks at."""
+    if "p2_train" in sys.modules:
+        monkeypatch.setattr(sys.modules["p2_train"], "tokenize", lambda captions: dict(tokens_of(json.dumps(captions))))
+    if "training" in sys.modules and not request.node.get_closest_marker("curves"):
+        monkeypatch.setattr(sys.modules["training"].TrainingLog, "draw", lambda self, curves: None)
 
 
 @pytest.fixture(scope="session")

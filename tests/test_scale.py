@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -296,6 +297,7 @@ signal.raise_signal(signal.SIGTERM)
 # ---- logs ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.curves
 def test_a_run_leaves_a_log_curves_samples_and_tensorboard_files(workplace, every_step, capsys):
     p2_train.train(CONFIG, settings(samples=2, tensorboard="board"), "cpu")
     log = lines("checkpoints/captioner.jsonl")
@@ -317,6 +319,7 @@ def test_a_run_leaves_a_log_curves_samples_and_tensorboard_files(workplace, ever
     assert [event.value for event in board.Scalars("loss")] == pytest.approx([entry["loss"] for entry in steps[:8]])
 
 
+@pytest.mark.curves
 def test_a_log_drops_what_a_killed_run_wrote_after_its_last_state(tmp_path):
     log = TrainingLog(tmp_path / "run.jsonl")
     for update in 1, 2, 3:

@@ -53,12 +53,16 @@ def load_encoder(name, image_size=None, levels=0, weights=None, runtime="torch")
         return build()
     from runtime import CompiledEncoder
 
-    kept = WEIGHTS_FOLDER / "openvino"
     files = [] if weights else list(map(weights_file, names))
     if files and all(files):
-        return CompiledEncoder([names, image_size, levels, [digest_of(file, "sha256") for file in files]], build, kept)
+        return CompiledEncoder([names, image_size, levels, [digest_of(file, "sha256") for file in files]], build, kept_networks())
     encoder = build()  # its weights are the model hub's, or random
-    return CompiledEncoder([names, encoder.image_size, encoder.levels, encoder.weights_hash], lambda: encoder, kept)
+    return CompiledEncoder([names, encoder.image_size, encoder.levels, encoder.weights_hash], lambda: encoder, kept_networks())
+
+
+def kept_networks():
+    """The folder where networks compiled for OpenVINO are kept."""
+    return WEIGHTS_FOLDER / "openvino"
 
 
 def weights_file(name):

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from cli import UserError, check_settings, option
 from devices import pick_device
 from files import WEIGHTS_FOLDER, first_line
+from runtime import pick_runtime
 
 BIG = WEIGHTS_FOLDER / "llava-1.5-7b-hf"
 SMALL = WEIGHTS_FOLDER / "llava_small"
@@ -57,10 +58,11 @@ class Llava:
         name: a folder, or a name on the model hub.
         load_in_4bit: 4-bit weights through bitsandbytes, on CUDA.
         attention: "sdpa", or "eager", which alone gives its weights.
+        runtime: of pick_runtime: what encodes pictures on a CPU, where the vision tower is vision_tower.py's.
     Raises UserError for what is no LLaVA, or not to be had.
     """
 
-    def __init__(self, name, load_in_4bit=False, attention="sdpa"):
+    def __init__(self, name, load_in_4bit=False, attention="sdpa", runtime="auto"):
         options = {"attn_implementation": attention, "dtype": torch.float32}
         self.device = pick_device()
         if load_in_4bit:
@@ -72,7 +74,7 @@ class Llava:
         try:
             from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
-            import vision_tower  # noqa: F401  # so that folders with our encoders are read too
+            import vision_tower  # so that folders with our encoders are read too
         except ImportError:
             raise UserError("LLaVA needs transformers: pip install -c constraints.txt transformers") from None
         try:
@@ -89,6 +91,9 @@ class Llava:
         except LOADING_ERRORS as error:
             raise UserError(f"{name} is no LLaVA that can be loaded ({first_line(error)}): `bash hw3_download.sh llava` "
                             "makes one") from None
+        tower = self.model.model.vision_tower
+        if isinstance(tower, vision_tower.EncoderVisionModel) and pick_runtime(runtime, self.device) == "openvino":
+            tower.compile_encoder()
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"  # the answer follows the last token
         if tokenizer.pad_token is None:

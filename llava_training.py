@@ -173,9 +173,7 @@ def fit_projection(model, pixel_values):
     The vision tower's channels come to mean 0 and deviation 1, since some of a DINOv2's are ten times as large as others; the
     image tokens become as large as words: a tenfold difference would drown either.
     """
-    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    hidden = tower(pixel_values, output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
-    hidden = hidden[:, hidden.shape[1] - model.config.image_seq_length:]
+    projector, hidden = model.model.multi_modal_projector, patch_features(model, pixel_values)
     first, last = projector.linear_1, projector.linear_2
     if model.config.projector_hidden_act == "linear":
         last = first
@@ -185,6 +183,17 @@ def fit_projection(model, pixel_values):
     factor = words.std() / projector(hidden).std()
     last.weight *= factor
     last.bias *= factor
+
+
+def patch_features(model, pixel_values):
+    """Pixels, as the image processor gives them -> what the projection takes of each patch (B, N, D), without a class token."""
+    hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
+    return hidden[:, hidden.shape[1] - model.config.image_seq_length:]
+
+
+def image_tokens(model, pixel_values):
+    """Pixels, as the image processor gives them -> what the language model reads of them (B, N, C)."""
+    return model.model.multi_modal_projector(patch_features(model, pixel_values))
 
 
 def image_token(tokenizer):

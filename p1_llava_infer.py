@@ -20,52 +20,15 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from tqdm import tqdm
-
+from answers import answer_all
 from cli import ArgumentParser, UserError, add_options, printable, run, take_options
 from dataset import load_references
 from files import check_output, fingerprints, first_line, write_json
-from images import ImageError, list_images, load_image, read_batches
-from llava import SIDE, Llava, LlavaSettings, default_model
+from images import list_images
+from llava import Llava, LlavaSettings, default_model
+from runtime import RUNTIME_HELP
 
 # ---- folders ---------------------------------------------------------------------------------------------------
-
-
-class PartFile:
-    """Answers to images so far, in lines of JSON beside the output, so that an interrupted run goes on.
-
-    Images that could not be read are tried again: someone may have mended them.
-
-    Args:
-        output: the file to be written in the end. what: all that the answers depend on; others are thrown away.
-        pictures: {stem: fingerprint}; answers to other pictures of the same names are thrown away.
-    """
-
-    def __init__(self, output, what, pictures):
-        self.path = Path(f"{output}.part")
-        self.entries = {}
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        first, *rest = [entry for entry in map(self._entry, lines) if entry] or [None]
-        if first == {"what": what}:
-            self.entries = {entry["stem"]: entry for entry in rest if "answer" in entry
-                            and entry.get("of") == pictures.get(entry["stem"])}
-        elif lines:
-            print(f"{self.path} is of other settings: starting again", file=sys.stderr)
-        self.pictures = pictures
-        self.path.write_text("".join(f"{json.dumps(entry)}\n" for entry in [{"what": what}, *self.entries.values()]), "utf-8")
-
-    @staticmethod
-    def _entry(line):
-        try:
-            return json.loads(line)
-        except ValueError:  # the last line of a killed run can be half a line
-            return None
-
-    def add(self, entries):
-        entries = [entry | {"of": self.pictures[entry["stem"]]} for entry in entries]
-        self.entries |= {entry["stem"]: entry for entry in entries}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(f"{json.dumps(entry)}\n" for entry in entries))
 
 
 def caption_images(model, images, settings, output, what, batch_size=8):
@@ -73,23 +36,12 @@ def caption_images(model, images, settings, output, what, batch_size=8):
 
     Returns ({stem: caption}, {path: reason} of the images that could not be read).
     """
-    part = PartFile(output, what, {stem: fingerprint for stem, (_, *fingerprint) in zip(images, fingerprints(images.values()))})
-    paths = list(images.values())
-    batches = [(start, paths[start:start + batch_size]) for start in range(0, len(paths), batch_size)]
-    batches = [(start, batch) for start, batch in batches if not all(path.stem in part.entries for path in batch)]
-    with tqdm(total=len(paths), initial=len(paths) - sum(len(batch) for _, batch in batches), unit="image",
-              desc="captioning") as bar:
-        for (start, batch), read in zip(batches, read_batches([batch for _, batch in batches], lambda path: load_image(path, SIDE))):
-            good = [(path, picture) for path, picture in read if not isinstance(picture, ImageError)]
-            answers = model.answer([picture for _, picture in good], [settings.instruction] * len(good), settings,
-                                   settings.seed * 1_000_003 + start) if good else []
-            part.add([{"stem": path.stem, "answer": answer} for (path, _), answer in zip(good, answers)]
-                     + [{"stem": path.stem, "unread": str(error)} for path, error in read if isinstance(error, ImageError)])
-            bar.update(len(batch))
-    unread = {path: part.entries[stem]["unread"] for stem, path in images.items() if "unread" in part.entries[stem]}
+    asked = {stem: (path, settings.instruction) for stem, path in images.items()}
+    captions, unread = answer_all(model, asked, settings, output, what, batch_size, "captioning")
+    unread = {images[stem]: reason for stem, reason in unread.items()}
     for path, reason in unread.items():
         print(f"skipped {printable(str(path))}: {printable(reason)}", file=sys.stderr)
-    return {stem: part.entries[stem]["answer"] for stem in images if "answer" in part.entries[stem]}, unread
+    return captions, unread
 
 
 def caption_to_file(model, images, settings, output, what, batch_size):
@@ -171,6 +123,7 @@ def main():
     parser.add_argument("model", nargs="?", help="folder, or name on the model hub")
     parser.add_argument("--batch_size", type=int, default=8, help="images at a time")
     parser.add_argument("--load_in_4bit", action="store_true", help="a quarter of the memory, on CUDA with bitsandbytes")
+    parser.add_argument("--runtime", default="auto", help=RUNTIME_HELP)
     parser.add_argument("--limit", type=int, help="only the first so many images of the folder")
     parser.add_argument("--settings", help="YAML file of several settings to compare")
     parser.add_argument("--annotation_file", help="with --settings: captions in COCO's form, to score against")
@@ -198,7 +151,7 @@ def main():
             print(lacking)
     name = arguments.model or default_model(arguments.load_in_4bit)
     print(f"with {name}", file=sys.stderr)
-    model = Llava(name, arguments.load_in_4bit)
+    model = Llava(name, arguments.load_in_4bit, runtime=arguments.runtime)
     folder, written = Path(arguments.images).resolve(), []
     same_images = hashlib.sha256(b"\0".join(os.fsencode(folder / path.name) for path in images.values())).hexdigest()
     weights = sorted(path for path in Path(name).glob("*") if path.is_file())

@@ -7,7 +7,8 @@ After LLaVA (Liu et al. 2023, https://arxiv.org/abs/2304.08485, and its 1.5: htt
 transformer and a causal language model of `transformers` (folders, or names on the model hub; for the former also a ViT-S/14
 that p4_pretrain_vit.py wrote, or the name of an encoder of encoder.py, such as tf_efficientnet_lite2+tf_efficientnet_lite1;
 for the latter most that are built as Llama, Qwen, Mistral or Gemma 3 are), in two stages:
-captions with nothing asked, then questions and instructions, mixed by kind. Only the answers count in the loss. What is written
+captions with nothing asked, then questions and instructions, mixed by kind; before them, if --word_epochs says so, image tokens
+learn which words' embeddings to be like (word_targets.py). Only the answers count in the loss. What is written
 is a complete LlavaForConditionalGeneration with its processor, and beside it trained.safetensors with what was trained alone,
 from which `assemble` makes the same again.
 
@@ -31,6 +32,8 @@ import torch
 from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options
 from dataset import IGNORE, clean_captions, read_captions
 from devices import Processes, autocast, pick_precision, shard
+from encoder import load_encoder
+from features import FeatureCache
 from files import check_writable
 from images import ahead, load_picture
 from llava_training import (
@@ -41,14 +44,19 @@ from llava_training import (
     check_trained,
     fit_projection,
     frozen_hash,
+    image_tokens,
+    is_encoder,
     query_form,
     read_trained,
     trained_parameters,
     write_llava,
 )
 from questions import Sample, by_picture, instruction_samples, sample_epoch
+from runtime import pick_runtime
 from training import Run, adamw, comparable, cosine
+from word_targets import WordTargets
 
+WORD_BATCH = 64  # images of an update of the stage before stage 1
 COMMON_TOKENS = 8192  # the first so many of a vocabulary, among which BPE and SentencePiece have the commonest
 FIT_PICTURES = 32  # that a fresh projection is fitted to
 
@@ -62,6 +70,8 @@ class Settings(LlavaOptions):
     init: str = option("", "trained.safetensors of an earlier run of the same models and layers, to start from")
     mix: tuple = option(
         ("qa=0.6", "relation=0.2", "detail=0.2", "caption=0"), "parts of stage 2: qa, relation, detail, caption, or other kinds of the instructions")
+    word_epochs: float = option(
+        0.0, "before stage 1, over the images: image tokens learn to be like the words of captions, without a pass of the language model")
     stage1_epochs: float = option(1.0, "of captions with nothing asked, over the images")
     stage2_epochs: float = option(1.0, "of questions and instructions, `per_picture` times as many as images")
     batch_size: int = option(32, "pictures of an update, over all processes")
@@ -80,6 +90,7 @@ class Settings(LlavaOptions):
     head_sample: int = option(
         0, "so many tokens, drawn anew for each update, stand for all that no answer has; 0: the softmax over all")
     max_tokens: int = option(96, "of an answer; longer ones are cut")
+    cache: str = option("", "folder for the features of a frozen encoder that is named; default: every batch is encoded anew")
     save_minutes: float = option(5.0, "between states to resume from")
     max_hours: float = option(0.0, "stop then, ready to go on; 0: no limit")
 
@@ -137,6 +148,10 @@ class AlignmentTrainer:
         self.captioned = len(self.images)  # before those that are only asked about
         self.groups = instruction_samples(settings, self.images) if settings.stage2_epochs else {}
         self.model, self.processor = build(vision_name, language_name, settings)
+        self.features = self.cached_features(str(vision_name)) if settings.cache else None
+        self.words = None
+        if settings.word_epochs:
+            self.words = WordTargets(self.images[:self.captioned], self.processor.tokenizer, self.model.get_input_embeddings())
         self.trained = trained_parameters(self.model, settings.train_vision_layers)
         self.frozen = frozen_hash(self.model, self.trained)
         if start:
@@ -159,7 +174,9 @@ class AlignmentTrainer:
         factor = settings.vision_learning_rate / settings.learning_rate
         self.optimizer = adamw([(projection, 1.0), (vision, factor)], settings.learning_rate, settings.weight_decay)
         plans = [self.plan(False, settings.stage1_epochs), self.plan(True, settings.stage2_epochs)]
-        self.batches, self.stages = sum((batches for batches, _ in plans), []), [len(batches) for batches, _ in plans]
+        self.stages = [len(batches) for batches, _ in plans]
+        first = self.word_plan()
+        self.batches, self.word_steps = sum((batches for batches, _ in plans), first), len(first)
         self.warmups = [max(1, min(len(batches) // 2, round(settings.warmup_epochs * epoch))) for batches, epoch in plans]
         self.same = comparable(settings, "save_minutes", "max_hours", "accumulation", "fsdp") | {
             "frozen weights": self.frozen, "samples": hashlib.sha256(repr(self.batches).encode()).hexdigest()}
@@ -168,6 +185,13 @@ class AlignmentTrainer:
                        log=self.output.with_name(f"{self.output.name}.jsonl"))
         self.progress = self.run.progress
         self.likely, self.others = self.vocabulary() if settings.head_sample else (None, None)
+
+    def cached_features(self, name):
+        """The features of all images from --cache, encoded first where they are not there. Raises UserError."""
+        if not is_encoder(self.model.model.vision_tower):
+            raise UserError(f"--cache is for encoders that are named, such as tf_efficientnet_lite2, and {name} is none")
+        encoder = load_encoder(name, self.settings.image_size or None, runtime=pick_runtime("auto", self.device))
+        return FeatureCache(encoder, [image.path for image in self.images], self.settings.cache, device=self.device)
 
     def size(self):
         """Pixels a side of the square that pictures are brought to."""
@@ -205,6 +229,17 @@ class AlignmentTrainer:
             batches += [rows[place * size:(place + 1) * size] for place in range(round(part * steps))]
         return batches, epoch_steps
 
+    def word_plan(self):
+        """The batches of the stage before stage 1: each image once an epoch, of a sample with nothing asked or said."""
+        batches = []
+        for epoch in range(math.ceil(self.settings.word_epochs)):
+            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + 500_009 + epoch)
+            order = torch.randperm(self.captioned, generator=generator).tolist()
+            part = min(1.0, self.settings.word_epochs - epoch)
+            steps = round(part * math.ceil(len(order) / WORD_BATCH))
+            batches += [[[Sample(number, "", "")] for number in order[step * WORD_BATCH:(step + 1) * WORD_BATCH]] for step in range(steps)]
+        return batches
+
     def text(self, sample):
         """What stands before the answer; the processor puts in as many image tokens as there are patches."""
         return f"{self.before}{self.processor.image_token}{' ' + sample.query if sample.query else ''}{self.after}"
@@ -214,8 +249,8 @@ class AlignmentTrainer:
         branches: 0 for the part with the picture, then 1 for the first sample's, 2, …; -1 behind the end; and weights of the
         labels. Raises UserError."""
         tokenizer = self.processor.tokenizer
-        pictures = [load_picture(self.images[row[0].image].path, self.size()) for row in rows]
-        asked = self.processor(images=pictures, text=[self.text(row[0]) for row in rows])
+        token, count = self.processor.image_token, self.model.config.image_seq_length
+        asked = tokenizer([self.text(row[0]).replace(token, token * count) for row in rows])
         columns = {"input_ids": [], "labels": [], "position_ids": [], "branches": [], "weights": []}
         for ids, row in zip(asked["input_ids"], rows):
             for name, values in self.columns(ids, row).items():
@@ -223,8 +258,14 @@ class AlignmentTrainer:
         longest = max(map(len, columns["labels"]))
         padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORE, "position_ids": 0, "branches": -1, "weights": 0.0}
         return {name: torch.tensor([values + [padding[name]] * (longest - len(values)) for values in column])
-                for name, column in columns.items()} | {
-            "pixel_values": torch.as_tensor(np.stack([np.asarray(picture) for picture in asked["pixel_values"]]))}
+                for name, column in columns.items()} | {"pixel_values": self.see([row[0].image for row in rows])}
+
+    def see(self, numbers):
+        """What the vision tower takes of some images: pixels (B, 3, S, S), or cached features (B, N, D). Raises UserError."""
+        if self.features is not None:
+            return self.features[numbers, [0] * len(numbers)].float()
+        pictures = [load_picture(self.images[number].path, self.size()) for number in numbers]
+        return torch.as_tensor(np.stack([np.asarray(picture) for picture in self.processor.image_processor(pictures)["pixel_values"]]))
 
     def columns(self, asked, row):
         """A row's input_ids, labels, position_ids and branches; `asked`: the ids of its first question, with the picture's."""
@@ -257,6 +298,11 @@ class AlignmentTrainer:
         found = []
         for start in range(0, -(-len(rows) // count), size):
             piece = mine[start:start + size]
+            if step < self.word_steps:
+                numbers = [row[0].image for row in piece or rows[:1]]
+                shares = self.words.shares(numbers)
+                found.append({"pixel_values": self.see(numbers), "shares": shares if piece else torch.zeros_like(shares)})
+                continue
             inputs = self.collate(piece or rows[:1])
             if not piece:
                 inputs["labels"], inputs["weights"] = torch.full_like(inputs["labels"], IGNORE), torch.zeros_like(inputs["weights"])
@@ -269,11 +315,12 @@ class AlignmentTrainer:
         """Train to the end and write the folder, or until it is time to stop. Returns whether the end was reached."""
         total, main = len(self.batches), self.processes.main
         todo = range(self.progress["step"], total)
+        before = f"{self.word_steps} updates for words, then " if self.words else ""
         with self.run:
             if main:
                 print(f"{len(self.images)} images, {sum(map(len, self.groups.values()))} instructions; "
                       f"{sum(p.numel() for p in self.trained.values()) / 1e6:.2f}M trained parameters of "
-                      f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f}M; {self.stages[0]} + {self.stages[1]} updates; "
+                      f"{sum(p.numel() for p in self.model.parameters()) / 1e6:.1f}M; {before}{self.stages[0]} + {self.stages[1]} updates; "
                       f"{self.processes.count} x {self.device}, {str(self.dtype).removeprefix('torch.')}", flush=True)
             for step, pieces in zip(self.run.steps(total, description="aligning"), ahead(self.pieces, todo)):
                 self.step(step, pieces)
@@ -286,8 +333,10 @@ class AlignmentTrainer:
 
     def step(self, step, pieces):
         """One update. Returns the mean loss of a target token."""
-        settings, second = self.settings, step >= self.stages[0]
-        number, total = step - second * self.stages[0], self.stages[second]  # of this stage's updates
+        if step < self.word_steps:
+            return self.word_step(step, pieces)
+        settings, second = self.settings, step - self.word_steps >= self.stages[0]
+        number, total = step - self.word_steps - second * self.stages[0], self.stages[second]  # of this stage's updates
         targets = self.processes.add(sum(inputs["weights"].sum().item() for inputs in pieces))
         value, drawn = 0.0, None
         if self.likely is not None:
@@ -303,6 +352,27 @@ class AlignmentTrainer:
         peak = settings.stage2_learning_rate if second else settings.learning_rate
         self.run.about = {"stage": 1 + second}
         self.run.update(peak * cosine(number, total, self.warmups[second]), loss=value)
+        return value
+
+    def word_step(self, step, pieces):
+        """One update of the stage before the language model is asked. Returns the mean loss of a picture's words."""
+        pictures, value, size, tokens_seen = len(self.batches[step]), 0.0, 0.0, 0
+        for inputs in pieces:
+            inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+            with autocast(self.device, self.dtype):
+                tokens = image_tokens(self.model, inputs["pixel_values"])
+            loss = self.words.loss(tokens, inputs["shares"]) / pictures
+            loss.backward()
+            value, size, tokens_seen = value + loss.item(), size + tokens.detach().norm(dim=-1).sum().item(), tokens_seen + tokens[..., 0].numel()
+        value, size, tokens_seen = map(self.processes.add, (value, size, tokens_seen))
+        self.run.about = {"stage": 0}
+        self.run.update(self.settings.learning_rate * cosine(step, self.word_steps, min(50, self.word_steps // 2)), loss=value)
+        if step == self.word_steps - 1:  # directions are learnt; now tokens become as long as words
+            last = self.model.model.multi_modal_projector
+            last = last.linear_1 if self.model.config.projector_hidden_act == "linear" else last.linear_2
+            with torch.no_grad():
+                for part in last.weight, last.bias:
+                    part *= self.words.norm * tokens_seen / size
         return value
 
     def save(self):

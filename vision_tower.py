@@ -18,8 +18,10 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.modeling_outputs import BaseModelOutput
 
 from cli import UserError
-from encoder import ImageEncoder, load_encoder
+from encoder import ImageEncoder, kept_networks, load_encoder
+from files import content_hash
 from images import resize_to_square
+from runtime import CompiledEncoder
 
 
 class EncoderVisionConfig(PreTrainedConfig):
@@ -81,15 +83,29 @@ class EncoderVisionModel(PreTrainedModel):
         model.encoder = encoder
         return model.eval()
 
+    def compile_encoder(self):
+        """Go over to OpenVINO, which encodes sooner on a CPU: the same tokens to 1e-4. For inference alone."""
+        encoder, config = self.encoder, self.config
+        weights = content_hash({f"{number}.{name}": value for number, part in enumerate(getattr(encoder, "parts", [encoder]))
+                                for name, value in part.model.state_dict().items()})
+        self.encoder = CompiledEncoder([config.encoder, config.image_size, config.encoder_levels, weights], lambda: encoder, kept_networks())
+
     def _init_weights(self, module):
         """What no file holds: the mean and deviation of pixels, which an encoder takes off."""
         if isinstance(module, ImageEncoder):
             module.reset_buffers()
 
     def forward(self, pixel_values, **options):
-        """Pixels from 0 to 255 (B, 3, S, S) -> a BaseModelOutput with tokens (B, N, D), row by row, as its last and only state."""
+        """Pixels from 0 to 255 (B, 3, S, S) -> a BaseModelOutput with tokens (B, N, D), row by row, as its last and only state.
+
+        In place of pixels, what the encoder gave for them earlier is taken, too: (B, its tokens, D).
+        """
         side = self.config.side
-        tokens = self.encoder(pixel_values)[:, self.encoder.num_prefix_tokens:]
+        if pixel_values.ndim == 3:
+            tokens = pixel_values
+        else:
+            tokens = self.encoder(pixel_values if self.encoder.runtime == "torch" else pixel_values.to(torch.uint8))
+        tokens = tokens[:, self.encoder.num_prefix_tokens:]
         if self.encoder.grid[0] != side:
             grid = tokens.transpose(1, 2).unflatten(2, tuple(self.encoder.grid))
             tokens = F.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2)

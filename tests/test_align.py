@@ -1,5 +1,6 @@
 """p4_align.py keeps its promises: what is trained and what is not, what the loss counts, resuming, and a folder that p1 reads."""
 
+import importlib.util
 import json
 import math
 import os
@@ -20,12 +21,14 @@ import encoder
 import llava_training
 import p4_align
 import training
+import word_targets
 from cli import UserError
-from dataset import IGNORE
+from dataset import IGNORE, CaptionedImage
 from llava import Llava, LlavaSettings
-from llava_training import answer_loss, assemble, build, query_form, sampled_cross_entropy, trained_parameters
+from llava_training import answer_loss, assemble, build, image_tokens, query_form, sampled_cross_entropy, trained_parameters
 from p4_align import AlignmentTrainer, Settings
 from questions import Sample, by_picture, sample_epoch
+from word_targets import WordTargets
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 180, 40), "blue": (30, 40, 220), "yellow": (230, 220, 30),
            "black": (5, 5, 5), "white": (250, 250, 250), "pink": (250, 130, 190), "brown": (120, 70, 20)}
@@ -430,6 +433,11 @@ torch.save(model(**inputs).logits, "logits.pt")
     for name, value in run.trained.items():  # and it is what was trained, in half precision
         torch.testing.assert_close(dict(llava.model.named_parameters())[name], value.half().float(), rtol=0, atol=0)
     assert "import vision_tower" in (data / "llava" / "README.md").read_text()
+    if importlib.util.find_spec("openvino"):
+        sooner = Llava(data / "llava", runtime="openvino")
+        assert sooner.model.model.vision_tower.encoder.runtime == "openvino"
+        with torch.no_grad():
+            torch.testing.assert_close(sooner.model(**inputs).logits, found, rtol=0, atol=1e-3)
     assemble(cnn, str(towers / "language"), data / "llava" / "trained.safetensors", data / "again")
     assert (data / "again" / "model.safetensors").read_bytes() == (data / "llava" / "model.safetensors").read_bytes()
 
@@ -475,6 +483,68 @@ def test_what_people_asked_is_learned_beside_several_folders(towers, data):
     (data / "more" / "train.json").write_text(text.replace("more_red.png", "red.png"))
     with pytest.raises(UserError, match="asks about red.png, which several folders have"):
         trainer(towers, data=("data", "more"))
+
+
+# ---- words before sentences --------------------------------------------------------------------------------------
+
+
+def test_word_targets_by_hand(towers, data, monkeypatch):
+    monkeypatch.setattr(word_targets, "LEAST", 2)
+    from transformers import AutoTokenizer
+
+    tokenizer, embedding = AutoTokenizer.from_pretrained(towers / "language"), torch.nn.Embedding(400, 8)
+    dog = tokenizer(" dog", add_special_tokens=False)["input_ids"]
+    images = [CaptionedImage("one", ["A dog on a dog."]), CaptionedImage("two", ["The dog.", "dogs!"]), CaptionedImage("three", ["On the."])]
+    targets = WordTargets(images, tokenizer, embedding)
+    shares = targets.shares([0, 1, 2])
+    at = [targets.places[token] for token in dog]
+    assert torch.allclose(shares[0, at], torch.full((len(at),), 1 / len(at))) and not shares[2].any()
+    assert shares[1].sum().item() == pytest.approx(1) and targets.norm == pytest.approx(embedding(targets.tokens).norm(dim=-1).mean().item())
+    tokens = torch.randn(3, 4, 8)
+    words = torch.nn.functional.normalize(embedding(targets.tokens), dim=-1)
+    each = (torch.nn.functional.normalize(tokens, dim=-1) @ words.t() * word_targets.SCALE + targets.bias).softmax(-1)
+    expected = -(each.mean(1).log() * shares).sum()
+    assert targets.loss(tokens, shares).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_image_tokens_become_words_and_the_run_goes_on(towers, data, cnn, monkeypatch):
+    monkeypatch.setattr(word_targets, "LEAST", 1)
+
+    def run(output):
+        return AlignmentTrainer(cnn, towers / "language", output, settings(
+            side=2, word_epochs=20, stage1_epochs=1, stage2_epochs=1, cache="features", learning_rate=1e-2))
+
+    whole = run("whole")
+    assert whole.word_steps == 20 and len(whole.batches) == 24
+    losses, sizes, step = [], [], whole.word_step
+
+    def watched(number, pieces):
+        losses.append(step(number, pieces))
+        with torch.no_grad():
+            sizes.append(image_tokens(whole.model, whole.see([0, 1, 2])).norm(dim=-1).mean().item())
+        return losses[-1]
+
+    whole.word_step = watched
+    assert whole.fit() and losses[-1] < losses[0] - 0.5
+    assert sizes[-1] == pytest.approx(whole.words.norm, rel=0.2) and abs(sizes[-2] / whole.words.norm - 1) > 0.3
+    monkeypatch.setattr(training, "Interruption", stopping(lambda: parts.progress["step"] in (7, 20, 22)))
+    for finished in False, False, False, True:
+        parts = run("parts")
+        assert parts.fit() == finished
+    one, two = (load_file(data / name / "trained.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert [json.loads(line)["stage"] for line in (data / "parts.jsonl").read_text().splitlines()][0] == 0
+
+
+def test_cached_features_train_as_pictures_do(towers, data, cnn):
+    runs = [AlignmentTrainer(cnn, towers / "language", name, settings(side=2, cache=cache)) for name, cache in (("live", ""), ("kept", "features"))]
+    one, two = (run.collate([[Sample(1, "", CAPTIONS["green"])], [Sample(2, "Is it?", "Yes.")]]) for run in runs)
+    assert one["pixel_values"].shape == (2, 3, 288, 288) and two["pixel_values"].shape[1] == runs[1].model.model.vision_tower.encoder.num_tokens
+    assert all(torch.equal(one[name], two[name]) for name in one if name != "pixel_values")
+    losses = [answer_loss(run.model, inputs).item() for run, inputs in zip(runs, (one, two))]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)  # features are kept in half precision
+    with pytest.raises(UserError, match="--cache is for encoders"):
+        trainer(towers, cache="features")
 
 
 # ---- going on --------------------------------------------------------------------------------------------------

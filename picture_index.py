@@ -33,7 +33,7 @@ from files import digest_of, first_line
 from images import IMAGE_SUFFIXES, load_ahead, open_image
 
 DEFAULT_INDEX = "cache/search.db"
-CAPTION_WEIGHT = 0.5  # of a caption's likeness to the query, beside the picture's: report/README.md
+CAPTION_WEIGHT = 0.25  # of a caption's likeness to the query, beside the picture's: report/README.md
 MOST = 16_000  # hits of one search
 SAMPLE = 2_000  # entries that say how a query's scores are spread
 FEWEST = 5  # of them

@@ -179,6 +179,8 @@ def llava_attention(llava, picture, settings=None):
     log_probs = output.logits[0, predicting].float().log_softmax(-1)
     log_probs = log_probs[:length + ended].gather(1, tokens[0, :length + ended, None])[:, 0]
 
+    if hasattr(model.config.vision_config, "num_image_tokens"):
+        raise UserError("the image tokens of this LLaVA are no patches of the picture, but a Q-Former's: there is nothing to draw")
     side = int(weights.shape[-1] ** 0.5)  # of the square of patches; with a class token there is one more
     row = tokens[0, :length].tolist()
     words = align_words(row, tokenizer.decode, ended)

@@ -64,7 +64,7 @@ def build(vision_name, language_name, settings):
     except LOADING_ERRORS as error:
         raise UserError(f"{vision_name} with {language_name} cannot be loaded as a vision and a causal language model: "
                         f"{first_line(error)}") from None
-    size, patch, prefix_tokens = check_vision(vision, vision_name, settings)
+    size, patch, prefix_tokens, image_tokens = check_vision(vision, vision_name, settings)
     check_language(language, language_name)
     # Nothing is cropped away: the whole picture is squeezed into the square.
     image_processor.do_center_crop, image_processor.do_resize = False, True
@@ -79,7 +79,7 @@ def build(vision_name, language_name, settings):
     select = "default" if prefix_tokens else "full"
     config = LlavaConfig(
         vision_config=vision.config, text_config=language.config, image_token_index=tokenizer.convert_tokens_to_ids(token),
-        image_seq_length=(size // patch) ** 2, projector_hidden_act="gelu" if settings.projection == "mlp" else "linear",
+        image_seq_length=image_tokens, projector_hidden_act="gelu" if settings.projection == "mlp" else "linear",
         vision_feature_select_strategy=select, vision_feature_layer=settings.vision_layer,
         tie_word_embeddings=language.config.tie_word_embeddings)
     with torch.device("meta"):
@@ -96,16 +96,16 @@ def build(vision_name, language_name, settings):
                                                pad_token_id=tokenizer.pad_token_id)
     processor = LlavaProcessor(image_processor, tokenizer, patch_size=patch, vision_feature_select_strategy=select,
                                chat_template=chat_template(tokenizer, language.config.model_type, token),
-                               image_token=token, num_additional_image_tokens=prefix_tokens)
+                               image_token=token, num_additional_image_tokens=prefix_tokens + image_tokens - (size // patch) ** 2)
     return model, processor
 
 
 def read_vision(name, settings):
     """A vision model by a folder, a name on the hub, a ViT's file or an encoder's name, and its image processor."""
     from timm import is_model
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-    from vision_tower import EncoderImageProcessor, EncoderVisionModel
+    from vision_tower import EncoderImageProcessor, EncoderVisionModel, QFormerVisionModel
 
     if not Path(name).exists() and all(part in OWN or is_model(part) for part in name.split("+")):
         vision = EncoderVisionModel.of_encoder(name, settings.image_size or None, settings.side)
@@ -119,12 +119,15 @@ def read_vision(name, settings):
             write_dinov2(name, folder, settings.image_size or 224)
         else:
             folder = name
+        if AutoConfig.from_pretrained(folder).model_type == "blip-2":
+            return QFormerVisionModel.of_blip2(folder), AutoImageProcessor.from_pretrained(folder)
         vision = AutoModel.from_pretrained(folder, dtype=torch.float32)
         return getattr(vision, "vision_model", vision), AutoImageProcessor.from_pretrained(folder)  # of a CLIP, its vision half
 
 
 def check_vision(model, name, settings):
-    """(pixels a side, pixels of a patch, tokens before the patches') of a vision model. Raises UserError if it cannot serve."""
+    """(pixels a side, pixels of a patch, tokens before the patches', those that LLaVA reads) of a vision model. Raises UserError if it
+    cannot serve."""
     patch, depth = getattr(model.config, "patch_size", None), getattr(model.config, "num_hidden_layers", 0)
     if not isinstance(patch, int) or not hasattr(model.config, "hidden_size"):
         raise UserError(f"{name} has no square patches: it is no vision transformer")
@@ -141,10 +144,12 @@ def check_vision(model, name, settings):
             tokens = model(torch.zeros(1, 3, size, size)).last_hidden_state.shape[1]
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{name} does not take {size} pixels: {first_line(error)}") from None
+    if tokens == getattr(model.config, "num_image_tokens", None):  # which are no patches
+        return size, patch, 0, tokens
     prefix_tokens = tokens - (size // patch) ** 2
     if prefix_tokens not in (0, 1):
         raise UserError(f"{name} has {prefix_tokens} tokens before those of its patches, where LLaVA knows a class token alone")
-    return size, patch, prefix_tokens
+    return size, patch, prefix_tokens, tokens - prefix_tokens
 
 
 def layers_used(depth, vision_layer):

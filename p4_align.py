@@ -1,7 +1,8 @@
 """Make a LLaVA: train the projection between a frozen vision tower and a frozen language model.
 
     python3 p4_align.py <vision model> <language model> <folder to write> --data data
-    accelerate launch --num_processes 8 p4_align.py …
+    accelerate launch --num_processes 8 p4_align.py Salesforce/blip2-opt-2.7b meta-llama/Llama-2-7b-hf <folder> \\
+        --config configs/p4/blip2_llama2.yaml
 
 After LLaVA (Liu et al. 2023, https://arxiv.org/abs/2304.08485, and its 1.5: https://arxiv.org/abs/2310.03744), from a vision
 transformer and a causal language model of `transformers` (folders, or names on the model hub; for the former also a ViT-S/14
@@ -29,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options
+from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options, with_config
 from dataset import IGNORE, clean_captions, read_captions
 from devices import Processes, autocast, pick_precision, shard
 from encoder import load_encoder
@@ -75,6 +76,7 @@ class Settings(LlavaOptions):
     stage1_epochs: float = option(1.0, "of captions with nothing asked, over the images")
     stage2_epochs: float = option(1.0, "of questions and instructions, `per_picture` times as many as images")
     batch_size: int = option(32, "pictures of an update, over all processes")
+    stage2_batch_size: int = option(0, "the same in stage 2; 0: as in stage 1")
     per_picture: int = option(4, "samples that share a picture's pass, at most")
     accumulation: int = option(1, "parts that go through the model one after the other")
     learning_rate: float = option(1e-3, "of the projection in stage 1")
@@ -83,6 +85,9 @@ class Settings(LlavaOptions):
         5e-5, "of the vision layers that are trained along, in stage 1; it changes as the projection's does")
     weight_decay: float = 0.0
     warmup_epochs: float = option(1.0, "of each stage, linear; then half a cosine")
+    first_learning_rate: float = option(0.0, "what the warm-up of each stage begins with")
+    last_learning_rate: float = option(0.0, "what stage 1's cosine ends with")
+    stage2_last_learning_rate: float = option(0.0, "what stage 2's cosine ends with")
     clip: float = option(1.0, "gradient norm")
     precision: str = option("auto", "auto (bf16 on CUDA, else fp32), fp32 or bf16")
     fsdp: bool = option(False, "shard the language model over the processes")
@@ -107,8 +112,9 @@ class Settings(LlavaOptions):
             raise UserError("--data names at least one folder")
         if not self.stage1_epochs + self.stage2_epochs:
             raise UserError("--stage1_epochs or --stage2_epochs must be above 0")
-        if min(self.learning_rate, self.stage2_learning_rate, self.vision_learning_rate) <= 0:
-            raise UserError("learning rates must be above 0")
+        if min(self.learning_rate, self.stage2_learning_rate, self.vision_learning_rate) <= 0 or min(
+                self.first_learning_rate, self.last_learning_rate, self.stage2_last_learning_rate) < 0:
+            raise UserError("learning rates must be above 0, those that a stage begins or ends with at least 0")
         self.parts()
 
     def parts(self):
@@ -213,6 +219,8 @@ class AlignmentTrainer:
     def plan(self, second, epochs):
         """A stage's batches, each a list of rows, and each row a list of samples about one picture; and how many an epoch has."""
         size, most, batches, epoch_steps = self.settings.batch_size, self.settings.per_picture, [], 0
+        if second:
+            size = self.settings.stage2_batch_size or size
         for epoch in range(math.ceil(epochs)):
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + 1009 * second + epoch)
             if second:
@@ -349,9 +357,11 @@ class AlignmentTrainer:
             loss.backward()
             value += loss.item()
         value = self.processes.add(value)
-        peak = settings.stage2_learning_rate if second else settings.learning_rate
+        peak, last = ((settings.stage2_learning_rate, settings.stage2_last_learning_rate) if second
+                      else (settings.learning_rate, settings.last_learning_rate))
         self.run.about = {"stage": 1 + second}
-        self.run.update(peak * cosine(number, total, self.warmups[second]), loss=value)
+        floor = settings.first_learning_rate if number < self.warmups[second] else last
+        self.run.update(floor + (peak - floor) * cosine(number, total, self.warmups[second]), loss=value)
         return value
 
     def word_step(self, step, pieces):
@@ -386,8 +396,9 @@ def main():
     parser.add_argument("vision", help="vision model of transformers, folder or name on the model hub; a ViT's file; or an encoder's name")
     parser.add_argument("language", help="causal language model: folder, or name on the model hub")
     parser.add_argument("output", help="folder to write")
+    parser.add_argument("--config", help="YAML file of the options below, which the command line overrides")
     add_options(parser, Settings)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(with_config(None))
     AlignmentTrainer(arguments.vision, arguments.language, arguments.output, take_options(arguments, Settings)).fit()
 
 

@@ -1,9 +1,10 @@
-"""The frozen image encoders as a vision tower of `transformers`: once this is imported, its Auto classes read and write them.
+"""The frozen image encoders, and BLIP-2's, as vision towers of `transformers`: once this is imported, its Auto classes read and write them.
 
     import vision_tower
     model = LlavaForConditionalGeneration.from_pretrained("weights/llava_small")
 
-A tower is an encoder of encoder.py, whose patches may be averaged to a coarser grid, so that the language model reads fewer tokens.
+A tower is an encoder of encoder.py, whose patches may be averaged to a coarser grid, so that the language model reads fewer tokens; or the
+vision model of a BLIP-2 (Li et al. 2023, https://arxiv.org/abs/2301.12597) with its Q-Former, whose query tokens are no patches.
 
 Shapes: B pictures, S pixels a side, N tokens, D channels of each.
 """
@@ -12,7 +13,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, BatchFeature, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    BatchFeature,
+    Blip2Config,
+    Blip2QFormerModel,
+    Blip2VisionModel,
+    BlipImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import make_flat_list_of_images
 from transformers.modeling_outputs import BaseModelOutput
@@ -112,6 +125,61 @@ class EncoderVisionModel(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
 
 
+class QFormerVisionConfig(PreTrainedConfig):
+    """What a tower of BLIP-2's vision model and Q-Former is made of.
+
+    Args:
+        blip2: the configuration of that BLIP-2, as a dict.
+    """
+
+    model_type = "qformer_image_encoder"
+
+    blip2: dict | None = None
+    image_size: int = 224
+    hidden_size: int = 768
+    num_image_tokens: int = 32
+    num_hidden_layers: int = 0
+
+    @property
+    def patch_size(self):
+        """All of the picture, since no query token stands for a part of it."""
+        return self.image_size
+
+
+class QFormerVisionModel(PreTrainedModel):
+    """BLIP-2's vision model and its Q-Former: pixels -> as many tokens as there are queries.
+
+    Its parts have the names that they have in a BLIP-2, so that from_pretrained takes them from one of those.
+    """
+
+    config_class = QFormerVisionConfig
+    main_input_name = "pixel_values"
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        blip2 = Blip2Config(**config.blip2)
+        self.vision_model = Blip2VisionModel._from_config(blip2.vision_config)
+        self.query_tokens = nn.Parameter(torch.zeros(1, blip2.num_query_tokens, blip2.qformer_config.hidden_size))
+        self.qformer = Blip2QFormerModel._from_config(blip2.qformer_config)
+        self.post_init()
+
+    @classmethod
+    def of_blip2(cls, name):
+        """The tower of a BLIP-2, by a folder or a name on the model hub."""
+        blip2 = AutoConfig.from_pretrained(name)
+        config = QFormerVisionConfig(blip2=blip2.to_dict(), image_size=blip2.vision_config.image_size,
+                                     hidden_size=blip2.qformer_config.hidden_size, num_image_tokens=blip2.num_query_tokens)
+        return cls.from_pretrained(name, config=config, dtype=torch.float32).eval()
+
+    def forward(self, pixel_values, **options):
+        """Pixels (B, 3, S, S) -> a BaseModelOutput with tokens (B, N, D) as its last and only state."""
+        seen = self.vision_model(pixel_values=pixel_values).last_hidden_state
+        tokens = self.qformer(query_embeds=self.query_tokens.expand(len(seen), -1, -1), encoder_hidden_states=seen,
+                              encoder_attention_mask=torch.ones(seen.shape[:-1], dtype=torch.long, device=seen.device)).last_hidden_state
+        return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
+
+
 class EncoderImageProcessor(BaseImageProcessor):
     """A picture as the encoders take it: the whole of it, squeezed to a square as resize_to_square does, from 0 to 255.
 
@@ -134,6 +202,8 @@ class EncoderImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
 
-AutoConfig.register(EncoderVisionConfig.model_type, EncoderVisionConfig)
-AutoModel.register(EncoderVisionConfig, EncoderVisionModel)
-AutoImageProcessor.register(EncoderVisionConfig, image_processor_classes=dict.fromkeys(("pil", "torchvision"), EncoderImageProcessor))
+for config, model, processor in ((EncoderVisionConfig, EncoderVisionModel, EncoderImageProcessor),
+                                 (QFormerVisionConfig, QFormerVisionModel, BlipImageProcessor)):
+    AutoConfig.register(config.model_type, config)
+    AutoModel.register(config, model)
+    AutoImageProcessor.register(config, image_processor_classes=dict.fromkeys(("pil", "torchvision"), processor))

@@ -2,6 +2,7 @@
 scripts started as processes."""
 
 import functools
+import gc
 import json
 import os
 import socket
@@ -43,6 +44,13 @@ def encode_with_torch(request, monkeypatch):
         import runtime
 
         monkeypatch.setattr(runtime, "PREFERRED", "torch")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget():
+    """A trainer and what it hooks into know each other, so that its memory comes back with the garbage alone."""
+    yield
+    gc.collect()
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from conftest import CNN, ROOT, finish, start, stopping
 from PIL import Image
 from safetensors import safe_open
@@ -22,6 +23,7 @@ import llava_training
 import p4_align
 import training
 import word_targets
+from attention import llava_attention
 from cli import UserError
 from dataset import IGNORE, CaptionedImage
 from llava import Llava, LlavaSettings
@@ -416,14 +418,18 @@ def test_a_llava_on_a_frozen_encoder_is_read_after_one_import_alone(towers, data
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 import sys, torch
 from PIL import Image
+try:
+    LlavaForConditionalGeneration.from_pretrained("llava")
+    sys.exit("it is read without vision_tower.py")
+except (KeyError, ValueError) as error:
+    assert "frozen_image_encoder" in str(error), error
+import vision_tower
 model, processor = LlavaForConditionalGeneration.from_pretrained("llava"), AutoProcessor.from_pretrained("llava")
 inputs = processor(images=[Image.open(sys.argv[1])], text=[processor.image_token + " What?"], return_tensors="pt")
 torch.save(model(**inputs).logits, "logits.pt")
 """
     options = {"capture_output": True, "text": True, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
-    without = subprocess.run([sys.executable, "-c", script, str(picture)], **options)
-    assert without.returncode and "frozen_image_encoder" in without.stderr
-    done = subprocess.run([sys.executable, "-c", f"import vision_tower\n{script}", str(picture)], **options)
+    done = subprocess.run([sys.executable, "-c", script, str(picture)], **options)
     assert not done.returncode, done.stderr
     llava = Llava(data / "llava")
     inputs = llava.processor(images=[Image.open(picture)], text=[f"{llava.processor.image_token} What?"], return_tensors="pt")
@@ -442,10 +448,52 @@ torch.save(model(**inputs).logits, "logits.pt")
     assert (data / "again" / "model.safetensors").read_bytes() == (data / "llava" / "model.safetensors").read_bytes()
 
 
+def test_a_blip2_is_a_vision_tower_of_its_query_tokens(towers, data):
+    from transformers import Blip2Config, Blip2Model, BlipImageProcessor, OPTConfig
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    blip2 = Blip2Model(Blip2Config(vision_config=sizes | {"image_size": 28, "patch_size": 14}, num_query_tokens=5,
+                                   qformer_config=sizes | {"encoder_hidden_size": 24, "vocab_size": 30},
+                                   text_config=OPTConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16,
+                                                         word_embed_proj_dim=16).to_dict())).eval()
+    blip2.query_tokens.data.normal_()
+    blip2.save_pretrained(data / "blip2")
+    BlipImageProcessor(size={"height": 28, "width": 28}).save_pretrained(data / "blip2")
+    assert AlignmentTrainer(data / "blip2", towers / "language", "llava", settings()).fit()
+    llava = Llava(data / "llava")
+    picture = Image.open(data / "data" / "images" / "train" / "red.png").convert("RGB")
+    inputs = llava.inputs([picture], ["What?"])
+    assert (inputs["input_ids"] == llava.model.config.image_token_id).sum() == 5
+    with torch.no_grad():
+        tokens = llava.model.model.vision_tower(inputs["pixel_values"]).last_hidden_state
+        expected = blip2.get_qformer_features(pixel_values=inputs["pixel_values"])
+    torch.testing.assert_close(tokens, getattr(expected, "last_hidden_state", expected), rtol=0, atol=5e-3)  # kept in half precision
+    assert len(llava.answer([picture], ["What?"], LlavaSettings(max_new_tokens=3))) == 1
+    with pytest.raises(UserError, match="no patches"):
+        llava_attention(Llava(data / "llava", attention="eager"), picture, LlavaSettings(max_new_tokens=3))
+
+
+def test_a_config_gives_the_seeds_schedule(towers, data, monkeypatch):
+    changes = yaml.safe_load((ROOT / "configs" / "p4" / "blip2_llama2.yaml").read_text())
+    assert Settings(**changes).stage2_batch_size == 12
+    run = trainer(towers, **changes | {"fsdp": False, "batch_size": 4, "stage2_batch_size": 2, "stage1_epochs": 3, "stage2_epochs": 3})
+    rates = []
+    update = run.run.update
+    run.run.update = lambda rate, **values: (rates.append(rate), update(rate, **values))
+    run.save = lambda: None
+    assert run.fit()
+    first, second = rates[:run.stages[0]], rates[run.stages[0]:]
+    steps = len(first) // 3
+    assert first[steps - 1] == pytest.approx(1e-4) == max(first) and first[0] == pytest.approx(1e-6 + (1e-4 - 1e-6) / steps)
+    assert 8e-5 < first[-1] < 8.6e-5 and max(second) == pytest.approx(3e-5) and 1e-5 < second[-1] < 1.2e-5
+    assert {len(rows) for rows in run.batches[run.stages[0]:]} <= {1, 2}
+
+
 @pytest.mark.parametrize("name, changes, message", [
     (CNN, {"side": 4, "image_size": 64}, "has 2 x 2 patches, of which 4 x 4 tokens cannot be made"),
     (CNN, {"train_vision_layers": 1}, "comes after 0 layers"),
-    ("no_such_net", {}, "cannot be loaded as a vision"),
+    ("./no_such_net", {}, "cannot be loaded as a vision"),
 ])
 def test_encoders_that_do_not_fit_are_refused(towers, data, cnn, name, changes, message):
     with pytest.raises(UserError, match=message):

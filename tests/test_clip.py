@@ -310,6 +310,7 @@ def test_which_model_a_name_means(place, trained, clip_weights, monkeypatch):
     assert isinstance(load_clip(trained), SmallClip) and not load_clip(trained).is_openai
     (place / "ViT-B-32.pt").write_bytes(clip_weights.read_bytes())
     assert default_clip() == place / "ViT-B-32.pt" and isinstance(load_clip(), Clip)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # which tries again and again where there is no network
     with pytest.raises(UserError, match="nor to be had from the model hub"):
         load_clip("nobody/nothing")
 

@@ -28,6 +28,7 @@ from encoder import ImageEncoder
 from features import make_view
 from generation import GenerationConfig
 from images import load_image
+from runtime import pick_runtime
 from tokenizer import END_OF_TEXT, BPETokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -469,14 +470,15 @@ def test_hw3_2_captions_a_real_folder_with_the_embedded_model(place):
         assert f"skipped my pictures/{name}: " in run.stderr
 
 
+@pytest.mark.openvino
 @pytest.mark.parametrize("beam_size", [1, 3])
 def test_embedded_captions_are_the_same_at_any_batch_size(beam_size, monkeypatch):
     monkeypatch.setattr(encoder, "WEIGHTS_FOLDER", ROOT / "weights")
-    model = Captioner.load(EMBEDDED_CHECKPOINT, EMBEDDED_DECODER)
+    model = Captioner.load(EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, runtime=pick_runtime("auto", "cpu"))
     pictures = [make_view(load_image(path), view, seed=0) for path in sorted((ROOT / "samples").glob("*.jpg"))
-                for view in range(4)]
+                for view in range(2)]
     images = torch.stack([model.encoder.preprocess(picture) for picture in pictures])
     captions = {size: [caption for start in range(0, len(images), size)
                        for caption in model.caption(images[start:start + size], GenerationConfig(beam_size))]
-                for size in (1, 7, 32)}
-    assert captions[1] == captions[7] == captions[32]
+                for size in (1, 7, 18)}
+    assert captions[1] == captions[7] == captions[18]

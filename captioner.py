@@ -29,7 +29,7 @@ from encoder import EMBEDDED, load_encoder
 from files import WEIGHTS_FOLDER, check_digest, digest, first_line, read_weights, uninitialised, write_whole
 from generation import GenerationConfig, TextGenerator, best_of
 from images import ahead, load_ahead
-from peft import PeftConfig
+from peft_kinds import PeftConfig
 from tokenizer import END_OF_TEXT, BPETokenizer
 
 EMBEDDED_DECODER = WEIGHTS_FOLDER / "decoder_small.safetensors"

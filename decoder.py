@@ -1,4 +1,4 @@
-"""GPT-2 in plain PyTorch, with two ways to see image tokens, and what peft.py adds to tune it with few parameters.
+"""GPT-2 in plain PyTorch, with two ways to see image tokens, and what peft_kinds.py adds to tune it with few parameters.
 
 Radford et al. 2019, in the layout of its published weights. Image tokens are seen through a cross-attention sublayer in
 every block (fusion "cross") or stand before the text ("prefix").
@@ -18,7 +18,7 @@ from torch import nn
 
 from cli import UserError
 from files import content_hash, first_line, read_json, read_weights
-from peft import LoRA, PeftConfig, Prefix, Prompt, at, known, mark
+from peft_kinds import LoRA, PeftConfig, Prefix, Prompt, at, known, mark
 
 HEAD_WIDTH = 64
 FUSIONS = "cross", "prefix"

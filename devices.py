@@ -58,44 +58,49 @@ class Processes:
             from accelerate import PartialState  # not before it is needed: a second or two
 
             # One may encode, or tokenize, for hours while the others wait.
-            state = PartialState(cpu=self.device == "cpu", timeout=timedelta(hours=6))
-            self.number, self.count, self.device = state.process_index, state.num_processes, state.device.type
+            self.state = PartialState(cpu=self.device == "cpu", timeout=timedelta(hours=6))
+            self.number, self.count, self.device = self.state.process_index, self.state.num_processes, self.state.device.type
         self.main = self.number == 0
 
     def wait(self):
         """Until all have come here."""
         if self.count > 1:
-            torch.distributed.barrier()
+            self.state.wait_for_everyone()
 
     def gather(self, rows):
         """The lists of all processes, as one list, on each."""
         if self.count == 1:
             return rows
-        parts = [None] * self.count
-        torch.distributed.all_gather_object(parts, rows)
-        return [row for part in parts for row in part]
+        from accelerate.utils import gather_object
+
+        return gather_object(rows)
 
     def add(self, *numbers):
         """Each number's sum over the processes; one number comes back alone."""
         if self.count > 1:
-            total = torch.tensor(numbers, dtype=torch.float64 if self.device == "cpu" else torch.float32,
-                                 device=self.device)
-            torch.distributed.all_reduce(total)
-            numbers = total.tolist()
+            dtype = torch.float64 if self.device == "cpu" else torch.float32
+            numbers = self.sum(torch.tensor(numbers, dtype=dtype, device=self.device)).tolist()
         return numbers[0] if len(numbers) == 1 else numbers
+
+    @staticmethod
+    def sum(tensor):
+        """The sum of a tensor of each process, where there are several."""
+        from accelerate.utils import reduce
+
+        return reduce(tensor, "sum")
 
     def share(self, tensors):
         """Make these tensors those of the main process, on each."""
         if self.count > 1:
-            for tensor in tensors:
-                torch.distributed.broadcast(tensor.data, 0)
+            from accelerate.utils import broadcast
+
+            broadcast([tensor.data for tensor in tensors])
 
     def add_gradients(self, parameters):
         """Replace each gradient by its sum over the processes, all in one message."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if self.count > 1 and gradients:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            torch.distributed.all_reduce(flat)
+            flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
             for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
                 gradient.copy_(part.view_as(gradient))
 

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from captioner import MAX_TRAINED, Captioner, CaptionerConfig, caption_features, count_trained
+from chair import kinds_named
 from checkpoints import start_from
 from cider import CiderScorer
 from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options, with_config
@@ -78,6 +79,7 @@ class Settings:
     scst_samples: int = option(5, "captions drawn for each image")
     scst_temperature: float = option(0.5, "of the drawing")
     scst_clip: float = option(0.0, "what our CLIP's image-text cosine counts beside CIDEr")
+    scst_chair: float = option(0.0, "what a thing costs that a caption names and no reference does, of COCO's 80 kinds (chair.py)")
     selection: tuple = option(
         (500,), "images at the end of each train.json, on which checkpoints are selected: one number, or one for each folder; 0: train "
         "on all, keep the last epoch")
@@ -383,14 +385,22 @@ class CaptionerTrainer:
         return reward / (len(indices) * settings.scst_samples)
 
     def reward(self, images, embeddings, captions, ended):
-        """CIDEr of captions of the images with these numbers, and how near in our CLIP's space they are to the images' embeddings (Cho
-        et al. 2022, arXiv:2205.13115): (n,)"""
+        """CIDEr of captions of the images with these numbers, how near in our CLIP's space they are to the images' embeddings (Cho
+        et al. 2022, arXiv:2205.13115), and what they make up: (n,)"""
         rewards = torch.from_numpy(self.scorer.score(images, captions, ended))
         if self.settings.scst_clip:
             judge = self.model.judge
             seen = F.normalize(embeddings, dim=-1).repeat_interleave(self.settings.scst_samples, 0)
             rewards += self.settings.scst_clip * (seen * F.normalize(judge.embed_texts(captions), dim=-1)).sum(-1).cpu()
+        if self.settings.scst_chair:
+            made_up = [len({*kinds_named(caption)} - self.kinds[image]) for image, caption in zip(images, captions)]
+            rewards -= self.settings.scst_chair * torch.tensor(made_up)
         return rewards
+
+    @cached_property
+    def kinds(self):
+        """The kinds of things that each image's references name: a list of sets."""
+        return [{kind for caption in image.captions for kind in kinds_named(caption)} for image in self.images]
 
     @cached_property
     def scorer(self):

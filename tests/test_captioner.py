@@ -291,17 +291,18 @@ def test_beam_search_with_cache_and_batch_equals_plain_beam_search(tmp_path, K, 
     assert len({len(row) for row in found}) > 1  # images leave the batch at different times
 
 
-@pytest.mark.parametrize("generation", [GenerationConfig(1), GenerationConfig(3), GenerationConfig(sample=True, seed=3)])
+@pytest.mark.parametrize("generation", [GenerationConfig(1, max_length=12), GenerationConfig(3, max_length=12),
+                                        GenerationConfig(sample=True, seed=3, max_length=12)])
 def test_captions_do_not_depend_on_the_batch(tmp_path, generation, kind):
     model = make_captioner(tmp_path, token_ids=torch.arange(0, END_OF_TEXT + 1, 48), trained_scale=0.1 if kind else 1.0, **kind)
-    features = torch.randn(32, 4, 12)
+    features = torch.randn(18, 4, 12)
 
     def in_batches(size):
-        return [text for start in range(0, 32, size)
-                for text in model.generate(features[start:start + size], generation, range(start, min(start + size, 32)))]
+        return [text for start in range(0, 18, size)
+                for text in model.generate(features[start:start + size], generation, range(start, min(start + size, 18)))]
 
-    assert in_batches(1) == in_batches(7) == in_batches(32)
-    assert len(set(in_batches(32))) > 16
+    assert in_batches(1) == in_batches(7) == in_batches(18)
+    assert len(set(in_batches(18))) > 9
 
 
 def test_only_the_named_tokens_are_said(tmp_path):

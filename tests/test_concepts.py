@@ -466,6 +466,15 @@ def test_our_clip_rewards_captions_beside_cider(place, judged):
     assert trainer.reward(numbers, features, captions, [True] * 5).tolist() == pytest.approx(cider.tolist())
 
 
+def test_what_is_made_up_costs_its_price(place):
+    trainer = p2_train.CaptionerTrainer(CONFIG, settings(text=(), epochs=0, scst_epochs=1, scst_chair=0.5, output="o.safetensors"), "cpu")
+    trainer.images[0] = replace(trainer.images[0], captions=["A dog on a couch."])
+    captions = ["a dog", "a dog and a cat", "two cats, a horse and a cat", "a puppy on a sofa", ""]
+    numbers = np.zeros(5, int)
+    cider = trainer.scorer.score(numbers, captions, [True] * 5)
+    assert (trainer.reward(numbers, None, captions, [True] * 5).numpy() - cider).tolist() == pytest.approx([0, -0.5, -1, 0, 0])
+
+
 def write_folds(views=2):
     """Embeddings of the workplace's pictures, as p4_clip.py --folds writes them: each its own."""
     folder = Folder("data")

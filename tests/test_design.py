@@ -1,6 +1,7 @@
 """How the house is built: who imports whom, and what ruff says."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -29,6 +30,14 @@ def chain(name, above=()):
 
 def test_scripts_are_known_by_their_last_lines():
     assert {"p2_train", "p1_llava_infer", "hw3_download"} <= SCRIPTS and not {"captioner", "training", "llava", "cli"} & SCRIPTS
+
+
+def test_no_module_stands_in_the_way_of_a_package():
+    """transformers looks for packages by these names, and would take a module of ours for one."""
+    from transformers.utils import import_utils
+
+    names = {found[1] for name in dir(import_utils) if (found := re.fullmatch(r"is_(\w+)_available", name))} - {"vision"}
+    assert {"peft", "datasets"} <= names and not FILES.keys() & (names | {"evaluate"} | set(sys.stdlib_module_names))
 
 
 @pytest.mark.parametrize("name", sorted(FILES))

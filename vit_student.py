@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save, save_file
 from timm.layers import resample_abs_pos_embed
-from timm.optim import param_groups_layer_decay
 from torch import nn
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 from tqdm import tqdm
@@ -167,13 +166,17 @@ def parameter_groups(student, others, layer_decay, weight_decay):
 
     `others`: parameters of the captioner, which learn as fast as the heads.
     """
-    vit = student.vit
-    groups = [{"params": group["params"], "weight_decay": group["weight_decay"], "factor": group["lr_scale"]}
-              for group in param_groups_layer_decay(vit, weight_decay, vit.no_weight_decay(), layer_decay=layer_decay)]
-    heads = [parameter for name, parameter in student.named_parameters() if not name.startswith("vit.")] + [*others]
-    for matrices, decay in (True, weight_decay), (False, 0.0):
-        groups.append({"params": [head for head in heads if (head.ndim > 1) == matrices], "weight_decay": decay, "factor": 1.0})
-    return groups
+    depth, groups = len(student.vit.blocks), {}
+    for name, parameter in [*student.named_parameters(), *(("captioner", parameter) for parameter in others)]:
+        layer = depth + 1
+        if name.startswith("vit.blocks."):
+            layer = int(name.split(".")[2]) + 1
+        elif name.startswith(("vit.patch_embed", "vit.cls_token", "vit.pos_embed")):
+            layer = 0
+        decays = parameter.ndim >= 2 and name not in ("vit.cls_token", "vit.pos_embed")
+        groups.setdefault((layer, decays), []).append(parameter)
+    return [{"params": parameters, "weight_decay": weight_decay if decays else 0.0,
+             "factor": layer_decay ** (depth + 1 - layer)} for (layer, decays), parameters in groups.items()]
 
 
 def write_dinov2(weights, folder, size=224):

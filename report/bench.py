@@ -164,6 +164,23 @@ def growth(images, runtime, counts=(100, 1000, 5000), beams=(1, 3, 5, 10), lengt
     return rows
 
 
+def draw_growth(rows, path):
+    """A picture of `growth`: seconds and memory over each thing that grows."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((12, 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 3), ("pictures", "beams", "longest caption")):
+        some = [row for row in rows if name in row and (name == "pictures") == (len({"beams", "longest caption"} & row.keys()) == 0)]
+        values = [row[name] for row in some]
+        axes.plot(values, [row["seconds"] for row in some], marker="o", color="tab:blue")
+        axes.set(xlabel=name if name == "pictures" else f"{name}, of 200 pictures", ylabel="seconds, start included", ylim=(0, None))
+        memory = axes.twinx()
+        memory.plot(values, [row["memory, GB"] for row in some], marker="s", linestyle="--", color="tab:orange")
+        memory.set(ylabel="most memory, GB (dashed)", ylim=(0, 4))
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
 def against(images, other, repeats, options):
     """hw3_2.sh of another clone and of this one in turn: medians, their ratio, and how many captions are the same."""
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
@@ -342,6 +359,7 @@ def main():
     parser.add_argument("--count", type=int, default=1000, help="images, the first by name")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", help="JSON file for the numbers")
+    parser.add_argument("--figure", help="with --growth: a picture of it")
     arguments = parser.parse_args()
     if (arguments.images is None) == (arguments.training is None):
         parser.error("name a folder of images, or --training and a folder of data")
@@ -354,6 +372,8 @@ def main():
         runtime = pick_runtime(arguments.runtime, pick_device())
         if arguments.growth:
             found = growth(images, runtime)
+            if arguments.figure:
+                draw_growth(found, arguments.figure)
         elif arguments.against:
             options = [part for name, value in changes.items() for part in (f"--{name}", value)]
             found = against(images, arguments.against, arguments.repeats, options)

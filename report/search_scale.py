@@ -4,7 +4,7 @@
 
 The pictures are made up: files of a few pixels that hold a number, for which stand the embeddings of a real validation picture and of its
 caption with some noise, so that nothing is encoded and all the rest is done: listing, digests, dates, writing, flushing. The program
-that fills the index is killed with SIGKILL half-way, and started again.
+that fills the index is killed with SIGKILL on its way, and started again.
 """
 
 import os
@@ -115,7 +115,7 @@ def measure(work, data, count):
         draw_numbers(work / "pictures", count)
     began = time.monotonic()
     process = start(work)
-    while not (work / "search.db").exists() or size_of(work / "search.db") < count * 700:  # bytes: about a quarter of what all take
+    while not (work / "search.db").exists() or size_of(work / "search.db") < count * 700:  # bytes: a part of what all take
         time.sleep(0.2)
         if process.poll() is not None:
             raise UserError("the index was full before it could be killed: take more pictures")

@@ -249,7 +249,7 @@ def draw_best_and_worst(asked, rows, scores, path, number=4):
         axes.set_title("\n".join(re.sub(r"(.{34}\S*) ", "\\1\n", text).replace("$", r"\$") for text in (
             asked[i].query, f"model: {said}", f"right: {right}  ({scores[i]:.2f})")), fontsize=8)
         axes.axis("off")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # else titles of the tallest pictures are cut
 
 
 # ---- the model hub's data sets ---------------------------------------------------------------------------------

@@ -77,7 +77,8 @@ def is_text(content):
 # How the files begin, or are, that scripts write.
 KINDS = {"JSON": is_json, "CSV": is_text, "PNG": lambda content: content.startswith(b"\x89PNG"),
          "JPEG": lambda content: content.startswith(b"\xff\xd8"), "PDF": lambda content: content.startswith(b"%PDF"),
-         "SVG": lambda content: is_text(content) and b"<svg" in content}
+         "SVG": lambda content: is_text(content) and b"<svg" in content,
+         "safetensors": lambda content: content[8:9] == b"{"}
 SUFFIX_KINDS = {".json": "JSON", ".csv": "CSV", ".png": "PNG", ".jpg": "JPEG", ".pdf": "PDF", ".svg": "SVG"}
 
 

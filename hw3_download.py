@@ -318,24 +318,29 @@ SMALL_LLAVA = "llava_small"
 
 
 def fetch_llava(accepted):
-    """Write weights/gemma3_270m/ and, of it, the ViT and the trained part that ship, weights/llava_small/."""
-    target, vision, trained = WEIGHTS / SMALL_LLAVA, WEIGHTS / "vit_small.safetensors", WEIGHTS / f"{SMALL_LLAVA}.safetensors"
-    if target.exists():
+    """Write weights/gemma3_270m/ and, of it, the embedded encoders and the trained part that ships, weights/llava_small/."""
+    target, trained = WEIGHTS / SMALL_LLAVA, WEIGHTS / f"{SMALL_LLAVA}.safetensors"
+    part = target / "trained.safetensors"
+    if target.exists() and not (part.exists() and trained.exists() and sha256_of(part) != sha256_of(trained)):
         print(f"weights/{target.name} is already there")
         return
     if not accepted:
         raise UserError(f"the small LLaVA speaks through Gemma 3 270M, which comes under the terms of {GEMMA_TERMS}: "
                         "read them, and if you accept them run `bash hw3_download.sh llava --accept_gemma_terms`")
-    if lacking := [path.name for path in (vision, trained) if not path.exists()]:
-        raise UserError(f"weights/{lacking[0]} is missing, which comes with this repository: `git checkout -- weights` brings it "
-                        "back")
+    if not trained.exists():
+        raise UserError(f"weights/{trained.name} is missing, which comes with this repository: `git checkout -- weights` brings it back")
+    fetch_embedded()
     if (WEIGHTS / GEMMA).exists():
         print(f"weights/{GEMMA} is already there")
     else:
         fetch_gemma()
+    from encoder import EMBEDDED
     from llava_training import assemble
 
-    assemble(str(vision), WEIGHTS / GEMMA, trained, target)
+    if target.exists():
+        print(f"weights/{target.name} was made of an earlier {trained.name}: it is made anew")
+        shutil.rmtree(target)
+    assemble(EMBEDDED, WEIGHTS / GEMMA, trained, target)
 
 
 def fetch_gemma():

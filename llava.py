@@ -1,8 +1,10 @@
 """A LLaVA of `transformers`: its settings, loading it, asking it about pictures."""
 
 import re
+import sys
 import threading
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -58,11 +60,12 @@ class Llava:
         name: a folder, or a name on the model hub.
         load_in_4bit: 4-bit weights through bitsandbytes, on CUDA.
         attention: "sdpa", or "eager", which alone gives its weights.
-        runtime: of pick_runtime: what encodes pictures on a CPU, where the vision tower is vision_tower.py's.
+        runtime: of pick_runtime: what encodes pictures on a CPU, where the vision tower is vision_tower.py's, and speaks, where `many`.
+        many: whether so much will be asked that it pays to spend seconds on making a small language model faster, by llava_runtime.py.
     Raises UserError for what is no LLaVA, or not to be had.
     """
 
-    def __init__(self, name, load_in_4bit=False, attention="sdpa", runtime="auto"):
+    def __init__(self, name, load_in_4bit=False, attention="sdpa", runtime="auto", many=True):
         options = {"attn_implementation": attention, "dtype": torch.float32}
         self.device = pick_device()
         if load_in_4bit:
@@ -91,13 +94,34 @@ class Llava:
         except LOADING_ERRORS as error:
             raise UserError(f"{name} is no LLaVA that can be loaded ({first_line(error)}): `bash hw3_download.sh llava` "
                             "makes one") from None
-        tower = self.model.model.vision_tower
-        if isinstance(tower, vision_tower.EncoderVisionModel) and pick_runtime(runtime, self.device) == "openvino":
-            tower.compile_encoder()
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"  # the answer follows the last token
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        self.model.lm_head.register_forward_hook(partial(never, self.model.config.image_token_id))
+        tower, self.compiled = self.model.model.vision_tower, False
+        if pick_runtime(runtime, self.device) == "openvino":
+            if isinstance(tower, vision_tower.EncoderVisionModel):
+                tower.compile_encoder()
+            if many and attention == "sdpa":
+                self.compile_language()
+
+    def compile_language(self):
+        """Let a small language model speak through OpenVINO; one that it cannot take stays with PyTorch, and a line says so."""
+        from llava_runtime import MOST_PARAMETERS, compile_language
+
+        if sum(value.numel() for value in self.model.model.language_model.parameters()) > MOST_PARAMETERS:
+            return
+        try:
+            compile_language(self.model, self.processor.tokenizer.pad_token_id)
+            self.compiled = True
+        except UserError as error:
+            print(f"the language model stays with PyTorch, which takes twice the time: {error}", file=sys.stderr)
+
+    def generation(self, settings):
+        """The arguments of the model's `generate`, for one call."""
+        options = settings.generation() | {"pad_token_id": self.processor.tokenizer.pad_token_id}
+        return options | {"past_key_values": self.model.model.language_model.new_cache()} if self.compiled else options
 
     def prompt(self, instruction):
         """The text around a picture: the processor's chat template, or LLaVA-1.5's."""
@@ -132,8 +156,7 @@ class Llava:
                 return torch.full((len(tokens),), stopped.is_set(), device=tokens.device)
 
         inputs = self.processor(images=[picture], text=[self.conversation(turns)], return_tensors="pt").to(self.model.device, self.model.dtype)
-        options = {**settings.generation(), "suppress_tokens": [self.model.config.image_token_id],
-                   "pad_token_id": self.processor.tokenizer.pad_token_id, "stopping_criteria": StoppingCriteriaList([Stop()])}
+        options = self.generation(settings) | {"stopping_criteria": StoppingCriteriaList([Stop()])}
         if settings.num_beams > 1:
             tokens = self.model.generate(**inputs, **options)
             yield self.texts(tokens[:, inputs["input_ids"].shape[1]:])[0]
@@ -170,8 +193,7 @@ class Llava:
 
     def generate(self, inputs, settings):
         """What the model says after `inputs`: token ids (B, T), padded behind their ends."""
-        tokens = self.model.generate(**inputs, **settings.generation(), suppress_tokens=[self.model.config.image_token_id],
-                                     pad_token_id=self.processor.tokenizer.pad_token_id)
+        tokens = self.model.generate(**inputs, **self.generation(settings))
         return tokens[:, inputs["input_ids"].shape[1]:]
 
     def texts(self, tokens):
@@ -188,6 +210,11 @@ class Llava:
             raise UserError(f"the GPU has no room for {len(pictures)} pictures at a time: lower --batch_size or --num_beams, or "
                             "choose --load_in_4bit") from None
         return [*map(first_sentence, texts)] if settings.one_sentence else texts
+
+
+def never(token, head, inputs, logits):
+    """A forward hook of a language model's head: this token is not to be said."""
+    logits[..., token] = torch.finfo(logits.dtype).min
 
 
 def without_bos(text, tokenizer):

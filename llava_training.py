@@ -42,7 +42,10 @@ class LlavaOptions:
     image_size: int = option(0, "pixels a side; 0: the vision model's own")
     vision_layer: int = option(-1, "whose output the projection takes; -1: the last")
     side: int = option(0, "of a frozen encoder: rows and columns of image tokens, to which its patches are averaged; 0: its own")
-    train_vision_layers: int = option(0, "so many layers of the vision model, up to `vision_layer`, are trained along")
+    own_layers: int = option(0, "of a frozen encoder: so many transformer layers stand on it and are trained along")
+    own_width: int = option(512, "channels of those")
+    own_dropout: float = option(0.1, "in those, while they are trained")
+    train_vision_layers: int = option(0, "so many layers of another vision model, up to `vision_layer`, are trained along")
     seed: int = 0
 
 
@@ -108,10 +111,12 @@ def read_vision(name, settings):
     from vision_tower import EncoderImageProcessor, EncoderVisionModel, QFormerVisionModel
 
     if not Path(name).exists() and all(part in OWN or is_model(part) for part in name.split("+")):
-        vision = EncoderVisionModel.of_encoder(name, settings.image_size or None, settings.side)
+        vision = EncoderVisionModel.of_encoder(name, settings.image_size or None, settings.side, layers=settings.own_layers,
+                                               width=settings.own_width, dropout=settings.own_dropout, seed=settings.seed)
         return vision, EncoderImageProcessor()
-    if settings.side:
-        raise UserError(f"--side is for encoders that are named, such as tf_efficientnet_lite2, and {name} is none")
+    if settings.side or settings.own_layers:
+        option = "--side" if settings.side else "--own_layers"
+        raise UserError(f"{option} is for encoders that are named, such as tf_efficientnet_lite2, and {name} is none")
     with TemporaryDirectory() as folder:
         if Path(name).suffix == ".safetensors":
             from vit_student import write_dinov2
@@ -175,9 +180,16 @@ def check_language(model, name):
 def fit_projection(model, pixel_values):
     """Fit a fresh projection to what it stands between, as seen on some pictures (B, 3, S, S).
 
-    The vision tower's channels come to mean 0 and deviation 1, since some of a DINOv2's are ten times as large as others; the
-    image tokens become as large as words: a tenfold difference would drown either.
+    The vision tower's channels come to mean 0 and deviation 1, since some of a DINOv2's are ten times as large as others, and those
+    of a frozen encoder before a tower's own layers; the image tokens become as large as words: a tenfold difference would drown either.
     """
+    tower = model.model.vision_tower
+    if is_encoder(tower) and tower.config.num_hidden_layers:
+        seen = []
+        with tower.entry[0].register_forward_hook(lambda norm, inputs, output: seen.append(output)):
+            tower(pixel_values)
+        tower.entry[0].weight /= seen[0].std((0, 1)) + 1e-6
+        tower.entry[0].bias -= seen[0].mean((0, 1)) * tower.entry[0].weight
     projector, hidden = model.model.multi_modal_projector, patch_features(model, pixel_values)
     first, last = projector.linear_1, projector.linear_2
     if model.config.projector_hidden_act == "linear":
@@ -231,13 +243,16 @@ def chat_template(tokenizer, kind, token):
 
 
 def trained_parameters(model, vision_layers):
-    """Freeze all but the projection and the vision tower's last layers before it: {name: parameter} of those, on fp32."""
+    """Freeze all but the projection, the vision tower's last layers before it, and those that are its own: {name: parameter} of
+    those, on fp32."""
     model.requires_grad_(False)
     projector = model.model.multi_modal_projector
     chosen = [*projector.parameters()]
     if model.config.projector_hidden_act == "linear":
         chosen = [*projector.linear_1.parameters()]
-    if vision_layers:
+    if is_encoder(model.model.vision_tower):
+        chosen += model.model.vision_tower.own_parameters()
+    elif vision_layers:
         used = layers_used(model.config.vision_config.num_hidden_layers, model.config.vision_feature_layer)
         last = tuple(f".{number}." for number in range(used - vision_layers, used))
         for name, parameter in model.model.vision_tower.named_parameters():

@@ -34,7 +34,7 @@ from cli import ArgumentParser, UserError, add_options, check_settings, option, 
 from dataset import IGNORE, clean_captions, read_captions
 from devices import Processes, autocast, pick_precision, shard
 from encoder import load_encoder
-from features import FeatureCache
+from features import FeatureCache, make_view
 from files import check_writable
 from images import ahead, load_picture
 from llava_training import (
@@ -96,6 +96,7 @@ class Settings(LlavaOptions):
         0, "so many tokens, drawn anew for each update, stand for all that no answer has; 0: the softmax over all")
     max_tokens: int = option(96, "of an answer; longer ones are cut")
     cache: str = option("", "folder for the features of a frozen encoder that is named; default: every batch is encoded anew")
+    views: int = option(1, "of each image: 1 as it is, more: random crops too, every other mirrored")
     save_minutes: float = option(5.0, "between states to resume from")
     max_hours: float = option(0.0, "stop then, ready to go on; 0: no limit")
 
@@ -103,7 +104,7 @@ class Settings(LlavaOptions):
         self.mix = tuple(self.mix)
         self.data, self.instructions = (tuple(str(path) for path in np.atleast_1d(paths) if path)
                                         for paths in (self.data, self.instructions))
-        check_settings(self, ("batch_size", "per_picture", "accumulation", "max_tokens"), signed=("vision_layer",))
+        check_settings(self, ("batch_size", "per_picture", "accumulation", "max_tokens", "views", "own_width"), signed=("vision_layer",))
         if self.projection not in ("linear", "mlp"):
             raise UserError(f"--projection is {self.projection}: choose from linear, mlp")
         if self.weigh not in ("tokens", "answers"):
@@ -197,7 +198,7 @@ class AlignmentTrainer:
         if not is_encoder(self.model.model.vision_tower):
             raise UserError(f"--cache is for encoders that are named, such as tf_efficientnet_lite2, and {name} is none")
         encoder = load_encoder(name, self.settings.image_size or None, runtime=pick_runtime("auto", self.device))
-        return FeatureCache(encoder, [image.path for image in self.images], self.settings.cache, device=self.device)
+        return FeatureCache(encoder, [image.path for image in self.images], self.settings.cache, self.settings.views, device=self.device)
 
     def size(self):
         """Pixels a side of the square that pictures are brought to."""
@@ -252,10 +253,10 @@ class AlignmentTrainer:
         """What stands before the answer; the processor puts in as many image tokens as there are patches."""
         return f"{self.before}{self.processor.image_token}{' ' + sample.query if sample.query else ''}{self.after}"
 
-    def collate(self, rows):
-        """Rows of samples -> pixel_values, and tensors (B, T), padded on the right: input_ids, labels, position_ids and
-        branches: 0 for the part with the picture, then 1 for the first sample's, 2, …; -1 behind the end; and weights of the
-        labels. Raises UserError."""
+    def collate(self, rows, view=0):
+        """Rows of samples, and the views of their pictures -> pixel_values, and tensors (B, T), padded on the right: input_ids, labels,
+        position_ids and branches: 0 for the part with the picture, then 1 for the first sample's, 2, …; -1 behind the end; and weights
+        of the labels. Raises UserError."""
         tokenizer = self.processor.tokenizer
         token, count = self.processor.image_token, self.model.config.image_seq_length
         asked = tokenizer([self.text(row[0]).replace(token, token * count) for row in rows])
@@ -266,13 +267,14 @@ class AlignmentTrainer:
         longest = max(map(len, columns["labels"]))
         padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORE, "position_ids": 0, "branches": -1, "weights": 0.0}
         return {name: torch.tensor([values + [padding[name]] * (longest - len(values)) for values in column])
-                for name, column in columns.items()} | {"pixel_values": self.see([row[0].image for row in rows])}
+                for name, column in columns.items()} | {"pixel_values": self.see([row[0].image for row in rows], view)}
 
-    def see(self, numbers):
-        """What the vision tower takes of some images: pixels (B, 3, S, S), or cached features (B, N, D). Raises UserError."""
+    def see(self, numbers, view=0):
+        """What the vision tower takes of these views of some images: pixels (B, 3, S, S), or cached features (B, N, D). Raises UserError."""
+        views = np.broadcast_to(view, len(numbers))
         if self.features is not None:
-            return self.features[numbers, [0] * len(numbers)].float()
-        pictures = [load_picture(self.images[number].path, self.size()) for number in numbers]
+            return self.features[numbers, views].float()
+        pictures = [make_view(load_picture(self.images[number].path, self.size()), view, number) for number, view in zip(numbers, views)]
         return torch.as_tensor(np.stack([np.asarray(picture) for picture in self.processor.image_processor(pictures)["pixel_values"]]))
 
     def columns(self, asked, row):
@@ -301,17 +303,19 @@ class AlignmentTrainer:
         with nothing to learn.
         """
         rows, count = self.batches[step], self.processes.count
-        mine = rows[self.processes.number::count]
+        views = np.random.default_rng((self.settings.seed, step)).integers(self.settings.views, size=len(rows))
+        mine, views = rows[self.processes.number::count], views[self.processes.number::count]
         size = -(-len(rows) // (count * self.settings.accumulation))
         found = []
         for start in range(0, -(-len(rows) // count), size):
             piece = mine[start:start + size]
+            view = views[start:start + size] if piece else 0
             if step < self.word_steps:
                 numbers = [row[0].image for row in piece or rows[:1]]
                 shares = self.words.shares(numbers)
-                found.append({"pixel_values": self.see(numbers), "shares": shares if piece else torch.zeros_like(shares)})
+                found.append({"pixel_values": self.see(numbers, view), "shares": shares if piece else torch.zeros_like(shares)})
                 continue
-            inputs = self.collate(piece or rows[:1])
+            inputs = self.collate(piece or rows[:1], view)
             if not piece:
                 inputs["labels"], inputs["weights"] = torch.full_like(inputs["labels"], IGNORE), torch.zeros_like(inputs["weights"])
             found.append(inputs)
@@ -323,6 +327,8 @@ class AlignmentTrainer:
         """Train to the end and write the folder, or until it is time to stop. Returns whether the end was reached."""
         total, main = len(self.batches), self.processes.main
         todo = range(self.progress["step"], total)
+        if self.settings.own_layers:
+            self.model.model.vision_tower.layers.train()  # for their dropout
         before = f"{self.word_steps} updates for words, then " if self.words else ""
         with self.run:
             if main:
@@ -341,6 +347,7 @@ class AlignmentTrainer:
 
     def step(self, step, pieces):
         """One update. Returns the mean loss of a target token."""
+        torch.manual_seed((self.settings.seed << 32) + step * self.processes.count + self.processes.number)  # dropout
         if step < self.word_steps:
             return self.word_step(step, pieces)
         settings, second = self.settings, step - self.word_steps >= self.stages[0]

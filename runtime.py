@@ -6,10 +6,12 @@ there, or of another version, is made anew. PyTorch does the work where OpenVINO
 
 import hashlib
 import json
+import logging
 import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -53,6 +55,16 @@ def pick_runtime(name, device):
             raise UserError(f"openvino cannot be imported ({first_line(error)}): pip install openvino, or say --runtime torch") from None
         print("PyTorch encodes, since openvino cannot be imported: with it, pictures take two thirds of the time", file=sys.stderr)
         return "torch"
+
+
+@contextmanager
+def quiet():
+    """Without what libraries log below an error: tracing looks at every attribute, and some of `transformers` complain of being seen."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 class Network:
@@ -118,7 +130,7 @@ class Network:
         from openvino.frontend import FrontEndManager
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")  # of branches on shapes, which `shapes` answers for
             traced = torch.jit.trace(module, examples, check_trace=False)
             graph = TorchScriptPythonDecoder(traced, example_input=examples if len(examples) > 1 else examples[0])

@@ -3,8 +3,9 @@
     import vision_tower
     model = LlavaForConditionalGeneration.from_pretrained("weights/llava_small")
 
-A tower is an encoder of encoder.py, whose patches may be averaged to a coarser grid, so that the language model reads fewer tokens; or the
-vision model of a BLIP-2 (Li et al. 2023, https://arxiv.org/abs/2301.12597) with its Q-Former, whose query tokens are no patches.
+A tower is an encoder of encoder.py, whose patches may be averaged to a coarser grid, so that the language model reads fewer tokens, and on
+which transformer layers of the tower's own may stand, which are trained; or the vision model of a BLIP-2 (Li et al. 2023,
+https://arxiv.org/abs/2301.12597) with its Q-Former, whose query tokens are no patches.
 
 Shapes: B pictures, S pixels a side, N tokens, D channels of each.
 """
@@ -46,6 +47,8 @@ class EncoderVisionConfig(PreTrainedConfig):
         image_size: S.
         side: rows and columns of tokens, so that N is its square.
         hidden_size: D.
+        num_hidden_layers: transformer layers on the encoder, of D // 64 heads each; 0: tokens are the encoder's.
+        dropout: in those, where they are trained.
     """
 
     model_type = "frozen_image_encoder"
@@ -55,7 +58,8 @@ class EncoderVisionConfig(PreTrainedConfig):
     image_size: int = 288
     side: int = 9
     hidden_size: int = 1
-    num_hidden_layers: int = 0  # of those that LLaVA could choose between: there is the last one's output alone
+    num_hidden_layers: int = 0
+    dropout: float = 0.0
 
     @property
     def patch_size(self):
@@ -78,20 +82,31 @@ class EncoderVisionModel(PreTrainedModel):
         super().__init__(config)
         with torch.device("cpu"):  # from_pretrained builds without weights, and an encoder looks at its own outputs
             self.encoder = load_encoder(config.encoder, config.image_size, config.encoder_levels, "random")
+        if config.num_hidden_layers:
+            dim = config.hidden_size
+            self.entry = nn.Sequential(nn.LayerNorm(self.encoder.dim), nn.Linear(self.encoder.dim, dim))
+            self.positions = nn.Parameter(torch.zeros(config.side ** 2, dim))
+            self.layers = nn.ModuleList(
+                nn.TransformerEncoderLayer(dim, max(1, dim // 64), 4 * dim, config.dropout, "gelu", batch_first=True, norm_first=True)
+                for _ in range(config.num_hidden_layers))
+            self.norm = nn.LayerNorm(dim)
         self.post_init()
 
     @classmethod
-    def of_encoder(cls, name, image_size=None, side=0, weights=None):
+    def of_encoder(cls, name, image_size=None, side=0, weights=None, layers=0, width=512, dropout=0.0, seed=0):
         """The tower of an encoder by its name. Raises UserError for one whose patches cannot be averaged so.
 
         Args:
             side: rows and columns of tokens; 0: as many as the encoder has patches.
+            layers, width: transformer layers on the encoder, which begin at random, by `seed`, and their channels.
         """
         encoder = load_encoder(name, image_size, weights=weights)
         if encoder.grid[0] != encoder.grid[1] or side > encoder.grid[0]:
             raise UserError(f"{name} has {encoder.grid[0]} x {encoder.grid[1]} patches, of which {side} x {side} tokens cannot be made")
         config = EncoderVisionConfig(encoder=name, encoder_levels=encoder.levels, image_size=encoder.image_size,
-                                     side=side or encoder.grid[0], hidden_size=encoder.dim)
+                                     side=side or encoder.grid[0], hidden_size=width if layers else encoder.dim,
+                                     num_hidden_layers=layers, dropout=dropout)
+        torch.manual_seed(seed)
         model = cls(config)
         model.encoder = encoder
         return model.eval()
@@ -103,13 +118,17 @@ class EncoderVisionModel(PreTrainedModel):
                                 for name, value in part.model.state_dict().items()})
         self.encoder = CompiledEncoder([config.encoder, config.image_size, config.encoder_levels, weights], lambda: encoder, kept_networks())
 
+    def own_parameters(self):
+        """Those of the tower's own layers, not of the frozen encoder."""
+        return [value for name, value in self.named_parameters() if not name.startswith("encoder.")]
+
     def _init_weights(self, module):
         """What no file holds: the mean and deviation of pixels, which an encoder takes off."""
         if isinstance(module, ImageEncoder):
             module.reset_buffers()
 
     def forward(self, pixel_values, **options):
-        """Pixels from 0 to 255 (B, 3, S, S) -> a BaseModelOutput with tokens (B, N, D), row by row, as its last and only state.
+        """Pixels from 0 to 255 (B, 3, S, S) -> a BaseModelOutput with tokens (B, N, D), row by row, and what each layer gave.
 
         In place of pixels, what the encoder gave for them earlier is taken, too: (B, its tokens, D).
         """
@@ -122,7 +141,13 @@ class EncoderVisionModel(PreTrainedModel):
         if self.encoder.grid[0] != side:
             grid = tokens.transpose(1, 2).unflatten(2, tuple(self.encoder.grid))
             tokens = F.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2)
-        return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
+        if not self.config.num_hidden_layers:
+            return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
+        states = [self.entry(tokens.to(self.positions.dtype)) + self.positions]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        states[-1] = self.norm(states[-1])
+        return BaseModelOutput(last_hidden_state=states[-1], hidden_states=tuple(states))
 
 
 class QFormerVisionConfig(PreTrainedConfig):

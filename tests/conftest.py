@@ -187,8 +187,9 @@ def finish(processes, status=0):
     return tuple("".join(texts) for texts in zip(*ends))
 
 
-def make_llava(folder, strategy):
-    """Write a tiny random LLaVA-1.5 with its processor; `strategy`: "full" keeps the class token."""
+def make_llava(folder, strategy, text=None):
+    """Write a tiny random LLaVA-1.5 with its processor; `strategy`: "full" keeps the class token; `text`: the language model's
+    configuration, default: a Llama's."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import (
@@ -215,7 +216,7 @@ def make_llava(folder, strategy):
     torch.manual_seed(1)
     vision = CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                               image_size=28, patch_size=7)
-    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=3,
+    text = text or LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=3,
                        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3, bos_token_id=1,
                        eos_token_id=2, pad_token_id=0)
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=3,

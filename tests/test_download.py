@@ -303,19 +303,28 @@ def test_small_llava_waits_for_the_terms_and_its_parts_and_is_put_together(weigh
 
     with pytest.raises(UserError, match="ai.google.dev/gemma/terms.*--accept_gemma_terms"):
         hw3_download.fetch_llava(False)
-    with pytest.raises(UserError, match="vit_small.safetensors is missing"):
+    with pytest.raises(UserError, match="llava_small.safetensors is missing"):
         hw3_download.fetch_llava(True)
     assert list(weights.iterdir()) == []
-    for name in "vit_small", "llava_small":
-        (weights / f"{name}.safetensors").touch()
-    put_together = []
-    monkeypatch.setattr(llava_training, "assemble", lambda *paths: put_together.append([Path(path).name for path in paths]))
+    (weights / "llava_small.safetensors").write_bytes(b"trained")
+    done = []
+    monkeypatch.setattr(hw3_download, "fetch_embedded", lambda: done.append("the encoders"))
+    monkeypatch.setattr(llava_training, "assemble", lambda *paths: done.append([Path(path).name for path in paths]))
+    made = ["the encoders", ["tf_efficientnet_lite2+tf_efficientnet_lite1", "gemma3_270m", "llava_small.safetensors", "llava_small"]]
     hw3_download.fetch_llava(True)
-    assert put_together == [["vit_small.safetensors", "gemma3_270m", "llava_small.safetensors", "llava_small"]]
+    assert done == made
     assert (weights / "gemma3_270m" / "config.json").exists()
     (weights / "llava_small").mkdir()
+    (weights / "llava_small" / "trained.safetensors").write_bytes(b"trained")
     hw3_download.fetch_llava(False)
     assert capsys.readouterr().out.splitlines()[-1] == "weights/llava_small is already there"
+    assert done == made
+
+    # What ships is another now.
+    (weights / "llava_small.safetensors").write_bytes(b"trained again")
+    hw3_download.fetch_llava(True)
+    assert done == 2 * made and not (weights / "llava_small").exists()
+    assert "weights/llava_small was made of an earlier llava_small.safetensors: it is made anew" in capsys.readouterr().out
 
 
 def test_no_package_index(tmp_path, monkeypatch):

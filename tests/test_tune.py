@@ -3,13 +3,16 @@
 import json
 import sys
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_concepts import FakeJudge, NamingEncoder, make_captioner
 
+import p2_average
 import p2_tune
 from captioner import Captioner, read_metadata
+from cli import UserError
 from generation import GenerationConfig
 from tokenizer import END_OF_TEXT
 
@@ -102,3 +105,67 @@ def test_the_ablation_swaps_concepts_and_takes_them_away_in_any_batches(tmp_path
     for whose, concepts in (("", own), (captioner_steps.OTHERS, swapped), (captioner_steps.NONE, none)):
         expected = model.generate(features, GenerationConfig(3), concepts=concepts)
         assert captioner_steps.caption(model, Features(features), whose, batch_size=3) == expected
+
+
+# ---- p2_average.py ---------------------------------------------------------------------------------------------------
+
+
+def call_average(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["p2_average.py", *map(str, arguments)])
+    p2_average.main()
+
+
+def test_the_mean_of_checkpoints_is_one(tmp_path, monkeypatch):
+    model, paths = make_model(tmp_path), [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
+    model.generation = GenerationConfig(3, 0.5)
+    model.save(paths[0], {"seed": 1})
+    model.generation, model.token_ids = GenerationConfig(1), torch.tensor([50, 64, 262, 300, END_OF_TEXT])
+    for parameter in model.trained_parameters().values():
+        parameter.data += torch.randn_like(parameter)
+    model.save(paths[1], {"seed": 2}, {"CIDEr": 0.9})
+    one, other = map(load_file, paths)
+
+    call_average(monkeypatch, tmp_path / "mean.safetensors", *paths, "--weights", "3", "1")
+    mean, metadata = load_file(tmp_path / "mean.safetensors"), read_metadata(tmp_path / "mean.safetensors")
+    for name in one.keys() - {"token_ids"}:
+        torch.testing.assert_close(mean[name].float(), 0.75 * one[name].float() + 0.25 * other[name].float(), rtol=1e-3, atol=1e-3)
+    assert mean["token_ids"].tolist() == [50, 64, 262, 290, 300, END_OF_TEXT]  # what either says
+    assert metadata["training"] == {"mean of": [{"weight": 0.75, "training": {"seed": 1}}, {"weight": 0.25, "training": {"seed": 2}}]}
+    assert metadata["generation"]["beam_size"] == 3 and metadata["scores"] == {}
+    loaded = Captioner.load(tmp_path / "mean.safetensors", tmp_path / "decoder.bin", NamingEncoder())
+    assert loaded.generation == GenerationConfig(3, 0.5)
+
+    # The same, twice: itself.
+    call_average(monkeypatch, tmp_path / "same.safetensors", paths[0], paths[0])
+    assert all(torch.equal(value, one[name]) for name, value in load_file(tmp_path / "same.safetensors").items())
+
+
+def test_what_cannot_be_averaged_is_refused(tmp_path, monkeypatch):
+    model, paths = make_model(tmp_path), [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
+    for path in paths:
+        model.save(path)
+    for arguments, complaint in ((paths[:1], "at least two"), ([*paths, "--weights", "1"], "a number of at least 0 for each"),
+                                 ([*paths, "--weights", "0", "0"], "one above"), ([*paths, "--weights", "2", "-1"], "at least 0")):
+        with pytest.raises(UserError, match=complaint):
+            call_average(monkeypatch, tmp_path / "mean.safetensors", *arguments)
+    with pytest.raises(UserError, match="would be written over"):
+        call_average(monkeypatch, paths[1], *paths)
+    metadata, tensors = read_metadata(paths[1]), load_file(paths[1])
+    save_file(tensors, paths[1], {"captioner": json.dumps(metadata | {"encoder_hash": "another"})})
+    with pytest.raises(UserError, match="are of different captioners: their encoder weights differ"):
+        call_average(monkeypatch, tmp_path / "mean.safetensors", *paths)
+    tensors["token_ids"] = tensors["token_ids"].flip(0)
+    save_file(tensors, paths[1], {"captioner": json.dumps(metadata)})
+    with pytest.raises(UserError, match="damaged"):
+        call_average(monkeypatch, tmp_path / "mean.safetensors", *paths)
+    assert not (tmp_path / "mean.safetensors").exists()
+
+
+def test_only_a_checkpoint_is_written_over(tmp_path, monkeypatch):
+    make_model(tmp_path).save(tmp_path / "one.safetensors")
+    (tmp_path / "two.safetensors").write_bytes((tmp_path / "one.safetensors").read_bytes())
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is no safetensors file"):
+        call_average(monkeypatch, tmp_path / "notes.txt", tmp_path / "one.safetensors", tmp_path / "two.safetensors")
+    call_average(monkeypatch, tmp_path / "mean.safetensors", tmp_path / "one.safetensors", tmp_path / "two.safetensors")
+    call_average(monkeypatch, tmp_path / "mean.safetensors", tmp_path / "one.safetensors", tmp_path / "two.safetensors")

@@ -1,0 +1,243 @@
+"""The language model of a small LLaVA on a CPU through OpenVINO: what PyTorch computes, in half of its time or less.
+
+The keys and values of a text stay within OpenVINO from step to step, and a text that has ended takes no more time. Whatever
+`transformers` generates with, it asks as it would ask PyTorch's.
+
+Shapes: B rows, T tokens of each that are read at once, S that were read before, C channels, V tokens of the vocabulary.
+"""
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from cli import UserError
+from files import first_line
+from runtime import CONVERTING, Network
+
+MOST_PARAMETERS = 1_000_000_000  # of a language model; OpenVINO holds its weights a second time while it takes them over
+FIXED_INPUTS = 5  # of Step, before the keys and values
+
+
+def folded_attention(module, query, key, value, mask, scaling=None, dropout=0.0, **options):
+    """Attention whose query heads that share a key stand in a row as further positions, so that no key is copied for them.
+
+    (B, heads, T, d), (B, key heads, S + T, d) twice, (B, 1, T, S + T) -> (B, T, heads, d), None, as `transformers` wants it.
+    """
+    batch, heads, length, dim = query.shape
+    shared = heads // key.shape[1]
+    found = nn.functional.scaled_dot_product_attention(query.reshape(batch, heads // shared, shared * length, dim), key, value,
+                                                       attn_mask=mask.repeat(1, 1, shared, 1), scale=scaling)
+    return found.reshape(batch, heads, length, dim).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("folded", folded_attention)
+
+
+class Past:
+    """Keys and values as tensors, in the form of a cache, for tracing: those of `rows`, to which each layer adds its own."""
+
+    def __init__(self, tensors, rows):
+        self.tensors, self.rows = list(tensors), rows
+
+    def get_seq_length(self, *layer):
+        return self.tensors[0].shape[2]
+
+    def update(self, key, value, layer, *options):
+        places = 2 * layer, 2 * layer + 1
+        for place, new in zip(places, (key, value)):
+            self.tensors[place] = torch.cat([self.tensors[place].index_select(0, self.rows), new], 2)
+        return [self.tensors[place] for place in places]
+
+
+class Step(nn.Module):
+    """One pass of a language model, as OpenVINO is to take it."""
+
+    def __init__(self, language):
+        super().__init__()
+        self.language, self.by_type = language, bool(getattr(language.config, "layer_types", None))
+
+    def forward(self, embeddings, positions, full, near, rows, *past):
+        """(B, T, C), (B, T), additive masks (B, 1, T, S + T) of the layers that see all and of those with a window, (B) and the keys and
+        values (rows before, key heads, S, d) -> (B, T, C), and keys and values (B, key heads, S + T, d)"""
+        past = Past(past, rows)
+        mask = {"full_attention": full, "sliding_attention": near} if self.by_type else torch.minimum(full, near)
+        hidden = self.language(inputs_embeds=embeddings, position_ids=positions, use_cache=True, past_key_values=past,
+                               attention_mask=mask).last_hidden_state
+        return hidden, *past.tensors
+
+
+class CompiledCache(Cache):
+    """What `transformers` knows of the keys and values that OpenVINO holds: how many there are, and which rows come next.
+
+    Args:
+        compiled: the CompiledLanguageModel's network.
+    """
+
+    is_compileable = False
+
+    def __init__(self, compiled):
+        super().__init__(layers=[])
+        self.request, self.length, self.rows, self.alive = compiled.create_infer_request(), 0, None, None
+
+    def get_seq_length(self, layer_idx=0):
+        return self.length
+
+    def reorder_cache(self, beam_idx):
+        """The next pass is about these rows of the last."""
+        self.rows = beam_idx
+
+
+class CompiledLanguageModel(nn.Module):
+    """The language model of a LLaVA (without its head) through OpenVINO, with its embedding in PyTorch. For inference alone.
+
+    Args:
+        language: the model of `transformers`, which is used up.
+        pad: id of the token that `generate` gives a text that has ended.
+    Raises UserError where OpenVINO cannot take it.
+    """
+
+    def __init__(self, language, pad):
+        import openvino
+        from openvino._offline_transformations import apply_make_stateful_transformation
+
+        super().__init__()
+        self.config, self.embed_tokens, self.pad = language.config, language.embed_tokens, pad
+        config, kinds = self.config, set(getattr(self.config, "layer_types", None) or ())
+        if strange := kinds - {"full_attention", "sliding_attention"}:
+            raise UserError(f"it has layers of {min(strange)}")
+        heads, dim = config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.window = getattr(config, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None
+        language.set_attn_implementation("folded")
+        count, rows, new, old = 2 * config.num_hidden_layers, 2, 3, 5  # example sizes; all but the first vary
+        examples = (torch.zeros(rows, new, config.hidden_size), torch.arange(old, old + new).expand(rows, new), torch.zeros(rows, 1, new, old + new),
+                    torch.zeros(rows, 1, new, old + new), torch.arange(rows), *[torch.zeros(rows, heads, old, dim)] * count)
+        shapes = ([-1, -1, config.hidden_size], [-1, -1], [-1, 1, -1, -1], [-1, 1, -1, -1], [-1], *[[-1, heads, -1, dim]] * count)
+        try:
+            model = Network.trace(Step(language), examples, shapes)
+            names = {}
+            for number in range(count):
+                before, after = model.inputs[FIXED_INPUTS + number], model.outputs[1 + number]
+                names[f"past {number}"] = f"present {number}"
+                before.get_tensor().set_names({f"past {number}"})
+                after.get_tensor().set_names({f"present {number}"})
+            apply_make_stateful_transformation(model, names)
+            self.compiled = openvino.Core().compile_model(model, "CPU", {
+                "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_NUM_THREADS": torch.get_num_threads()})
+        except (RuntimeError, IndexError, TypeError) as error:
+            raise UserError(first_line(error)) from None
+        self.tensor = openvino.Tensor
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def new_cache(self):
+        """What `generate` is to be given as past_key_values, one for each text or batch."""
+        return CompiledCache(self.compiled)
+
+    def forward(self, inputs_embeds, past_key_values=None, attention_mask=None, position_ids=None, **options):
+        """(B, T, C), of the tokens after those that are in the cache -> a BaseModelOutputWithPast, as the language model gives it.
+
+        The output of a text that has ended is zeros.
+        """
+        cache = self.new_cache() if past_key_values is None else past_key_values
+        (batch, new, _), old = inputs_embeds.shape, cache.length
+        if position_ids is None:
+            position_ids = torch.arange(old, old + new)
+        position_ids = position_ids.expand(batch, new)
+        rows = torch.arange(batch) if cache.rows is None else cache.rows
+        alive = torch.ones(batch, dtype=torch.bool)
+        if new == 1 and cache.rows is None:
+            alive = (inputs_embeds[:, 0] != self.embed_tokens(torch.tensor(self.pad))).any(-1)
+            if not alive.any():
+                alive[0] = True
+            # Rows of the state are those of the last pass.
+            rows = torch.arange(batch)[alive] if cache.alive is None else (cache.alive.cumsum(0) - 1)[alive]
+        cache.alive, cache.rows = (alive if new == 1 and cache.rows is None else None), None
+        ones = torch.ones(batch, old + new, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        full = self.mask(ones[alive], new)
+        near = full if self.window is None or old + new <= self.window else self.mask(ones[alive], new, self.window)
+        found = infer(cache.request, self.tensor, (inputs_embeds[alive], position_ids[alive].long(), full, near, rows.long()))
+        cache.length = old + new
+        if not alive.all():
+            hidden = torch.zeros_like(inputs_embeds)
+            hidden[alive] = found
+            found = hidden
+        else:
+            found = found.clone()
+        return BaseModelOutputWithPast(last_hidden_state=found, past_key_values=cache)
+
+    @staticmethod
+    def mask(ones, new, window=None):
+        """Which tokens (B, S + T) are no padding -> what is added to the scores of the last T: (B, 1, T, S + T)"""
+        total = ones.shape[1]
+        places = torch.arange(total)
+        distance = places[total - new:, None] - places
+        seen = distance >= 0
+        if window:
+            seen &= distance < window
+        return torch.zeros(len(ones), 1, new, total).masked_fill_(~(seen & ones[:, None, None]), torch.finfo(torch.float32).min)
+
+
+class CompiledHead(nn.Module):
+    """A linear layer without a bias on hidden states, through OpenVINO; rows of zeros, of texts that have ended, are left out.
+
+    Args:
+        weight: (V, C)
+        never: id of a token that is not to be said.
+    """
+
+    def __init__(self, weight, never):
+        import openvino
+        from openvino import opset13
+
+        super().__init__()
+        hidden = opset13.parameter([-1, weight.shape[1]], openvino.Type.f32)
+        bias = torch.zeros(1, len(weight))
+        bias[0, never] = torch.finfo(torch.float32).min
+        logits = opset13.add(opset13.matmul(hidden, opset13.constant(weight.float().numpy(), shared_memory=True), False, True),
+                             opset13.constant(bias.numpy()))
+        self.compiled = openvino.Core().compile_model(openvino.Model([logits], [hidden]), "CPU", {
+            "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()})
+        self.tensor, self.size = openvino.Tensor, len(weight)
+
+    def forward(self, hidden):
+        """(B, T, C) -> (B, T, V)"""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        alive = rows.any(-1)
+        found = infer(self.compiled.create_infer_request(), self.tensor, (rows[alive],))  # whose output nobody else writes to
+        if not alive.all():
+            logits = torch.empty(len(rows), self.size)
+            logits[alive], logits[~alive] = found, 0.0
+            found = logits
+        return found.unflatten(0, hidden.shape[:-1])
+
+
+def infer(request, tensor, inputs):
+    """Tensors on the CPU -> the first output, as a tensor, which the next call with this request may write to."""
+    with CONVERTING:
+        shared = [tensor(part.contiguous().numpy(), shared_memory=True) for part in inputs]
+        for number, part in enumerate(shared):
+            request.set_input_tensor(number, part)
+        request.start_async()
+    request.wait()
+    with CONVERTING:
+        return torch.from_numpy(request.get_output_tensor(0).data)
+
+
+def compile_language(model, pad):
+    """Let a LlavaForConditionalGeneration speak through OpenVINO. Raises UserError where it cannot, and leaves it as it was.
+
+    Args:
+        pad: id of the token that `generate` gives a text that has ended.
+    """
+    before = model.model.language_model.config._attn_implementation
+    try:
+        compiled = CompiledLanguageModel(model.model.language_model, pad)
+        head = CompiledHead(model.lm_head.weight.detach(), model.config.image_token_id)
+    except UserError:
+        model.model.language_model.set_attn_implementation(before)
+        raise
+    model.model.language_model, model.lm_head = compiled, head

@@ -1,0 +1,63 @@
+"""Average checkpoints of one captioner, trained from the same one: what each has learnt, in part.
+
+    python3 p2_average.py checkpoints/both.safetensors checkpoints/one.safetensors checkpoints/other.safetensors --weights 1 1
+
+Between a model and what further training made of it the weights often give more of both than either has (Wortsman et al. 2022,
+https://arxiv.org/abs/2203.05482). How captions are searched for is the first one's affair: p2_tune.py finds out what is best now.
+"""
+
+import json
+
+import torch
+from safetensors.torch import save
+
+from captioner import CaptionerConfig, read_metadata
+from cli import ArgumentParser, UserError, run
+from files import check_digest, check_output, digest, read_weights, write_whole
+
+
+def average(checkpoints, weights):
+    """The mean of checkpoints' tensors, weighed so, and the metadata of a checkpoint of it.
+
+    The tokens that may be said are those of any. Raises UserError where they are not of one model, or one is damaged.
+    """
+    total, described, tensors = sum(weights), [read_metadata(path) for path in checkpoints], []
+    for path, metadata in zip(checkpoints, described):
+        tensors.append(read_weights(path, "checkpoint"))
+        check_digest(path, "checkpoint", tensors[-1], metadata.get("digest"))
+        for part, value in parts_of(metadata).items():
+            if value != parts_of(described[0])[part]:
+                raise UserError(f"{path} and {checkpoints[0]} are of different captioners: their {part} differ")
+    first = described[0]
+    mean = {name: sum(weight / total * some[name].float() for weight, some in zip(weights, tensors)).half()
+            for name in tensors[0] if name != "token_ids"}
+    mean["token_ids"] = torch.cat([some["token_ids"] for some in tensors]).unique()
+    parts = [{"weight": weight / total, "training": metadata["training"]} for weight, metadata in zip(weights, described)]
+    return mean, first | {"digest": digest(mean), "training": {"mean of": parts}, "scores": {}}
+
+
+def parts_of(metadata):
+    """What must be the same in checkpoints that are averaged."""
+    options = CaptionerConfig(**{"encoder_levels": 1} | metadata["model"])  # of checkpoints that say nothing of levels
+    return {"options": options, "encoder weights": metadata["encoder_hash"], "decoder weights": metadata["decoder_hash"]}
+
+
+def main():
+    parser = ArgumentParser(description="Average checkpoints of one captioner.")
+    parser.add_argument("output", help="checkpoint to write")
+    parser.add_argument("checkpoints", nargs="+", help="two or more, as p2_train.py wrote them")
+    parser.add_argument("--weights", nargs="+", type=float, help="of each (default: alike)")
+    arguments = parser.parse_args()
+    weights = arguments.weights or [1.0] * len(arguments.checkpoints)
+    if len(arguments.checkpoints) < 2:
+        raise UserError("name at least two checkpoints to average")
+    if len(weights) != len(arguments.checkpoints) or min(weights) < 0 or not sum(weights):
+        raise UserError("--weights needs a number of at least 0 for each checkpoint, and one above")
+    check_output(arguments.output, "safetensors", arguments.checkpoints)
+    tensors, metadata = average(arguments.checkpoints, weights)
+    write_whole(arguments.output, save(tensors, {"captioner": json.dumps(metadata)}))
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    run(main)

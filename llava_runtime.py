@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from cli import UserError
 from files import first_line
-from runtime import CONVERTING, Network
+from runtime import CONVERTING, Network, kept_signal_stack
 
 MOST_PARAMETERS = 1_000_000_000  # of a language model; OpenVINO holds its weights a second time while it takes them over
 FIXED_INPUTS = 5  # of Step, before the keys and values
@@ -235,8 +235,9 @@ def compile_language(model, pad):
     """
     before = model.model.language_model.config._attn_implementation
     try:
-        compiled = CompiledLanguageModel(model.model.language_model, pad)
-        head = CompiledHead(model.lm_head.weight.detach(), model.config.image_token_id)
+        with kept_signal_stack():
+            compiled = CompiledLanguageModel(model.model.language_model, pad)
+            head = CompiledHead(model.lm_head.weight.detach(), model.config.image_token_id)
     except UserError:
         model.model.language_model.set_attn_implementation(before)
         raise

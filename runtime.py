@@ -4,6 +4,7 @@ A network is traced and compiled once and kept in weights/openvino, under a name
 there, or of another version, is made anew. PyTorch does the work where OpenVINO is not installed, or `--runtime torch` says so.
 """
 
+import ctypes
 import hashlib
 import json
 import logging
@@ -57,6 +58,33 @@ def pick_runtime(name, device):
         return "torch"
 
 
+class SignalStack(ctypes.Structure):
+    """stack_t of Linux's sigaltstack."""
+
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+def signal_stack(new=None):
+    """The memory in which this thread handles signals, of Linux's sigaltstack; `new` takes its place."""
+    old = SignalStack()
+    ctypes.CDLL(None).sigaltstack(ctypes.byref(new) if new else None, ctypes.byref(old))
+    return old
+
+
+@contextmanager
+def kept_signal_stack():
+    """For what sets OpenVINO up: it gives the thread a stack for signals, and later frees that while it is in use, so that the next SIGTERM
+    would end the program on the spot (seen with OpenVINO 2026.4 on Linux)."""
+    if sys.platform != "linux":
+        yield
+        return
+    before = signal_stack()
+    try:
+        yield
+    finally:
+        signal_stack(before)
+
+
 @contextmanager
 def quiet():
     """Without what libraries log below an error: tracing looks at every attribute, and some of `transformers` complain of being seen."""
@@ -89,7 +117,8 @@ class Network:
         self.core = openvino.Core()
         self.options = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         try:
-            self.compiled = self.read() or self.make(*build())
+            with kept_signal_stack():
+                self.compiled = self.read() or self.make(*build())
         except RuntimeError as error:
             raise UserError(f"OpenVINO cannot take this network ({first_line(error)}): say --runtime torch") from None
         self.tensor = openvino.Tensor

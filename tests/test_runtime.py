@@ -192,3 +192,24 @@ def test_nothing_is_reported_to_anybody():
     """OpenVINO's own converter tells its makers; what this uses does not."""
     source = open(runtime.__file__, encoding="utf-8").read()
     assert "openvino.convert_model" not in source and "ov.convert_model" not in source
+
+
+def test_a_signal_is_survived_after_openvino_is_gone(tmp_path):
+    """OpenVINO gives the thread a stack for signals and frees it: a SIGTERM after that killed what should have saved its state."""
+    script = """
+import gc, os, signal, sys, torch
+from runtime import Network
+caught = []
+signal.signal(signal.SIGTERM, lambda *arguments: caught.append(1))
+networks = [Network([number], lambda: (torch.nn.Linear(3, 2), (torch.zeros(2, 3),), [[-1, 3]], {}), sys.argv[1]) for number in range(2)]
+assert networks[1](torch.ones(4, 3)).shape == (4, 2)
+while networks:  # each puts back what was before it: the first nothing, the second the first's
+    networks.pop(0)
+    gc.collect()
+os.kill(os.getpid(), signal.SIGTERM)
+print(caught)
+"""
+    for _ in "made", "kept":
+        done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stdout) == (0, "[1]\n"), done.stderr
+    assert len([*tmp_path.glob("*.openvino")]) == 2

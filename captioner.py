@@ -409,7 +409,7 @@ class Captioner(TextGenerator, nn.Module):
                     "decoder_hash": self.decoder.weights_hash, "digest": digest(tensors),
                     "trained_parameters": self.num_trained(), "generation": asdict(self.generation), "training": training or {},
                     "scores": scores or {}}
-        write_whole(path, save(tensors, {"captioner": json.dumps(metadata)}))
+        write_checkpoint(path, tensors, metadata)
 
     def load_trained(self, state):
         """Take these values for all that is trained. Raises KeyError or RuntimeError where names or shapes differ."""
@@ -448,6 +448,11 @@ class Captioner(TextGenerator, nn.Module):
         model.metadata, model.generation = metadata, recorded_generation(metadata)
         model.decoder.merge_lora()
         return model.eval()
+
+
+def write_checkpoint(path, tensors, metadata):
+    """Write a checkpoint: what was trained, and what `read_metadata` gives of it; whole or not at all."""
+    write_whole(path, save(tensors, {"captioner": json.dumps(metadata)}))
 
 
 def check_hash(checkpoint, metadata, part, now, where):

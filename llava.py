@@ -98,13 +98,13 @@ class Llava:
         tokenizer.padding_side = "left"  # the answer follows the last token
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self.model.lm_head.register_forward_hook(partial(never, self.model.config.image_token_id))
         tower, self.compiled = self.model.model.vision_tower, False
         if pick_runtime(runtime, self.device) == "openvino":
             if isinstance(tower, vision_tower.EncoderVisionModel):
                 tower.compile_encoder()
             if many and attention == "sdpa":
                 self.compile_language()
+        self.model.lm_head.register_forward_hook(partial(never, self.model.config.image_token_id))
 
     def compile_language(self):
         """Let a small language model speak through OpenVINO; one that it cannot take stays with PyTorch, and a line says so."""

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from cli import UserError
 from files import first_line
-from runtime import CONVERTING, Network, kept_signal_stack
+from runtime import Network, infer, kept_signal_stack
 
 MOST_PARAMETERS = 1_000_000_000  # of a language model; OpenVINO holds its weights a second time while it takes them over
 FIXED_INPUTS = 5  # of Step, before the keys and values
@@ -99,7 +99,6 @@ class CompiledLanguageModel(nn.Module):
     """
 
     def __init__(self, language, pad):
-        import openvino
         from openvino._offline_transformations import apply_make_stateful_transformation
 
         super().__init__()
@@ -123,12 +122,9 @@ class CompiledLanguageModel(nn.Module):
                 before.get_tensor().set_names({f"past {number}"})
                 after.get_tensor().set_names({f"present {number}"})
             apply_make_stateful_transformation(model, names)
-            self.compiled = openvino.Core().compile_model(model, "CPU", {
-                "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_NUM_THREADS": torch.get_num_threads()})
+            self.compiled = compile_model(model, KV_CACHE_PRECISION="f32")
         except (RuntimeError, IndexError, TypeError) as error:
             raise UserError(first_line(error)) from None
-        self.tensor = openvino.Tensor
 
     def get_input_embeddings(self):
         return self.embed_tokens
@@ -147,19 +143,21 @@ class CompiledLanguageModel(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(old, old + new)
         position_ids = position_ids.expand(batch, new)
-        rows = torch.arange(batch) if cache.rows is None else cache.rows
         alive = torch.ones(batch, dtype=torch.bool)
-        if new == 1 and cache.rows is None:
+        if cache.rows is not None:
+            rows, cache.rows = cache.rows, None
+        elif new == 1 and old:
             alive = (inputs_embeds[:, 0] != self.embed_tokens(torch.tensor(self.pad))).any(-1)
             if not alive.any():
                 alive[0] = True
-            # Rows of the state are those of the last pass.
-            rows = torch.arange(batch)[alive] if cache.alive is None else (cache.alive.cumsum(0) - 1)[alive]
-        cache.alive, cache.rows = (alive if new == 1 and cache.rows is None else None), None
+            rows = (cache.alive.cumsum(0) - 1)[alive]  # OpenVINO holds those alone that were alive in the last pass
+        else:
+            rows = torch.arange(batch)
+        cache.alive = alive
         ones = torch.ones(batch, old + new, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         full = self.mask(ones[alive], new)
         near = full if self.window is None or old + new <= self.window else self.mask(ones[alive], new, self.window)
-        found = infer(cache.request, self.tensor, (inputs_embeds[alive], position_ids[alive].long(), full, near, rows.long()))
+        found = infer(cache.request, (inputs_embeds[alive], position_ids[alive].long(), full, near, rows.long()))
         cache.length = old + new
         if not alive.all():
             hidden = torch.zeros_like(inputs_embeds)
@@ -186,28 +184,22 @@ class CompiledHead(nn.Module):
 
     Args:
         weight: (V, C)
-        never: id of a token that is not to be said.
     """
 
-    def __init__(self, weight, never):
+    def __init__(self, weight):
         import openvino
         from openvino import opset13
 
         super().__init__()
         hidden = opset13.parameter([-1, weight.shape[1]], openvino.Type.f32)
-        bias = torch.zeros(1, len(weight))
-        bias[0, never] = torch.finfo(torch.float32).min
-        logits = opset13.add(opset13.matmul(hidden, opset13.constant(weight.float().numpy(), shared_memory=True), False, True),
-                             opset13.constant(bias.numpy()))
-        self.compiled = openvino.Core().compile_model(openvino.Model([logits], [hidden]), "CPU", {
-            "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()})
-        self.tensor, self.size = openvino.Tensor, len(weight)
+        logits = opset13.matmul(hidden, opset13.constant(weight.float().numpy(), shared_memory=True), False, True)
+        self.compiled, self.size = compile_model(openvino.Model([logits], [hidden])), len(weight)
 
     def forward(self, hidden):
         """(B, T, C) -> (B, T, V)"""
         rows = hidden.reshape(-1, hidden.shape[-1])
         alive = rows.any(-1)
-        found = infer(self.compiled.create_infer_request(), self.tensor, (rows[alive],))  # whose output nobody else writes to
+        found = infer(self.compiled.create_infer_request(), (rows[alive],))  # whose output nobody else writes to
         if not alive.all():
             logits = torch.empty(len(rows), self.size)
             logits[alive], logits[~alive] = found, 0.0
@@ -215,16 +207,12 @@ class CompiledHead(nn.Module):
         return found.unflatten(0, hidden.shape[:-1])
 
 
-def infer(request, tensor, inputs):
-    """Tensors on the CPU -> the first output, as a tensor, which the next call with this request may write to."""
-    with CONVERTING:
-        shared = [tensor(part.contiguous().numpy(), shared_memory=True) for part in inputs]
-        for number, part in enumerate(shared):
-            request.set_input_tensor(number, part)
-        request.start_async()
-    request.wait()
-    with CONVERTING:
-        return torch.from_numpy(request.get_output_tensor(0).data)
+def compile_model(model, **options):
+    """OpenVINO's model, compiled for a CPU in full precision."""
+    import openvino
+
+    return openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY",
+                                                        "INFERENCE_NUM_THREADS": torch.get_num_threads(), **options})
 
 
 def compile_language(model, pad):
@@ -237,7 +225,7 @@ def compile_language(model, pad):
     try:
         with kept_signal_stack():
             compiled = CompiledLanguageModel(model.model.language_model, pad)
-            head = CompiledHead(model.lm_head.weight.detach(), model.config.image_token_id)
+            head = CompiledHead(model.lm_head.weight.detach())
     except UserError:
         model.model.language_model.set_attn_implementation(before)
         raise

@@ -6,14 +6,11 @@ Between a model and what further training made of it the weights often give more
 https://arxiv.org/abs/2203.05482). How captions are searched for is the first one's affair: p2_tune.py finds out what is best now.
 """
 
-import json
-
 import torch
-from safetensors.torch import save
 
-from captioner import CaptionerConfig, read_metadata
+from captioner import CaptionerConfig, read_metadata, write_checkpoint
 from cli import ArgumentParser, UserError, run
-from files import check_digest, check_output, digest, read_weights, write_whole
+from files import check_digest, check_output, digest, read_weights
 
 
 def average(checkpoints, weights):
@@ -55,7 +52,7 @@ def main():
         raise UserError("--weights needs a number of at least 0 for each checkpoint, and one above")
     check_output(arguments.output, "safetensors", arguments.checkpoints)
     tensors, metadata = average(arguments.checkpoints, weights)
-    write_whole(arguments.output, save(tensors, {"captioner": json.dumps(metadata)}))
+    write_checkpoint(arguments.output, tensors, metadata)
     print(f"wrote {arguments.output}")
 
 

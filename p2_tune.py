@@ -8,21 +8,19 @@ score, and that neither the captioner nor our CLIP was trained on: for the pictu
 """
 
 import itertools
-import json
 from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 
-from captioner import EMBEDDED_DECODER, Captioner, read_metadata
+from captioner import EMBEDDED_DECODER, Captioner, read_metadata, write_checkpoint
 from cli import ArgumentParser, UserError, run
 from clip_small import Folds
 from dataset import read_captions
 from devices import pick_device
 from features import FeatureCache
-from files import check_writable, write_whole
+from files import check_writable
 from generation import GenerationConfig, best_of
 from metrics import cider, tokenize
 from runtime import pick_runtime
@@ -54,7 +52,7 @@ def write_generation(checkpoint, generation):
     metadata = read_metadata(checkpoint) | {"generation": asdict(generation)}
     with safe_open(checkpoint, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    write_whole(checkpoint, save(tensors, {"captioner": json.dumps(metadata)}))
+    write_checkpoint(checkpoint, tensors, metadata)
 
 
 def main():

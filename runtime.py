@@ -121,7 +121,6 @@ class Network:
                 self.compiled = self.read() or self.make(*build())
         except RuntimeError as error:
             raise UserError(f"OpenVINO cannot take this network ({first_line(error)}): say --runtime torch") from None
-        self.tensor = openvino.Tensor
         self.own = threading.local()  # of each thread, its request
 
     def read(self):
@@ -173,14 +172,21 @@ class Network:
         with CONVERTING:
             if not hasattr(self.own, "request"):
                 self.own.request = self.compiled.create_infer_request()
-            request = self.own.request
-            shared = [self.tensor(part.contiguous().numpy(), shared_memory=True) for part in inputs]
-            for number, part in enumerate(shared):
-                request.set_input_tensor(number, part)
-            request.start_async()
-        request.wait()
-        with CONVERTING:
-            return torch.from_numpy(request.get_output_tensor(0).data.copy())
+        return infer(self.own.request, inputs).clone()
+
+
+def infer(request, inputs):
+    """Tensors on the CPU -> a network's first output, as a tensor, which the next call with this request may write to."""
+    import openvino
+
+    with CONVERTING:
+        shared = [openvino.Tensor(part.contiguous().numpy(), shared_memory=True) for part in inputs]
+        for number, part in enumerate(shared):
+            request.set_input_tensor(number, part)
+        request.start_async()
+    request.wait()
+    with CONVERTING:
+        return torch.from_numpy(request.get_output_tensor(0).data)
 
 
 class Classifier(nn.Module):

@@ -70,7 +70,7 @@ def test_answers_are_the_same(both, pictures, options):
 def test_a_text_that_ended_takes_no_more_time(both, pictures, monkeypatch):
     """A row that is given padding is left out from then on; the others go on as before."""
     rows, infer = [], llava_runtime.infer
-    monkeypatch.setattr(llava_runtime, "infer", lambda request, tensor, inputs: rows.append(len(inputs[0])) or infer(request, tensor, inputs))
+    monkeypatch.setattr(llava_runtime, "infer", lambda request, inputs: rows.append(len(inputs[0])) or infer(request, inputs))
     inputs = both[0].inputs(pictures, ASKED)
     caches = [DynamicCache(config=both[0].model.config.text_config), both[1].model.model.language_model.new_cache()]
     mask = inputs["attention_mask"]

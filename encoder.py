@@ -30,23 +30,25 @@ CPU_PIXELS = 8 * 224**2
 # Models of this repository's own: the timm architecture that their weights fill, at 224 pixels.
 OWN = {"vit_small": "vit_small_patch14_dinov2",  # p4_pretrain_vit.py
        "vit_small_focus": "vit_small_patch14_dinov2"}  # what that starts from
+TUNED = "_captions"  # what p4_finetune_encoder.py adds to the name of an encoder that it tuned to pictures with captions
 FETCHED = "vit_large_patch14_clip_quickgelu_224.openai"  # by `hw3_download.sh full`
 CLASSIFIER = "class_weight", "class_bias"  # buffers, of an encoder whose file brings its classifier
 HEADS = "image_projection", "text_projection"  # in their files as well: they lead to the space that images share with texts
 
 
-def load_encoder(name, image_size=None, levels=0, weights=None, runtime="torch"):
+def load_encoder(name, image_size=None, levels=0, weights=None, runtime="torch", frozen=True):
     """The encoder of that name: an ImageEncoder, or for names joined by `+` a JoinedEncoder. Raises UserError.
 
     What a captioner reads, so that `levels` are 0 unless it says otherwise; `weights` are None or "random".
 
     Args:
         runtime: of pick_runtime: "openvino" gives a CompiledEncoder, which is for the CPU.
+        frozen: as of ImageEncoder.
     """
     names = [part.strip() for part in name.split("+")]
 
     def build():
-        encoders = [ImageEncoder(part, image_size, weights, levels) for part in names]
+        encoders = [ImageEncoder(part, image_size, weights, levels, frozen) for part in names]
         return encoders[0] if len(encoders) == 1 else JoinedEncoder(encoders)
 
     if runtime == "torch":
@@ -58,6 +60,11 @@ def load_encoder(name, image_size=None, levels=0, weights=None, runtime="torch")
         return CompiledEncoder([names, image_size, levels, [digest_of(file, "sha256") for file in files]], build, kept_networks())
     encoder = build()  # its weights are the model hub's, or random
     return CompiledEncoder([names, encoder.image_size, encoder.levels, encoder.weights_hash], lambda: encoder, kept_networks())
+
+
+def architecture_of(name):
+    """timm's name of an encoder's architecture, which the models of this repository have beside a name of their own."""
+    return OWN.get(name, name.removesuffix(TUNED))
 
 
 def kept_networks():
@@ -85,6 +92,7 @@ class ImageEncoder(nn.Module):
             before it; 0: three, or as many as there are. Earlier maps know more of colour and texture; they are averaged
             over the last one's cells, if they are finer, and normalised there, since their scales differ (hypercolumns:
             Hariharan et al. 2015, arXiv:1411.5752). A ViT has one level.
+        frozen: False: its weights can be trained; batch norms keep their statistics, and are not folded into convolutions.
 
     Attributes: `name`, `image_size`, `levels`, `dim` (D), `grid` (rows, columns of patches), `num_prefix_tokens`
     (class and register tokens, which stand before the patches).
@@ -92,13 +100,13 @@ class ImageEncoder(nn.Module):
 
     runtime = "torch"
 
-    def __init__(self, name, image_size=None, weights=None, levels=1):
+    def __init__(self, name, image_size=None, weights=None, levels=1, frozen=True):
         import timm
 
         super().__init__()
         if levels < 0:
             raise UserError(f"encoder_levels is {levels}, but must be at least 0")
-        architecture = OWN.get(name, name)
+        architecture = architecture_of(name)
         try:
             config = timm.get_pretrained_cfg(architecture, allow_unregistered=False) if timm.is_model(architecture) else None
         except (RuntimeError, KeyError):
@@ -116,7 +124,7 @@ class ImageEncoder(nn.Module):
         for part in CLASSIFIER:  # (classes, num_features), (classes,)
             self.register_buffer(part, None, persistent=False)
         self.model = self._load(name, config, size, weights)
-        self.model.eval().requires_grad_(False)
+        self.model.eval().requires_grad_(not frozen)
         self.is_vit = hasattr(self.model, "num_prefix_tokens")
         self.dim, self.stages = self.model.num_features, []
         if self.is_vit:
@@ -135,7 +143,7 @@ class ImageEncoder(nn.Module):
                 channels = self.find_stages()
                 self.stages = list(channels)[:(levels or 3) - 1]
                 self.dim += sum(channels[stage] for stage in self.stages)
-            if not features.is_meta:
+            if frozen and not features.is_meta:
                 _ = self.weights_hash  # of the weights as they came
                 self.model = without_batch_norm(self.model, self.image_size)
         self.levels = 1 + len(self.stages)
@@ -161,6 +169,8 @@ class ImageEncoder(nn.Module):
         if weights is None and name in OWN:
             raise UserError(f"{WEIGHTS_FOLDER / name}.safetensors is not here: run `bash hw3_download.sh vit`, and for "
                             "vit_small p4_pretrain_vit.py")
+        if weights is None and name.endswith(TUNED):
+            raise UserError(f"{WEIGHTS_FOLDER / name}.safetensors is not here: p4_finetune_encoder.py makes such files")
         if weights is None:
             try:
                 return timm.create_model(name, pretrained=True, num_classes=0, **size)
@@ -169,7 +179,7 @@ class ImageEncoder(nn.Module):
                        f"put timm's file of them there as {name}.safetensors")
                 raise UserError(f"the weights of {name} are neither in {WEIGHTS_FOLDER} nor to be had from the "
                                 f"model hub ({first_line(error)}); {way}") from None
-        model = timm.create_model(OWN.get(name, name), num_classes=0, **size)
+        model = timm.create_model(architecture_of(name), num_classes=0, **size)
         if weights == "random":
             return model
         state = read_weights(weights, "encoder weights")

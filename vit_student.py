@@ -48,13 +48,13 @@ def read_pixels(sources, size, views=1, side=None):
     return pixels
 
 
-def crop(images, size, generator):
-    """Crops of 35 to 100% of the area, mirrored half the time: (B, 3, S, S) -> float (B, 3, size, size), 0 to 255.
+def crop(images, size, generator, smallest=0.35):
+    """Crops of at least this part of the area, mirrored half the time: (B, 3, S, S) -> float (B, 3, size, size), 0 to 255.
 
     What is random comes from the generator, a CPU's, so that it is the same on any device.
     """
     random = torch.rand(5, len(images), generator=generator)
-    area, aspect = 0.35 + 0.65 * random[0], torch.exp((random[1] - 0.5) * math.log(16 / 9))  # 3:4 to 4:3
+    area, aspect = smallest + (1 - smallest) * random[0], torch.exp((random[1] - 0.5) * math.log(16 / 9))  # 3:4 to 4:3
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
     theta = torch.zeros(len(images), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = torch.where(random[2] < 0.5, -width, width), height

@@ -3,8 +3,8 @@
     python3 report/samples.py [--without_llava]
 
 Writes report/results/samples.json and the figures attention.jpg (the captioner, five pictures, every word), attention_p1.jpg (LLaVA, the
-same), pairs_p2.jpg and pairs_p1.jpg (of each the best and the worst pair by the image-text score of our own CLIP), layers.jpg (the captioner, one picture, every layer) and samples.jpg
-(the nine side by side). The classes are those of COCO's 80 kinds.
+same), pairs_p2.jpg and pairs_p1.jpg (of each the best and the worst pair by the image-text score of our own CLIP), layers.jpg (the
+captioner, one picture, every layer) and samples.jpg (the nine side by side). The classes are those of COCO's 80 kinds.
 """
 
 import io

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from cli import UserError, check_settings, option, printable
 from clip_small import SMALL_WEIGHTS, ClipConfig, ClipSmall
 from concepts import ClassifierWords, ClassWords, ClipWords, Concepts, RetrievedWords
-from dataset import IGNORE, collate
+from dataset import IGNORE
 from decoder import Block, Decoder, DecoderConfig, LayerContext, init_weights
 from encoder import EMBEDDED, load_encoder
 from files import WEIGHTS_FOLDER, check_digest, digest, first_line, read_weights, uninitialised, write_whole
@@ -310,38 +310,6 @@ class Captioner(TextGenerator, nn.Module):
         if weights is not None:
             losses = losses * weights[:, None].expand_as(targets)[used]
         return losses.sum() if reduction == "sum" else losses.mean()
-
-    def draw(self, features, reward, samples, temperature=1.0, seed=0, numbers=None, max_length=24, concepts=None):
-        """What self-critical sequence training (Rennie et al. 2017, arXiv:1612.00563) learns from: captions that the model
-        draws itself, and how much better each is than the others.
-
-        `loss` of them, with the advantages as weights, is REINFORCE. The baseline of a caption's reward is the mean
-        over the image's other samples (Luo 2020, arXiv:2003.09971), which needs no greedy caption beside them.
-
-        Args:
-            features, concepts: as of `image_tokens`.
-            reward: function from B * samples captions, an image's adjacent, and whether each came to its end before
-                max_length, to as many numbers.
-            samples: captions drawn for each image, at least 2.
-            temperature: of the policy that draws and is improved. At 1, label smoothing makes its captions poor.
-            seed, numbers: of the drawing, and of each caption; default: 0, 1, ….
-        Returns tokens and targets (B * samples, T), advantages and rewards (B * samples).
-        """
-        generation = GenerationConfig(sample=True, temperature=temperature, max_length=max_length, seed=seed)
-        training = self.training
-        self.eval()  # captions are drawn without dropout, and judged with it
-        with torch.inference_mode():
-            rows = self.sample(self.image_tokens(features, concepts), generation,
-                               range(samples * len(features)) if numbers is None else numbers)
-        self.train(training)
-        torch.clear_autocast_cache()  # of casts that were made without gradients
-        ended = [len(row) < max_length for row in rows]
-        rewards = torch.as_tensor(reward([self.text(row) for row in rows], ended)).to("cpu", torch.float32).view(-1, samples)
-        others = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
-        tokens, targets = collate(rows)
-        targets[[not row for row in rows], 0] = END_OF_TEXT  # drawn at once; to collate, an empty row is no caption
-        targets[:, max_length:] = IGNORE  # a caption that was cut there did not draw its end
-        return *(x.to(features.device) for x in (tokens, targets, (rewards - others).flatten())), rewards.flatten()
 
     # ---- generation ----
 

@@ -62,6 +62,14 @@ class Processes:
             self.number, self.count, self.device = self.state.process_index, self.state.num_processes, self.state.device.type
         self.main = self.number == 0
 
+    def pieces(self, rows, accumulation=1):
+        """This process's part of a batch's rows, cut into at most so many pieces.
+
+        Every process gets as many, since they compute in step: pieces are empty where no row is left.
+        """
+        mine, size = rows[self.number::self.count], -(-len(rows) // (self.count * accumulation))
+        return [mine[start:start + size] for start in range(0, -(-len(rows) // self.count), size)]
+
     def wait(self):
         """Until all have come here."""
         if self.count > 1:

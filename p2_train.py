@@ -17,26 +17,23 @@ of processes: exactly, if the number is the same.
 
 import math
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from captioner import MAX_TRAINED, Captioner, CaptionerConfig, caption_features, count_trained
-from chair import kinds_named
 from checkpoints import start_from
-from cider import CiderScorer
 from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options, with_config
 from clip_small import Folds
-from concepts import Concepts, embed_texts
-from dataset import IGNORE, SEEN, CaptionData, Mixture, TextData, bucketed_batches, clean_captions, count_targets, data_digest, token_ids
+from concepts import embed_texts
+from dataset import IGNORE, SEEN, CaptionData, Mixture, TextData, bucketed_batches, clean_captions, data_digest, token_ids
 from devices import Processes, autocast, memory_in_use, pick_precision, shard, unsharded
 from features import FeatureCache, LiveFeatures, SomeFeatures
 from generation import GenerationConfig
 from images import ahead
 from metrics import cider, tokenize
+from objectives import CrossEntropy, Reward, SelfCritical, TextCrossEntropy
 from runtime import RUNTIME_HELP, pick_runtime
 from tokenizer import BPETokenizer
 from training import MovingAverage, Run, TrainingLog, adamw, comparable, cosine, prepare_output
@@ -142,8 +139,6 @@ class CaptionerTrainer:
         self.text = self.read_text(encoder, max_tokens) if settings.text else None
         texts = [self.text.rows] if self.text else []
         self.model = Captioner(config, encoder, decoder, token_ids(self.data.rows + texts)).to(self.device)
-        self.targets, self.text_targets = (count_targets(rows, self.model.token_ids) for rows in (
-            self.data.rows, [[row] for rows in texts for row in rows]))
         if settings.init:
             for line in start_from(self.model, settings.init, settings.decoder):
                 if self.processes.main:
@@ -162,6 +157,7 @@ class CaptionerTrainer:
         if settings.fsdp:
             shard(self.model.decoder.h, self.trained.values())
         self.restore()
+        self.set_objectives()
         # Last, since it can take long: whatever is wrong above shows first.
         features = [self.encode(encoder, folder.paths()) for folder in self.mixture.folders]
         self.data.features, self.selection_features = (SomeFeatures(features, places) for places in self.mixture.places())
@@ -183,26 +179,28 @@ class CaptionerTrainer:
             raise UserError("--text needs --concepts: without a picture, they are what a caption is written from")
         return TextData(self.settings.text, BPETokenizer(), max_tokens, self.config.concept_words(encoder), self.selection)
 
+    def set_objectives(self):
+        """What is learnt from a batch of images, and from one of texts."""
+        settings, shared = self.settings, (self.model, self.processes, self.dtype, self.backward)
+        smoothing = settings.label_smoothing
+        self.cross_entropy = CrossEntropy(*shared, rows=self.data.rows, label_smoothing=smoothing)
+        self.text_cross_entropy = self.text and TextCrossEntropy(*shared, text=self.text, label_smoothing=smoothing,
+                                                                 weight=settings.text_weight)
+        self.reward = Reward(self.images, self.model, settings.scst_samples, settings.scst_clip, settings.scst_chair)
+        self.self_critical = SelfCritical(*shared, reward=self.reward, samples=settings.scst_samples, generating=self.generating)
+
     @torch.no_grad()
     def look_around(self):
-        """See some training images: the concepts in them are a pattern for those of texts, meanings are seen from their middle, and
-        how a picture's meaning follows from its caption's is measured."""
-        random = np.random.default_rng(self.settings.seed)
-        some = np.sort(random.permutation(len(self.images))[:SEEN])
-        residuals = None
+        """Look at some training images: meanings are seen from the middle of theirs, and what texts stand for is like what they show."""
+        some = np.sort(np.random.default_rng(self.settings.seed).permutation(len(self.images))[:SEEN])
+        embeddings = ()
         if self.config.meaning:
             captions = [clean_captions(self.images[i])[0] for i in some]
-            of_images, of_texts = self.data.embeddings[some, 0].to(self.device), embed_texts(self.model.judge, captions).to(self.device)
+            embeddings = self.data.embeddings[some, 0].to(self.device), embed_texts(self.model.judge, captions).to(self.device)
             if not self.model.centres.any():  # else they are those of --init
-                self.model.centre(of_images, of_texts)
-            meanings, explaining = self.model.meaning(of_images, 0), self.model.meaning(of_texts, 1)
-            self.slope = (meanings * explaining).sum(-1).mean()
-            residuals = (meanings - self.slope * explaining).cpu()
+                self.model.centre(*embeddings)
         if self.text:
-            seen = [self.model.source.recognise(self.data.features[part, np.zeros_like(part)].float().to(self.device), self.config.concepts)
-                    for part in np.array_split(some, -(-len(some) // 100))]
-            numbers, probabilities, _ = zip(*seen)
-            self.text.look(self.model.source, Concepts(torch.cat(numbers).cpu(), torch.cat(probabilities).cpu(), residuals))
+            self.text_cross_entropy.look(self.data.features, some, *embeddings)
 
     def encode(self, encoder, paths):
         """The features of these images: cached, by one process for all, or worked out in every step."""
@@ -301,111 +299,17 @@ class CaptionerTrainer:
             progress["sum"] += value
 
     def local_batch(self, indices, views):
-        """This process's part of a batch, cut for accumulation: [(indices, features, embeddings, tokens, targets), …].
-
-        Every process gets as many pieces, since they compute in step. One for which no image is left repeats the first,
-        with nothing to learn.
-        """
-        count, accumulation = self.processes.count, self.settings.accumulation
-        mine = indices[self.processes.number::count]
-        size = -(-len(indices) // (count * accumulation))
+        """This process's part of a batch, cut for accumulation: [(indices, features, embeddings, tokens, targets), …]. Where no image is
+        left for a piece, it has no indices, and the first image with nothing to learn."""
         pieces = []
-        for start in range(0, -(-len(indices) // count), size):
-            piece = mine[start:start + size]
+        for piece in self.processes.pieces(indices, self.settings.accumulation):
             *seen, tokens, targets = self.data.batch(piece or indices[:1], views[piece or indices[:1]])
             pieces.append((piece, *seen, tokens, targets if piece else torch.full_like(targets, IGNORE)))
         return pieces
 
     def local_texts(self, numbers, epoch, step):
-        """This process's part of a batch of texts, and how many target tokens the whole of it has."""
-        random = np.random.default_rng([self.settings.seed, epoch, step])
-        tokens, targets, concepts = self.text.batch(numbers, random)
-        total = sum(self.text_targets[i] for i in numbers)
-        mine = slice(self.processes.number, None, self.processes.count)
-        return tokens[mine], targets[mine], concepts.each(lambda part: part[mine]), [self.text.captions[i] for i in numbers[mine]], total
-
-    def text_cross_entropy(self, tokens, targets, concepts, captions, total):
-        """Leave the gradients of the cross-entropy of captions without pictures, averaged over all their target tokens."""
-        if len(tokens):
-            with autocast(self.device, self.dtype):
-                concepts = concepts.each(lambda part: part.to(self.device))
-                concepts = concepts._replace(meaning=self.meanings(captions, concepts.meaning))
-                loss = self.model.loss(None, tokens.to(self.device), targets.to(self.device), self.settings.label_smoothing,
-                                       reduction="sum", concepts=concepts)
-            self.backward(loss * self.settings.text_weight / total)
-
-    @torch.no_grad()
-    def meanings(self, captions, residuals):
-        """What may stand for the meanings of pictures of these captions: what the captions explain of them, and what they do not of
-        other pictures' (B, width). None for a model without."""
-        if not self.config.meaning:
-            return None
-        return F.normalize(self.slope * self.model.meaning(self.model.judge.embed_texts(captions), 1) + residuals, dim=-1)
-
-    def on_device(self, embeddings):
-        return None if embeddings is None else embeddings.to(self.device)
-
-    def cross_entropy(self, indices, pieces, seed):
-        """Leave the gradients of a batch's cross-entropy, averaged over all its target tokens. Returns that average."""
-        total = sum(self.targets[i] for i in indices)
-        value = 0.0
-        for _, features, embeddings, tokens, targets in pieces:
-            with autocast(self.device, self.dtype):
-                features = features.to(self.device).float()
-                concepts = self.model.concepts(features, self.on_device(embeddings))
-                loss = self.model.loss(features, tokens.to(self.device), targets.to(self.device), self.settings.label_smoothing,
-                                       reduction="sum", concepts=concepts) / total
-            value += self.backward(loss)
-        return self.processes.add(value)
-
-    def self_critical(self, indices, pieces, seed):
-        """Leave the gradients of REINFORCE on captions drawn for a batch. Returns their mean reward."""
-        settings, drawn = self.settings, []
-        self.model.eval()  # before LoRA is merged, which a change to training would undo
-        with autocast(self.device, self.dtype), self.generating():
-            for piece, features, embeddings, *_ in pieces:
-                # What is drawn for an image follows from its place in the batch, whichever process draws.
-                numbers = [settings.scst_samples * indices.index(i) + k for i in piece or indices[:1]
-                           for k in range(settings.scst_samples)]
-                features, embeddings = features.to(self.device).float(), self.on_device(embeddings)
-                reward = partial(self.reward, np.repeat(piece or indices[:1], settings.scst_samples), embeddings)
-                concepts = self.model.concepts(features, embeddings)
-                drawn.append((features, concepts, *self.model.draw(
-                    features, reward, settings.scst_samples, settings.scst_temperature, seed, numbers, concepts=concepts)))
-        self.model.train()
-        drawn = [(features, concepts, tokens, targets, advantages * bool(piece[0]), rewards * bool(piece[0]))
-                 for piece, (features, concepts, tokens, targets, advantages, rewards) in zip(pieces, drawn)]
-        count = sum((targets != IGNORE).sum().item() * bool(piece[0]) for piece, (*_, targets, _, _) in zip(pieces, drawn))
-        total, reward = self.processes.add(count, sum(rewards.sum().item() for *_, rewards in drawn))
-        for features, concepts, tokens, targets, advantages, _ in drawn:
-            with autocast(self.device, self.dtype):
-                loss = self.model.loss(features, tokens, targets, weights=advantages, temperature=settings.scst_temperature,
-                                       reduction="sum", concepts=concepts) / total
-            self.backward(loss)
-        return reward / (len(indices) * settings.scst_samples)
-
-    def reward(self, images, embeddings, captions, ended):
-        """CIDEr of captions of the images with these numbers, how near in our CLIP's space they are to the images' embeddings (Cho
-        et al. 2022, arXiv:2205.13115), and what they make up: (n,)"""
-        rewards = torch.from_numpy(self.scorer.score(images, captions, ended))
-        if self.settings.scst_clip:
-            judge = self.model.judge
-            seen = F.normalize(embeddings, dim=-1).repeat_interleave(self.settings.scst_samples, 0)
-            rewards += self.settings.scst_clip * (seen * F.normalize(judge.embed_texts(captions), dim=-1)).sum(-1).cpu()
-        if self.settings.scst_chair:
-            made_up = [len({*kinds_named(caption)} - self.kinds[image]) for image, caption in zip(images, captions)]
-            rewards -= self.settings.scst_chair * torch.tensor(made_up)
-        return rewards
-
-    @cached_property
-    def kinds(self):
-        """The kinds of things that each image's references name: a list of sets."""
-        return [{kind for caption in image.captions for kind in kinds_named(caption)} for image in self.images]
-
-    @cached_property
-    def scorer(self):
-        """CIDEr as a reward, prepared when it is first asked for."""
-        return CiderScorer([image.captions for image in self.images], end="<end>")
+        """This process's part of a batch of texts."""
+        return self.text_cross_entropy.local_batch(numbers, np.random.default_rng([self.settings.seed, epoch, step]))
 
     def backward(self, loss):
         self.progress["memory"] = max(self.progress["memory"], memory_in_use(self.device))

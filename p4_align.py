@@ -297,25 +297,18 @@ class AlignmentTrainer:
         return found
 
     def pieces(self, step):
-        """This process's part of a step's batch, cut for accumulation.
-
-        Every process gets as many pieces, since they compute in step; one for which no row is left repeats the first,
-        with nothing to learn.
-        """
-        rows, count = self.batches[step], self.processes.count
+        """This process's part of a step's batch, cut for accumulation. Where no row is left for a piece, it has the first, with nothing to
+        learn."""
+        rows, found = self.batches[step], []
         views = np.random.default_rng((self.settings.seed, step)).integers(self.settings.views, size=len(rows))
-        mine, views = rows[self.processes.number::count], views[self.processes.number::count]
-        size = -(-len(rows) // (count * self.settings.accumulation))
-        found = []
-        for start in range(0, -(-len(rows) // count), size):
-            piece = mine[start:start + size]
-            view = views[start:start + size] if piece else 0
+        for piece in self.processes.pieces([*zip(rows, views)], self.settings.accumulation):
+            own, view = zip(*piece or [(rows[0], 0)])
             if step < self.word_steps:
-                numbers = [row[0].image for row in piece or rows[:1]]
+                numbers = [row[0].image for row in own]
                 shares = self.words.shares(numbers)
                 found.append({"pixel_values": self.see(numbers, view), "shares": shares if piece else torch.zeros_like(shares)})
                 continue
-            inputs = self.collate(piece or rows[:1], view)
+            inputs = self.collate(own, view)
             if not piece:
                 inputs["labels"], inputs["weights"] = torch.full_like(inputs["labels"], IGNORE), torch.zeros_like(inputs["weights"])
             found.append(inputs)

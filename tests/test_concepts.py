@@ -460,9 +460,9 @@ def test_our_clip_rewards_captions_beside_cider(place, judged):
     features = torch.tensor([[3.0, 0.0]])
     captions, numbers = ["a red picture", "a zebra", "a red zebra", "", "red"], np.zeros(5, int)
     rewards = trainer.reward(numbers, features, captions, [True] * 5)
-    cider = trainer.scorer.score(numbers, captions, [True] * 5)
+    cider = trainer.reward.scorer.score(numbers, captions, [True] * 5)
     assert (rewards.numpy() - cider).tolist() == pytest.approx([-2, 2, 2, -2, -2]) and cider[0] > cider[1]
-    trainer.settings.scst_clip = 0.0
+    trainer.reward.clip = 0.0
     assert trainer.reward(numbers, features, captions, [True] * 5).tolist() == pytest.approx(cider.tolist())
 
 
@@ -471,7 +471,7 @@ def test_what_is_made_up_costs_its_price(place):
     trainer.images[0] = replace(trainer.images[0], captions=["A dog on a couch."])
     captions = ["a dog", "a dog and a cat", "two cats, a horse and a cat", "a puppy on a sofa", ""]
     numbers = np.zeros(5, int)
-    cider = trainer.scorer.score(numbers, captions, [True] * 5)
+    cider = trainer.reward.scorer.score(numbers, captions, [True] * 5)
     assert (trainer.reward(numbers, None, captions, [True] * 5).numpy() - cider).tolist() == pytest.approx([0, -0.5, -1, 0, 0])
 
 
@@ -508,9 +508,9 @@ def test_the_meaning_of_a_caption_without_a_picture_is_as_far_from_it_as_a_pictu
     config = settings(folds="folds.safetensors", output="o.safetensors")
     trainer = p2_train.CaptionerTrainer(replace(CONFIG, meaning=1), config, "cpu")
     assert trainer.text.seen.meaning.shape == (20, 2)
-    trainer.slope, trainer.model.centres[:] = 0.5, 0
+    trainer.text_cross_entropy.slope, trainer.model.centres[:] = 0.5, 0
     residuals = torch.tensor([[0.0, 0.5], [0.5, 0.0]])
-    torch.testing.assert_close(trainer.meanings(["red", "two zebras"], residuals), torch.tensor([[0.5, 0.5], [0.5, 0.5]]) * 2**0.5)
+    torch.testing.assert_close(trainer.text_cross_entropy.meanings(["red", "two zebras"], residuals), torch.tensor([[0.5, 0.5], [0.5, 0.5]]) * 2**0.5)
     *_, concepts, captions, _ = trainer.local_texts([0, 2], 0, 0)
     assert concepts.meaning.shape == (2, 2) and all(any(torch.equal(row, other) for other in trainer.text.seen.meaning) for row in concepts.meaning)
 

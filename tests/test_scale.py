@@ -147,9 +147,9 @@ def test_a_loss_is_averaged_over_the_tokens_of_the_whole_batch(workplace):
     pieces = [([i], *trainer.data.batch([i], np.zeros(1, int))) for i in (0, 1, 2)]
     assert trainer.cross_entropy([0, 1, 2], pieces, 0) == pytest.approx(expected.item(), rel=1e-5)
     # Targets that are not scored count for nothing.
-    assert trainer.targets == [sum(len(row) + 1 for row in rows) for rows in trainer.data.rows]
+    assert trainer.cross_entropy.targets == [sum(len(row) + 1 for row in rows) for rows in trainer.data.rows]
     known = torch.tensor([token for token in trainer.model.token_ids.tolist() if token != trainer.data.rows[0][0][1]])
-    assert dataset.count_targets(trainer.data.rows, known)[0] == trainer.targets[0] - sum(
+    assert dataset.count_targets(trainer.data.rows, known)[0] == trainer.cross_entropy.targets[0] - sum(
         row.count(trainer.data.rows[0][0][1]) for row in trainer.data.rows[0])
 
 

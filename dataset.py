@@ -14,7 +14,6 @@ from files import fingerprints, is_file, read_json, read_lines, write_json
 from tokenizer import END_OF_TEXT
 
 IGNORE = -100  # the target that cross_entropy leaves out
-SEEN = 1000  # pictures whose concepts are a pattern for those of captions without pictures
 
 
 # ---- captions --------------------------------------------------------------------------------------------------
@@ -132,6 +131,10 @@ class Mixture:
                 drawn += [numbers[i] for i in torch.randperm(len(numbers), generator=generator)[:rest].tolist()]
         return drawn
 
+    def left_out(self):
+        """Lines that say what is left out."""
+        return [f"{self.without_captions} images have no caption and are left out"] * bool(self.without_captions)
+
     def places(self):
         """(folder, number in it) of the images to train on, and of those to select on."""
         return ([(number, i) for number, folder in enumerate(self.folders) for i in range(folder.train)],
@@ -220,6 +223,11 @@ class CaptionData:
             self.rows.append([row[:max_tokens] for row in rows])
         self.captions = max(map(len, self.rows), default=0)  # K; images with fewer get empty rows
         self.lengths = [max(map(len, rows), default=0) for rows in self.rows]
+
+    def left_out(self):
+        """Lines that say what is left out, or cut."""
+        return ([f"{self.empty} captions are empty and left out"] * bool(self.empty)
+                + [f"{self.cut} captions are longer than {self.max_tokens} tokens and cut there"] * bool(self.cut))
 
     def batch(self, indices, views):
         """Image numbers and a view of each -> features (B, N, D), embeddings (B, width) or None, tokens and targets (B * K, T)"""

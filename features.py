@@ -201,3 +201,10 @@ class FeatureCache:
         for number in np.unique(view):
             features[view == number] = self.data[number][index[view == number]]
         return torch.from_numpy(features)
+
+
+def features_of(paths, encoder, cache, views, device="cpu"):
+    """Features of these images: kept in the folder `cache`, or, where it is "", worked out whenever they are asked for."""
+    if not cache:
+        return LiveFeatures(encoder, paths, views, device)
+    return FeatureCache(encoder, paths, cache, views, device=device)

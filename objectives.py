@@ -14,14 +14,15 @@ import torch.nn.functional as F
 
 from chair import kinds_named
 from cider import CiderScorer
-from concepts import Concepts
-from dataset import IGNORE, collate, count_targets
+from concepts import Concepts, embed_texts
+from dataset import IGNORE, clean_captions, collate, count_targets
 from devices import autocast
 from generation import GenerationConfig
 from tokenizer import END_OF_TEXT
 
 # Of the policy that draws captions and is improved: at 1, captions of a model that was trained with label smoothing are poor.
 TEMPERATURE = 0.5
+SEEN = 1000  # pictures that are looked at before training: enough for means, and a few seconds' work
 
 
 class Objective:
@@ -73,7 +74,7 @@ class TextCrossEntropy(Objective):
     """Cross-entropy of captions without pictures, which are written from the concepts and the meaning that a picture would show.
 
     Args:
-        text: TextData. `look` has to be called before there are batches.
+        text: TextData. `look_around` has to be called before there are batches.
         weight: what this loss counts.
     """
 
@@ -82,15 +83,9 @@ class TextCrossEntropy(Objective):
         self.text, self.label_smoothing, self.weight = text, label_smoothing, weight
         self.targets = count_targets([[row] for row in text.rows], self.model.token_ids)
 
-    @torch.no_grad()
     def look(self, features, numbers, of_images=None, of_texts=None):
-        """Look at some pictures: the concepts that are recognised in them are a pattern for those of texts, and how a picture's meaning
-        follows from its caption's is measured.
-
-        Args:
-            features: of all images; numbers: which of them to look at.
-            of_images, of_texts: their embeddings, and those of a caption of each (n, width); None: the captioner knows no meanings.
-        """
+        """Take some pictures as a pattern: the concepts recognised in them are like those of texts, and how a picture's meaning follows
+        from its caption's is measured. Arguments as of `look_around`, which calls it."""
         residuals = None
         if of_images is not None:
             meanings, explaining = self.model.meaning(of_images, 0), self.model.meaning(of_texts, 1)
@@ -124,6 +119,26 @@ class TextCrossEntropy(Objective):
         if not self.model.config.meaning:
             return None
         return F.normalize(self.slope * self.model.meaning(self.model.judge.embed_texts(captions), 1) + residuals, dim=-1)
+
+
+@torch.no_grad()
+def look_around(model, data, images, seed, text_cross_entropy=None):
+    """Before training, look at some of its pictures: meanings are from then on measured from the middle of theirs, and captions without
+    pictures are taught by what they show.
+
+    Args:
+        data, images: CaptionData and its CaptionedImages.
+        text_cross_entropy: a TextCrossEntropy; None: there are no captions without pictures.
+    """
+    some = np.sort(np.random.default_rng(seed).permutation(len(images))[:SEEN])
+    embeddings = ()
+    if model.config.meaning:
+        captions, device = [clean_captions(images[i])[0] for i in some], model.token_ids.device
+        embeddings = data.embeddings[some, 0].to(device), embed_texts(model.judge, captions).to(device)
+        if not model.centres.any():  # else they are those of the checkpoint that training starts from
+            model.centre(*embeddings)
+    if text_cross_entropy:
+        text_cross_entropy.look(data.features, some, *embeddings)
 
 
 class SelfCritical(Objective):

@@ -26,17 +26,20 @@ from captioner import MAX_TRAINED, Captioner, CaptionerConfig, caption_features,
 from checkpoints import start_from
 from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options, with_config
 from clip_small import Folds
-from concepts import embed_texts
-from dataset import IGNORE, SEEN, CaptionData, Mixture, TextData, bucketed_batches, clean_captions, data_digest, token_ids
+from dataset import IGNORE, CaptionData, Mixture, TextData, bucketed_batches, data_digest, token_ids
 from devices import Processes, autocast, memory_in_use, pick_precision, shard, unsharded
-from features import FeatureCache, LiveFeatures, SomeFeatures
+from features import SomeFeatures, features_of
 from generation import GenerationConfig
 from images import ahead
 from metrics import cider, tokenize
-from objectives import CrossEntropy, Reward, SelfCritical, TextCrossEntropy
+from objectives import TEMPERATURE, CrossEntropy, Reward, SelfCritical, TextCrossEntropy, look_around
 from runtime import RUNTIME_HELP, pick_runtime
 from tokenizer import BPETokenizer
 from training import MovingAverage, Run, TrainingLog, adamw, comparable, cosine, prepare_output
+
+WARMUP = 0.02  # part of a stage's steps: what is added begins as a no-op, so that little can go wrong at first
+CLIP = 1.0  # norm of the gradient: a bound on what one odd batch can do
+SHOWN = 3  # selection images whose captions are shown after each epoch: so many are read
 
 
 @dataclass
@@ -67,22 +70,17 @@ class Settings:
     learning_rate: float = 1.2e-3
     fusion_learning_rate: float = option(0.0, "of the projection and cross-attention in both; 0: as learning_rate")
     weight_decay: float = 0.1
-    warmup: float = option(0.02, "part of all steps")
-    clip: float = option(1.0, "gradient norm; 0: not clipped")
     average: float = option(0.999, "decay of the moving average of the weights, which is what is saved; 0: the last step's")
     label_smoothing: float = option(0.1, "of the targets of cross-entropy")
     scst_epochs: int = option(4, "of self-critical training on CIDEr, after the others")
     scst_learning_rate: float = 2e-4
     scst_samples: int = option(5, "captions drawn for each image")
-    scst_temperature: float = option(0.5, "of the drawing")
     scst_clip: float = option(0.0, "what our CLIP's image-text cosine counts beside CIDEr")
     scst_chair: float = option(0.0, "what a thing costs that a caption names and no reference does, of COCO's 80 kinds (chair.py)")
     selection: tuple = option(
         (500,), "images at the end of each train.json, on which checkpoints are selected: one number, or one for each folder; 0: train "
         "on all, keep the last epoch")
     seed: int = 0
-    samples: int = option(3, "of the selection images, whose captions are shown after each epoch")
-    save_minutes: float = option(5.0, "minutes between states to resume from")
     max_hours: float = option(0.0, "stop then, ready to go on; 0: no limit")
     tensorboard: str = option("", "folder for its files; empty: none")
 
@@ -97,16 +95,15 @@ class Settings:
             raise UserError("--data names at least one folder, --data_weights none or one number above 0 for each")
         if len(self.selection) not in (1, len(self.data)):
             raise UserError("--selection is one number for every folder of --data, or one for each")
-        check_settings(self, ("batch_size", "text_batch_size", "accumulation", "views", "max_tokens"),
-                       ("warmup", "label_smoothing", "average"))
+        check_settings(self, ("batch_size", "text_batch_size", "accumulation", "views", "max_tokens"), ("label_smoothing", "average"))
         if self.learning_rate <= 0:
             raise UserError("--learning_rate must be above 0")
         if sum(self.selection) == 1:
             raise UserError("--selection is one image, whose CIDEr is always 0: name 0, or at least 2")
         if self.fusion_epochs + self.epochs + self.scst_epochs < 1:
             raise UserError("--fusion_epochs, --epochs and --scst_epochs must be at least 1 together")
-        if self.scst_samples < 2 or self.scst_temperature <= 0:
-            raise UserError("--scst_samples must be at least 2, --scst_temperature above 0")
+        if self.scst_samples < 2:
+            raise UserError("--scst_samples must be at least 2: a caption is compared with the image's others")
 
 
 class CaptionerTrainer:
@@ -123,6 +120,8 @@ class CaptionerTrainer:
         self.dtype = pick_precision(self.device, settings.precision, scaled=True)
         if (config.meaning or settings.scst_clip) and not settings.folds:
             raise UserError("--meaning and --scst_clip need --folds, which p4_clip.py makes: our CLIP knows training images too well")
+        if settings.text and not config.concepts:
+            raise UserError("--text needs --concepts: without a picture, they are what a caption is written from")
         if settings.fsdp and self.processes.count == 1:
             raise UserError("--fsdp shards over several processes: start them with accelerate launch")
         if settings.tensorboard:
@@ -136,21 +135,20 @@ class CaptionerTrainer:
         decoder = config.load_decoder(settings.decoder)
         max_tokens = min(settings.max_tokens, decoder.config.n_positions - 1)
         self.data = CaptionData(self.images, BPETokenizer(), max_tokens)
-        self.text = self.read_text(encoder, max_tokens) if settings.text else None
+        self.text = TextData(settings.text, BPETokenizer(), max_tokens, config.concept_words(encoder), self.selection) if settings.text else None
         texts = [self.text.rows] if self.text else []
         self.model = Captioner(config, encoder, decoder, token_ids(self.data.rows + texts)).to(self.device)
         if settings.init:
             for line in start_from(self.model, settings.init, settings.decoder):
                 if self.processes.main:
                     print(line, flush=True)
-        self.data.embeddings, self.selection_embeddings = self.read_folds() if settings.folds else (None, None)
+        self.folds = Folds(settings.folds, self.model.judge.text_digest) if settings.folds else None
+        self.data.embeddings, self.selection_embeddings = self.unseen_embeddings() if settings.folds else (None, None)
         self.trained = self.model.trained_parameters()
-        groups = {True: [], False: []}
-        for name, parameter in self.trained.items():
-            groups[self.model.is_fusion(name)].append(parameter)
+        fusion = [parameter for name, parameter in self.trained.items() if self.model.is_fusion(name)]
+        peft = [parameter for name, parameter in self.trained.items() if not self.model.is_fusion(name)]
         factor = (settings.fusion_learning_rate or settings.learning_rate) / settings.learning_rate
-        self.optimizer = adamw([(groups[True], factor), (groups[False], 1.0)], settings.learning_rate,
-                               settings.weight_decay)
+        self.optimizer = adamw([(fusion, factor), (peft, 1.0)], settings.learning_rate, settings.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device) if self.dtype == torch.float16 else None
         self.average = MovingAverage(self.trained, settings.average)
         self.steps = -(-self.mixture.size // settings.batch_size)
@@ -159,68 +157,40 @@ class CaptionerTrainer:
         self.restore()
         self.set_objectives()
         # Last, since it can take long: whatever is wrong above shows first.
-        features = [self.encode(encoder, folder.paths()) for folder in self.mixture.folders]
+        features = [features_of(folder.paths(), encoder, settings.cache, settings.views, self.device) for folder in self.mixture.folders]
         self.data.features, self.selection_features = (SomeFeatures(features, places) for places in self.mixture.places())
         self.references = tokenize({str(i): image.captions for i, image in enumerate(self.selection)}) if self.selection else {}
         if self.text or config.meaning:
-            self.look_around()
+            look_around(self.model, self.data, self.images, settings.seed, self.text_cross_entropy)
 
     # ---- what it needs ----
 
-    def read_folds(self):
+    def unseen_embeddings(self):
         """Embeddings of training and selection images by a CLIP that has not seen them: (n, views, width), and (n, width)."""
-        folds = Folds(self.settings.folds, self.model.judge.text_digest)
         training, selection = ([image.path for image in images] for images in (self.images, self.selection))
-        return folds.of(training, self.settings.views), folds.of(selection)[:, 0] if selection else None
-
-    def read_text(self, encoder, max_tokens):
-        """Captions without pictures, those of the selection images left out."""
-        if not self.config.concepts:
-            raise UserError("--text needs --concepts: without a picture, they are what a caption is written from")
-        return TextData(self.settings.text, BPETokenizer(), max_tokens, self.config.concept_words(encoder), self.selection)
+        return self.folds.of(training, self.settings.views), self.folds.of(selection)[:, 0] if selection else None
 
     def set_objectives(self):
         """What is learnt from a batch of images, and from one of texts."""
         settings, shared = self.settings, (self.model, self.processes, self.dtype, self.backward)
-        smoothing = settings.label_smoothing
-        self.cross_entropy = CrossEntropy(*shared, rows=self.data.rows, label_smoothing=smoothing)
-        self.text_cross_entropy = self.text and TextCrossEntropy(*shared, text=self.text, label_smoothing=smoothing,
+        self.cross_entropy = CrossEntropy(*shared, rows=self.data.rows, label_smoothing=settings.label_smoothing)
+        self.text_cross_entropy = self.text and TextCrossEntropy(*shared, text=self.text, label_smoothing=settings.label_smoothing,
                                                                  weight=settings.text_weight)
         self.reward = Reward(self.images, self.model, settings.scst_samples, settings.scst_clip, settings.scst_chair)
         self.self_critical = SelfCritical(*shared, reward=self.reward, samples=settings.scst_samples, generating=self.generating)
 
-    @torch.no_grad()
-    def look_around(self):
-        """Look at some training images: meanings are seen from the middle of theirs, and what texts stand for is like what they show."""
-        some = np.sort(np.random.default_rng(self.settings.seed).permutation(len(self.images))[:SEEN])
-        embeddings = ()
-        if self.config.meaning:
-            captions = [clean_captions(self.images[i])[0] for i in some]
-            embeddings = self.data.embeddings[some, 0].to(self.device), embed_texts(self.model.judge, captions).to(self.device)
-            if not self.model.centres.any():  # else they are those of --init
-                self.model.centre(*embeddings)
-        if self.text:
-            self.text_cross_entropy.look(self.data.features, some, *embeddings)
-
-    def encode(self, encoder, paths):
-        """The features of these images: cached, by one process for all, or worked out in every step."""
-        if not self.settings.cache:
-            return LiveFeatures(encoder, paths, self.settings.views, self.device)
-        return FeatureCache(encoder, paths, self.settings.cache, self.settings.views, device=self.device)
-
     def restore(self):
         """Go on from the state of an interrupted run, if there is one."""
         settings = self.settings
-        # What is left out changes no result.
-        same = comparable(settings, "save_minutes", "cache", "runtime", "max_hours", "tensorboard", "samples", "accumulation",
-                            "fsdp") | comparable(self.config) | {
+        # What is left out changes no result. The constants were options once, of which a state may be that had other values.
+        same = comparable(settings, "cache", "runtime", "max_hours", "tensorboard", "accumulation", "fsdp", "folds") | comparable(self.config) | {
+            "warmup": WARMUP, "clip": CLIP, "scst_temperature": TEMPERATURE, "folds": self.folds.digest if self.folds else "",
             "training images": data_digest(self.images), "selection images": data_digest(self.selection),
             "texts": self.text.digest if self.text else "", "encoder's weights": self.model.encoder.weights_hash,
             "decoder's weights": self.model.decoder.weights_hash}
         self.run = Run(self.state_file, same, self.trained, self.optimizer, average=self.average, processes=self.processes,
-                       scaler=self.scaler, clip=settings.clip, save_minutes=settings.save_minutes, max_hours=settings.max_hours,
-                       log=Path(settings.output).with_suffix(".jsonl"), tensorboard=settings.tensorboard,
-                       first={"sum": 0.0, "memory": 0, "history": []})
+                       scaler=self.scaler, clip=CLIP, max_hours=settings.max_hours, log=Path(settings.output).with_suffix(".jsonl"),
+                       tensorboard=settings.tensorboard, first={"sum": 0.0, "memory": 0, "history": []})
         self.progress = self.run.progress
         if len(set(self.processes.gather([self.progress["step"]]))) > 1:
             raise UserError(f"some processes found no {self.state_file}: --output must be on a disk that all share")
@@ -251,18 +221,14 @@ class CaptionerTrainer:
         return True
 
     def announce(self):
-        model, data = self.model, self.data
+        model = self.model
         texts = f", and {len(self.text.rows)} captions without images" if self.text else ""
         print(f"{len(self.images)} images to train on{texts}, {len(self.selection)} to select on, {len(model.token_ids)} tokens "
               f"occur; {model.num_trained() / 1e6:.2f}M trained parameters of "
               f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M; {self.processes.count} x {self.device}, "
               f"{str(self.dtype).removeprefix('torch.')}", flush=True)
-        if self.mixture.without_captions:
-            print(f"{self.mixture.without_captions} images have no caption and are left out", flush=True)
-        if data.empty:
-            print(f"{data.empty} captions are empty and left out", flush=True)
-        if data.cut:
-            print(f"{data.cut} captions are longer than {data.max_tokens} tokens and cut there", flush=True)
+        for line in self.mixture.left_out() + self.data.left_out():
+            print(line, flush=True)
 
     def train_epoch(self, epoch, schedule):
         """One epoch, from the step that it has come to, or until it is time to stop."""
@@ -273,7 +239,7 @@ class CaptionerTrainer:
         objective, name = (self.self_critical, "reward") if stage == "scst" else (self.cross_entropy, "loss")
         peak = settings.scst_learning_rate if stage == "scst" else settings.learning_rate
         total = self.steps * stage_epochs
-        warmup = max(1, int(settings.warmup * total))
+        warmup = max(1, int(WARMUP * total))
 
         generator = torch.Generator().manual_seed(settings.seed * 1000 + epoch)
         drawn = self.mixture.sample_epoch(generator)
@@ -284,7 +250,8 @@ class CaptionerTrainer:
         first, end = epoch * self.steps, (epoch + 1) * self.steps
 
         def prepare(step):
-            return self.local_batch(batches[step - first], views), texts and self.local_texts(texts[step - first], epoch, step - first)
+            return self.local_batch(batches[step - first], views), texts and self.text_cross_entropy.local_batch(
+                texts[step - first], np.random.default_rng([settings.seed, epoch, step - first]))
 
         self.run.about = {"epoch": epoch + 1, "stage": stage}
         steps = self.run.steps(end, first, f"epoch {epoch + 1}/{len(schedule)}", f" in epoch {epoch + 1}")
@@ -306,10 +273,6 @@ class CaptionerTrainer:
             *seen, tokens, targets = self.data.batch(piece or indices[:1], views[piece or indices[:1]])
             pieces.append((piece, *seen, tokens, targets if piece else torch.full_like(targets, IGNORE)))
         return pieces
-
-    def local_texts(self, numbers, epoch, step):
-        """This process's part of a batch of texts."""
-        return self.text_cross_entropy.local_batch(numbers, np.random.default_rng([self.settings.seed, epoch, step]))
 
     def backward(self, loss):
         self.progress["memory"] = max(self.progress["memory"], memory_in_use(self.device))
@@ -341,7 +304,7 @@ class CaptionerTrainer:
         if self.processes.main:
             score = f"CIDEr {entry['cider']:.4f} on the selection split, " if captions else ""
             print(f"epoch {epoch + 1}: {name} {entry[name]:.3f}, {score}{entry['seconds'] / 60:.1f} min", flush=True)
-            shown = {image.path.name: caption for image, caption in zip(self.selection[:settings.samples], captions)}
+            shown = {image.path.name: caption for image, caption in zip(self.selection[:SHOWN], captions)}
             for file, caption in shown.items():
                 print(f"    {file}: {caption}", flush=True)
             self.run.write(epoch=epoch + 1, minutes=entry["seconds"] / 60, memory=entry["memory"],

@@ -97,7 +97,6 @@ class Settings(LlavaOptions):
     max_tokens: int = option(96, "of an answer; longer ones are cut")
     cache: str = option("", "folder for the features of a frozen encoder that is named; default: every batch is encoded anew")
     views: int = option(1, "of each image: 1 as it is, more: random crops too, every other mirrored")
-    save_minutes: float = option(5.0, "between states to resume from")
     max_hours: float = option(0.0, "stop then, ready to go on; 0: no limit")
 
     def __post_init__(self):
@@ -185,10 +184,10 @@ class AlignmentTrainer:
         first = self.word_plan()
         self.batches, self.word_steps = sum((batches for batches, _ in plans), first), len(first)
         self.warmups = [max(1, min(len(batches) // 2, round(settings.warmup_epochs * epoch))) for batches, epoch in plans]
-        self.same = comparable(settings, "save_minutes", "max_hours", "accumulation", "fsdp") | {
+        self.same = comparable(settings, "max_hours", "accumulation", "fsdp") | {
             "frozen weights": self.frozen, "samples": hashlib.sha256(repr(self.batches).encode()).hexdigest()}
         self.run = Run(self.state_file, self.same, self.trained, self.optimizer, processes=self.processes, clip=settings.clip,
-                       save_minutes=settings.save_minutes, max_hours=settings.max_hours,
+                       max_hours=settings.max_hours,
                        log=self.output.with_name(f"{self.output.name}.jsonl"))
         self.progress = self.run.progress
         self.likely, self.others = self.vocabulary() if settings.head_sample else (None, None)

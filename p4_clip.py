@@ -76,7 +76,6 @@ class Settings:
     selection: tuple = option(
         (500,), "pictures at the end of each train.json that are not trained on: one number, or one for each folder")
     seed: int = 0
-    save_minutes: float = option(5.0, "between states to resume from")
     max_hours: float = option(0.0, "stop then, ready to go on; 0: no limit")
 
     def __post_init__(self):
@@ -152,10 +151,10 @@ class ClipTrainer:
         self.optimizer = adamw([(others, 1.0), (text, settings.text_learning_rate / settings.learning_rate)],
                                settings.learning_rate, settings.weight_decay)
         self.average = MovingAverage(parameters, settings.average)
-        same = comparable(settings, "save_minutes", "max_hours", "cache", "runtime") | comparable(self.config) | {
+        same = comparable(settings, "max_hours", "cache", "runtime") | comparable(self.config) | {
             "number of pictures": len(self.pictures), "number of captions": len(self.sentences)}
         self.run = Run(self.state_file, same, parameters, self.optimizer, average=self.average, processes=Processes(self.device),
-                       clip=settings.clip, after=self.bound_scale, save_minutes=settings.save_minutes, max_hours=settings.max_hours,
+                       clip=settings.clip, after=self.bound_scale, max_hours=settings.max_hours,
                        log=Path(settings.output).with_suffix(".jsonl"), first={"history": []})
         self.progress = self.run.progress
 
@@ -288,7 +287,7 @@ class CrossFit(ClipTrainer):
     def fit(self):
         """Write the embeddings, as clip_small.Folds reads them. Returns whether the end was reached."""
         settings = self.settings
-        same = comparable(settings, "save_minutes", "max_hours", "cache", "runtime") | {
+        same = comparable(settings, "max_hours", "cache", "runtime") | {
             "number of pictures": len(self.pictures), "number of captions": len(self.sentences), "texts": self.model.text_digest}
         runs = []
         everything = torch.randperm(len(self.pictures), generator=torch.Generator().manual_seed(settings.seed))
@@ -306,7 +305,7 @@ class CrossFit(ClipTrainer):
             total = self.steps * settings.epochs
             self.run = Run(self.state_file.with_name(f"{self.state_file.name.removesuffix('.state.pt')}.{fold + 1}.state.pt"), same,
                            parameters, self.optimizer, average=self.average, processes=Processes(self.device), clip=settings.clip,
-                           save_minutes=settings.save_minutes, max_hours=settings.max_hours)
+                           max_hours=settings.max_hours)
             runs.append(self.run)
             with self.run:
                 for step in self.run.steps(total, description=f"fold {fold + 1} of {settings.folds}"):

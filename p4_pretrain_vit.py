@@ -65,7 +65,6 @@ class Settings:
     caption: float = option(0.25, "weight of that loss")
     selection: int = option(500, "images at the end of train.json that are not trained on")
     seed: int = 0
-    save_minutes: float = option(5.0, "between states to resume from")
     max_hours: float = option(0.0, "stop then, ready to go on; 0: no limit")
 
     def __post_init__(self):
@@ -160,9 +159,9 @@ class VitTrainer:
             lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
         self.average = MovingAverage(dict(self.student.named_parameters()), settings.average)
         parameters = dict(self.student.named_parameters()) | {f"captioner.{name}": value for name, value in parts.items()}
-        same = comparable(settings, "save_minutes", "max_hours", "cache") | {"number of pictures": self.count}
+        same = comparable(settings, "max_hours", "cache") | {"number of pictures": self.count}
         self.run = Run(self.state_file, same, parameters, self.optimizer, average=self.average, processes=Processes(self.device),
-                       clip=settings.clip, after=self.bound_scale, save_minutes=settings.save_minutes, max_hours=settings.max_hours,
+                       clip=settings.clip, after=self.bound_scale, max_hours=settings.max_hours,
                        log=Path(settings.output).with_suffix(".jsonl"), first={"history": []})
         self.progress = self.run.progress
 

@@ -21,6 +21,7 @@ from devices import Processes
 from files import check_writable
 
 LOG_STEPS = 20  # updates between lines of the log
+SAVE_MINUTES = 5  # between states to go on from: a killed run loses no more, and writing one takes a second
 
 
 class Run:
@@ -46,7 +47,7 @@ class Run:
         scaler: of fp16.
         clip: norm that gradients are clipped to; 0: as they are.
         after: called after each step of the optimizer, before the average.
-        save_minutes, max_hours: between states; until it stops by itself, 0: never.
+        max_hours: until it stops by itself; 0: never.
         log: file of its log; its folder for TensorBoard, or "".
         first: what `progress` holds at the very beginning, beside the number of updates (`step`) and of seconds.
     Attributes: `progress`, a dict of plain values, which is kept; `about`, what each line of the log is to say besides; `stopped`, whether
@@ -54,11 +55,10 @@ class Run:
     """
 
     def __init__(self, state_file, same, parameters, optimizer, *, average=None, processes=None, scaler=None, clip=1.0, after=None,
-                 save_minutes=5.0, max_hours=0.0, log=None, tensorboard="", first=None):
+                 max_hours=0.0, log=None, tensorboard="", first=None):
         self.state_file, self.same, self.parameters, self.optimizer = state_file, same, parameters, optimizer
         self.average, self.processes, self.scaler = average, processes or Processes("cpu"), scaler
-        self.clip, self.after, self.save_minutes = clip, after, save_minutes
-        self.max_hours, self.stopped = max_hours, False
+        self.clip, self.after, self.max_hours, self.stopped = clip, after, max_hours, False
         self.kept = parameters | ({f"average.{name}": value for name, value in average.values.items()} if average else {})
         self.progress = {"step": 0, "seconds": 0.0, **(first or {})}
         found = load_state(state_file, same, optimizer, self.kept, self.processes.device, scaler)
@@ -104,7 +104,7 @@ class Run:
                 yield self.progress["step"]
                 self.bar.update()
                 self.stopped = bool(self.processes.add(bool(self.interruption)))
-                if self.stopped or time.monotonic() - self.saved > 60 * self.save_minutes:
+                if self.stopped or time.monotonic() - self.saved > 60 * SAVE_MINUTES:
                     self.save()
         if self.stopped and self.processes.main:
             print(f"stopped{where} after {self.progress['step'] - start} of {end - start} batches: the same command goes on from there",
@@ -310,7 +310,7 @@ def check_finite(value, what):
     """The value, a loss or a gradient's norm. Raises UserError where it is not finite."""
     if not math.isfinite(value):
         raise UserError(f"the {what} is {value}: training has come apart and stops here. What was saved before is good as it was; "
-                        "a lower learning rate, or more --warmup, helps")
+                        "a lower learning rate helps")
     return value
 
 

@@ -89,7 +89,7 @@ def data(tmp_path, monkeypatch):
 
 def settings(**changes):
     return Settings(**{"batch_size": 4, "stage1_epochs": 2, "stage2_epochs": 2, "instructions": "questions.json",
-                       "mix": ("qa=0.5", "caption=0.5"), "save_minutes": 1e9} | changes)
+                       "mix": ("qa=0.5", "caption=0.5")} | changes)
 
 
 def trainer(towers, output="llava", **changes):

@@ -16,6 +16,7 @@ from dataset import IGNORE
 from encoder import OWN
 from files import content_hash, first_line, make_ordinary, read_weights
 from llava import LOADING_ERRORS, without_bos
+from masks import attention_mask
 
 # What the texts of a conversation stand in: every query between the first two, every answer before the end of text.
 LLAMA_FORM = "[INST] ", " [/INST]"
@@ -191,15 +192,20 @@ def fit_projection(model, pixel_values):
         tower.entry[0].weight /= seen[0].std((0, 1)) + 1e-6
         tower.entry[0].bias -= seen[0].mean((0, 1)) * tower.entry[0].weight
     projector, hidden = model.model.multi_modal_projector, patch_features(model, pixel_values)
-    first, last = projector.linear_1, projector.linear_2
-    if model.config.projector_hidden_act == "linear":
-        last = first
+    first = projector.linear_1
     first.weight /= hidden.std((0, 1)) + 1e-6
     first.bias -= first.weight @ hidden.mean((0, 1))
     words = model.get_input_embeddings()(torch.arange(min(1000, model.config.text_config.vocab_size)))
-    factor = words.std() / projector(hidden).std()
-    last.weight *= factor
-    last.bias *= factor
+    scale_image_tokens(model, words.std() / projector(hidden).std())
+
+
+@torch.no_grad()
+def scale_image_tokens(model, factor):
+    """Multiply what the projection gives by a factor."""
+    projector = model.model.multi_modal_projector
+    last = projector.linear_1 if model.config.projector_hidden_act == "linear" else projector.linear_2
+    for part in last.weight, last.bias:
+        part *= factor
 
 
 def patch_features(model, pixel_values):
@@ -267,7 +273,7 @@ def answer_loss(model, inputs, likely=None, drawn=None):
     """The cross-entropy of each answer's tokens, given its picture and what its branch says before: their weighted sum.
 
     Args:
-        inputs: input_ids, position_ids, branches, labels and weights (B, T), as `collate` gives them; pixel_values (B, 3, S, S).
+        inputs: input_ids, position_ids, branches, labels and weights (B, T), as `llava_data.Rows.collate` gives them; pixel_values (B, 3, S, S).
         likely, drawn: for `sampled_cross_entropy`; default: the softmax over all tokens.
     The head is computed at the answers alone: with a large vocabulary it would cost more than all layers.
     """
@@ -281,31 +287,6 @@ def answer_loss(model, inputs, likely=None, drawn=None):
     else:
         losses = sampled_cross_entropy(hidden[learned], labels[learned], model.lm_head.weight, likely, drawn)
     return losses @ inputs["weights"][:, 1:][learned]
-
-
-def attention_mask(config, branches, positions):
-    """What may be attended to, as a language model of `transformers` takes it: (B, 1, T, T), or one for each type of layer.
-
-    A position sees those of the picture's part (branch 0) and of its own branch, up to itself; in layers with a sliding
-    window, those near it alone.
-
-    Args:
-        config: the language model's. branches, positions: (B, T), as `Trainer.collate` gives them.
-    """
-
-    def finish(mask):
-        if config._attn_implementation == "sdpa":  # which alone takes truth values
-            return mask
-        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
-
-    one, other = branches[:, None, :, None], branches[:, None, None, :]
-    seen = ((other == 0) | (one == other)).tril()
-    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    if not window or types and "sliding_attention" not in types:
-        return finish(seen)
-    near = positions[:, None, :, None] - positions[:, None, None, :] < window
-    near = finish(seen & near)
-    return {"full_attention": finish(seen), "sliding_attention": near} if types else near
 
 
 def sampled_cross_entropy(hidden, targets, head, likely, drawn):

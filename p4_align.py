@@ -33,10 +33,9 @@ import torch
 from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options, with_config
 from dataset import IGNORE, clean_captions, read_captions
 from devices import Processes, autocast, pick_precision, shard
-from encoder import load_encoder
-from features import FeatureCache, make_view
 from files import check_writable
-from images import ahead, load_picture
+from images import ahead
+from llava_data import Rows, cached_features
 from llava_training import (
     LlavaOptions,
     answer_loss,
@@ -46,20 +45,19 @@ from llava_training import (
     fit_projection,
     frozen_hash,
     image_tokens,
-    is_encoder,
-    query_form,
     read_trained,
+    scale_image_tokens,
     trained_parameters,
     write_llava,
 )
 from questions import Sample, by_picture, instruction_samples, sample_epoch
-from runtime import pick_runtime
 from training import Run, adamw, comparable, cosine
 from word_targets import WordTargets
 
 WORD_BATCH = 64  # images of an update of the stage before stage 1
-COMMON_TOKENS = 8192  # the first so many of a vocabulary, among which BPE and SentencePiece have the commonest
 FIT_PICTURES = 32  # that a fresh projection is fitted to
+WORDS, CAPTIONS, QUESTIONS = range(3)  # the stages: before stage 1, if --word_epochs says so; 1; 2
+SEEDS = 500_009, 0, 1009  # of the stages, beside the epoch's
 
 
 @dataclass
@@ -128,9 +126,6 @@ class Settings(LlavaOptions):
         return {kind: part / sum(parts.values()) for kind, part in parts.items() if part}
 
 
-# ---- the samples -----------------------------------------------------------------------------------------------
-
-
 class AlignmentTrainer:
     """One run: the model, the samples, the optimizer and the place that it has come to."""
 
@@ -154,7 +149,8 @@ class AlignmentTrainer:
         self.captioned = len(self.images)  # before those that are only asked about
         self.groups = instruction_samples(settings, self.images) if settings.stage2_epochs else {}
         self.model, self.processor = build(vision_name, language_name, settings)
-        self.features = self.cached_features(str(vision_name)) if settings.cache else None
+        features = cached_features(self.model, str(vision_name), self.images, settings, self.device) if settings.cache else None
+        self.rows = Rows(self.model, self.processor, self.images, settings, features)
         self.words = None
         if settings.word_epochs:
             self.words = WordTargets(self.images[:self.captioned], self.processor.tokenizer, self.model.get_input_embeddings())
@@ -164,9 +160,8 @@ class AlignmentTrainer:
             check_trained(settings.init, *start, self.trained, self.frozen, self.names)
             self.model.load_state_dict(start[0], strict=False)
         else:
-            first = [load_picture(image.path, self.size()) for image in self.images[:FIT_PICTURES]]
-            fit_projection(self.model, self.processor.image_processor(first, return_tensors="pt")["pixel_values"])
-        self.before, self.after = query_form(self.processor.tokenizer, self.model.config.text_config.model_type)
+            first = range(min(len(self.images), FIT_PICTURES))
+            fit_projection(self.model, self.rows.pixels([self.rows.picture(number) for number in first]))
         if self.device == "cuda":  # what is frozen needs no more than half precision
             for name, parameter in self.model.named_parameters():
                 if name not in self.trained:
@@ -179,9 +174,9 @@ class AlignmentTrainer:
         vision = [value for name, value in self.trained.items() if "projector" not in name]
         factor = settings.vision_learning_rate / settings.learning_rate
         self.optimizer = adamw([(projection, 1.0), (vision, factor)], settings.learning_rate, settings.weight_decay)
-        plans = [self.plan(False, settings.stage1_epochs), self.plan(True, settings.stage2_epochs)]
+        plans = [self.plan(CAPTIONS, settings.stage1_epochs), self.plan(QUESTIONS, settings.stage2_epochs)]
         self.stages = [len(batches) for batches, _ in plans]
-        first = self.word_plan()
+        first, _ = self.plan(WORDS, settings.word_epochs)
         self.batches, self.word_steps = sum((batches for batches, _ in plans), first), len(first)
         self.warmups = [max(1, min(len(batches) // 2, round(settings.warmup_epochs * epoch))) for batches, epoch in plans]
         self.same = comparable(settings, "max_hours", "accumulation", "fsdp") | {
@@ -190,110 +185,36 @@ class AlignmentTrainer:
                        max_hours=settings.max_hours,
                        log=self.output.with_name(f"{self.output.name}.jsonl"))
         self.progress = self.run.progress
-        self.likely, self.others = self.vocabulary() if settings.head_sample else (None, None)
-
-    def cached_features(self, name):
-        """The features of all images from --cache, encoded first where they are not there. Raises UserError."""
-        if not is_encoder(self.model.model.vision_tower):
-            raise UserError(f"--cache is for encoders that are named, such as tf_efficientnet_lite2, and {name} is none")
-        encoder = load_encoder(name, self.settings.image_size or None, runtime=pick_runtime("auto", self.device))
-        return FeatureCache(encoder, [image.path for image in self.images], self.settings.cache, self.settings.views, device=self.device)
-
-    def size(self):
-        """Pixels a side of the square that pictures are brought to."""
-        return self.processor.image_processor.size["height"]
-
-    def vocabulary(self):
-        """Ids of the tokens that answers have, with the end of text and the commonest of all, sorted; and of all others."""
-        tokenizer, total = self.processor.tokenizer, self.model.lm_head.weight.shape[0]
-        answers = [text for image in self.images for text in clean_captions(image)]
-        answers += [sample.answer for samples in self.groups.values() for sample in samples]
-        found = {token for row in tokenizer(answers, add_special_tokens=False)["input_ids"] for token in row}
-        likely = torch.tensor(sorted(found | {tokenizer.eos_token_id} | {*range(min(COMMON_TOKENS, total))}))
-        others = torch.ones(total, dtype=torch.bool)
-        others[likely] = False
-        return likely.to(self.device), others.nonzero().squeeze(1)
+        self.likely, self.others = self.rows.vocabulary(self.groups, self.device) if settings.head_sample else (None, None)
 
     # ---- samples ----
 
-    def plan(self, second, epochs):
+    def plan(self, stage, epochs):
         """A stage's batches, each a list of rows, and each row a list of samples about one picture; and how many an epoch has."""
-        size, most, batches, epoch_steps = self.settings.batch_size, self.settings.per_picture, [], 0
-        if second:
-            size = self.settings.stage2_batch_size or size
+        batches, epoch_steps, settings = [], 0, self.settings
+        size = {WORDS: WORD_BATCH, CAPTIONS: settings.batch_size, QUESTIONS: settings.stage2_batch_size or settings.batch_size}[stage]
         for epoch in range(math.ceil(epochs)):
-            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + 1009 * second + epoch)
-            if second:
-                rows = by_picture(sample_epoch(self.groups, self.settings.parts(), most * self.captioned, generator), most)
-            else:  # each picture once
-                rows = []
-                for number in torch.randperm(self.captioned, generator=generator).tolist():
-                    captions = clean_captions(self.images[number])
-                    order = torch.randperm(len(captions), generator=generator)[:most].tolist()
-                    rows.append([Sample(number, "", captions[i]) for i in order])
+            rows = self.sample_rows(stage, torch.Generator().manual_seed(settings.seed * 1_000_003 + SEEDS[stage] + epoch))
             steps = -(-len(rows) // size)
             epoch_steps = epoch_steps or steps
             part = min(1.0, epochs - epoch)  # of the last epoch, perhaps
             batches += [rows[place * size:(place + 1) * size] for place in range(round(part * steps))]
         return batches, epoch_steps
 
-    def word_plan(self):
-        """The batches of the stage before stage 1: each image once an epoch, of a sample with nothing asked or said."""
-        batches = []
-        for epoch in range(math.ceil(self.settings.word_epochs)):
-            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + 500_009 + epoch)
-            order = torch.randperm(self.captioned, generator=generator).tolist()
-            part = min(1.0, self.settings.word_epochs - epoch)
-            steps = round(part * math.ceil(len(order) / WORD_BATCH))
-            batches += [[[Sample(number, "", "")] for number in order[step * WORD_BATCH:(step + 1) * WORD_BATCH]] for step in range(steps)]
-        return batches
-
-    def text(self, sample):
-        """What stands before the answer; the processor puts in as many image tokens as there are patches."""
-        return f"{self.before}{self.processor.image_token}{' ' + sample.query if sample.query else ''}{self.after}"
-
-    def collate(self, rows, view=0):
-        """Rows of samples, and the views of their pictures -> pixel_values, and tensors (B, T), padded on the right: input_ids, labels,
-        position_ids and branches: 0 for the part with the picture, then 1 for the first sample's, 2, …; -1 behind the end; and weights
-        of the labels. Raises UserError."""
-        tokenizer = self.processor.tokenizer
-        token, count = self.processor.image_token, self.model.config.image_seq_length
-        asked = tokenizer([self.text(row[0]).replace(token, token * count) for row in rows])
-        columns = {"input_ids": [], "labels": [], "position_ids": [], "branches": [], "weights": []}
-        for ids, row in zip(asked["input_ids"], rows):
-            for name, values in self.columns(ids, row).items():
-                columns[name].append(values)
-        longest = max(map(len, columns["labels"]))
-        padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORE, "position_ids": 0, "branches": -1, "weights": 0.0}
-        return {name: torch.tensor([values + [padding[name]] * (longest - len(values)) for values in column])
-                for name, column in columns.items()} | {"pixel_values": self.see([row[0].image for row in rows], view)}
-
-    def see(self, numbers, view=0):
-        """What the vision tower takes of these views of some images: pixels (B, 3, S, S), or cached features (B, N, D). Raises UserError."""
-        views = np.broadcast_to(view, len(numbers))
-        if self.features is not None:
-            return self.features[numbers, views].float()
-        pictures = [make_view(load_picture(self.images[number].path, self.size()), view, number) for number, view in zip(numbers, views)]
-        return torch.as_tensor(np.stack([np.asarray(picture) for picture in self.processor.image_processor(pictures)["pixel_values"]]))
-
-    def columns(self, asked, row):
-        """A row's input_ids, labels, position_ids and branches; `asked`: the ids of its first question, with the picture's."""
-        tokenizer, token = self.processor.tokenizer, self.processor.image_token_id
-        shared = len(asked) - asked[::-1].index(token)  # up to the last image token
-        found = {"input_ids": asked[:shared], "labels": [IGNORE] * shared, "position_ids": [*range(shared)],
-                 "branches": [0] * shared, "weights": [0.0] * shared}
-        for number, sample in enumerate(row, 1):
-            query = tokenizer(self.text(sample))["input_ids"]
-            query = query[query.index(token) + 1:]
-            answer = tokenizer(sample.answer, add_special_tokens=False)["input_ids"][:self.settings.max_tokens]
-            answer = [*answer, tokenizer.eos_token_id]
-            length = len(query) + len(answer)
-            found["input_ids"] += query + answer
-            found["labels"] += [IGNORE] * len(query) + answer
-            found["position_ids"] += range(shared, shared + length)
-            found["branches"] += [number] * length
-            found["weights"] += [0.0] * len(query) + [1.0 / len(answer) if self.settings.weigh == "answers" else 1.0] * len(answer)
-        return found
+    def sample_rows(self, stage, generator):
+        """The rows of an epoch: before stage 2 each picture once, at first with nothing asked or said, then with its captions."""
+        most = self.settings.per_picture
+        if stage == QUESTIONS:
+            return by_picture(sample_epoch(self.groups, self.settings.parts(), most * self.captioned, generator), most)
+        numbers = torch.randperm(self.captioned, generator=generator).tolist()
+        if stage == WORDS:
+            return [[Sample(number, "", "")] for number in numbers]
+        rows = []
+        for number in numbers:
+            captions = clean_captions(self.images[number])
+            order = torch.randperm(len(captions), generator=generator)[:most].tolist()
+            rows.append([Sample(number, "", captions[i]) for i in order])
+        return rows
 
     def pieces(self, step):
         """This process's part of a step's batch, cut for accumulation. Where no row is left for a piece, it has the first, with nothing to
@@ -305,9 +226,9 @@ class AlignmentTrainer:
             if step < self.word_steps:
                 numbers = [row[0].image for row in own]
                 shares = self.words.shares(numbers)
-                found.append({"pixel_values": self.see(numbers, view), "shares": shares if piece else torch.zeros_like(shares)})
+                found.append({"pixel_values": self.rows.see(numbers, view), "shares": shares if piece else torch.zeros_like(shares)})
                 continue
-            inputs = self.collate(own, view)
+            inputs = self.rows.collate(own, view)
             if not piece:
                 inputs["labels"], inputs["weights"] = torch.full_like(inputs["labels"], IGNORE), torch.zeros_like(inputs["weights"])
             found.append(inputs)
@@ -377,11 +298,7 @@ class AlignmentTrainer:
         self.run.about = {"stage": 0}
         self.run.update(self.settings.learning_rate * cosine(step, self.word_steps, min(50, self.word_steps // 2)), loss=value)
         if step == self.word_steps - 1:  # directions are learnt; now tokens become as long as words
-            last = self.model.model.multi_modal_projector
-            last = last.linear_1 if self.model.config.projector_hidden_act == "linear" else last.linear_2
-            with torch.no_grad():
-                for part in last.weight, last.bias:
-                    part *= self.words.norm * tokens_seen / size
+            scale_image_tokens(self.model, self.words.norm * tokens_seen / size)
         return value
 
     def save(self):

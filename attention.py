@@ -93,16 +93,17 @@ def rollout(attentions):
     return mixed
 
 
-def teacher_forced(model, features, rows, attentions=None, mixing=None):
+def teacher_forced(model, features, rows, attentions=None, mixing=None, concepts=None):
     """The log-probability of every token of B captions, given those before it: (B, T), T the longest with its end.
 
     Args:
         features: (B, N, D) from the encoder.
         rows: B lists of token ids; what lies behind a caption's end means nothing.
         attentions, mixing: lists that receive the decoder's weights (B, H, T, N) and the projection's (B, H, N, N).
+        concepts: the Concepts of the images; None: those that are recognised in the features.
     """
     inputs, targets = (part[:, :model.decoder.config.n_positions].to(features.device) for part in collate(rows))
-    context = model.decoder.context(model.image_tokens(features, attentions=mixing))
+    context = model.decoder.context(model.image_tokens(features, concepts, mixing))
     hidden = model.decoder.hidden(inputs, context, attentions=attentions)
     log_probs = F.linear(hidden, model.decoder.head_weight(model.token_ids)).float().log_softmax(-1)
     places = model.column_of[targets.masked_fill(targets == IGNORE, END_OF_TEXT)]
@@ -130,11 +131,12 @@ def p2_attention(model, pictures, generation=None, through_projection=False):
     device = model.token_ids.device
     with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):  # as p2_infer.py captions
         features = model.encoder(torch.stack([model.encoder.preprocess(picture) for picture in pictures]).to(device))
-        concepts = model.concepts(features)
-        rows = model.search(features, generation)
+        embeddings = model.judge.embed_images(features) if model.config.meaning or generation.clip_weight else None
+        concepts = model.concepts(features, embeddings)
+        rows = model.search(features, generation, concepts=concepts, embeddings=embeddings)
     features = features.float()
     attentions, mixing = [], [] if through_projection else None
-    log_probs = teacher_forced(model, features, rows, attentions, mixing)
+    log_probs = teacher_forced(model, features, rows, attentions, mixing, concepts)
     weights = torch.stack(attentions, 1)  # (B, layers, H, T, N)
     if through_projection:
         weights = weights @ rollout(mixing)[:, None, None]

@@ -398,7 +398,7 @@ class Captioner(TextGenerator, nn.Module):
         metadata = read_metadata(checkpoint)
         state = read_weights(checkpoint, "checkpoint")
         check_digest(checkpoint, "checkpoint", state, metadata.get("digest"))
-        config = CaptionerConfig(**{"encoder_levels": 1} | metadata["model"])  # of checkpoints that say nothing of levels
+        config = recorded_config(metadata)
         with uninitialised():
             decoder = config.load_decoder(decoder_weights)
         encoder = encoder or config.load_encoder(runtime=runtime)
@@ -429,6 +429,11 @@ def check_hash(checkpoint, metadata, part, now, where):
         raise UserError(f"the checkpoint {checkpoint} was trained with other {part} weights than {where}")
 
 
+def recorded_config(metadata):
+    """A checkpoint's CaptionerConfig. Those that say nothing of levels knew one."""
+    return CaptionerConfig(**{"encoder_levels": 1} | metadata["model"])
+
+
 def recorded_generation(metadata):
     """How a checkpoint says that its captions are best searched for; GenerationConfig's defaults where it says nothing."""
     return GenerationConfig(**metadata.get("generation", {}))
@@ -441,7 +446,7 @@ def read_metadata(checkpoint):
     try:
         with safe_open(checkpoint, "pt") as file:
             metadata = json.loads((file.metadata() or {})["captioner"])
-        CaptionerConfig(**metadata["model"]), recorded_generation(metadata), metadata["encoder_hash"], metadata["decoder_hash"]  # all there?
+        recorded_config(metadata), recorded_generation(metadata), metadata["encoder_hash"], metadata["decoder_hash"]  # all there?
         return metadata
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"the checkpoint {checkpoint} is damaged or of another format: {first_line(error)}") from None

@@ -7,12 +7,12 @@
     accelerate launch --num_processes 8 p2_train.py …
 
 `data` are folders in the course's layout: train.json in COCO's caption form and images/train. The last 500 images of each
-are split off; the epoch with the best CIDEr on them is the checkpoint. After the epochs of cross-entropy, `--scst_epochs` of
-self-critical training raise CIDEr itself. Captions of `--text`, one a line, need no pictures: the captioner writes them from the
-concepts that pictures of such things would show it (CapDec: Nukrai et al. 2022, arXiv:2211.00575; ViECap).
+are held out; the epoch with the best CIDEr on them becomes the checkpoint. The epochs of cross-entropy are followed by
+`--scst_epochs` of self-critical training, which optimise CIDEr itself. Captions of `--text`, one per line, need no pictures: in place
+of a picture, the captioner gets the concepts that would be recognised in one (CapDec: Nukrai et al. 2022, arXiv:2211.00575; ViECap).
 
-A run that was killed, or stopped by SIGTERM or --max_hours, goes on when the same command is given again, on any number
-of processes: exactly, if the number is the same.
+A run that was killed, or stopped by SIGTERM or --max_hours, resumes when the same command is given again, on any number
+of processes: bit for bit if the number is the same.
 """
 
 import math
@@ -37,52 +37,52 @@ from runtime import RUNTIME_HELP, pick_runtime
 from tokenizer import BPETokenizer
 from training import MovingAverage, Run, TrainingLog, adamw, comparable, cosine, prepare_output
 
-WARMUP = 0.02  # part of a stage's steps: what is added begins as a no-op, so that little can go wrong at first
-CLIP = 1.0  # norm of the gradient: a bound on what one odd batch can do
-SHOWN = 3  # selection images whose captions are shown after each epoch: so many are read
+WARMUP = 0.02  # fraction of a stage's steps; short, since cross-attention, LoRA and adapters start as no-ops
+CLIP = 1.0  # gradient norm, which limits the damage of a single odd batch
+SHOWN = 3  # selection images whose captions are printed after each epoch
 
 
 @dataclass
 class Settings:
     data: tuple = option(("data",), "folders with train.json and images/train")
     data_weights: tuple = option(
-        (), "how often an epoch shows the images of each folder: 0.5, half of them; 2, each twice; default: once")
-    text: tuple = option((), "files of captions without pictures, one a line")
-    text_batch_size: int = option(40, "captions of them beside each batch of images")
-    text_weight: float = option(1.0, "what the loss on them counts")
+        (), "how often each folder's images are used per epoch: 0.5, half of them; 2, each twice; default: once")
+    text: tuple = option((), "files of captions without pictures, one per line")
+    text_batch_size: int = option(40, "captions without pictures per batch of images")
+    text_weight: float = option(1.0, "weight of the loss on captions without pictures")
     folds: str = option(
-        "", "for --meaning and --scst_clip: what p4_clip.py --folds wrote, since our CLIP knows training images too well")
+        "", "for --meaning and --scst_clip: the output of p4_clip.py --folds, since our CLIP was trained on the training images")
     decoder: str = option("weights/decoder_small.safetensors", "GPT-2 weights, .bin or .safetensors")
     output: str = option(
         "checkpoints/captioner.safetensors", "the checkpoint to write; beside it the log (.jsonl) and its curves (.png)")
-    cache: str = option("cache", "folder for the encoder's features; empty: encode in every step, which is far slower")
+    cache: str = option("cache", "folder for the encoder's features; empty: run the encoder in every step, which is much slower")
     runtime: str = option("auto", RUNTIME_HELP)
-    views: int = option(4, "of each image in the cache: 1 as it is, more: random crops too, every other mirrored")
+    views: int = option(4, "of each image in the cache: 1, the image as it is; more: random crops too, every other one mirrored")
     init: str = option(
-        "", "checkpoint whose trained weights to start from; same model options, but its encoder may be the first part of this one")
-    fusion_epochs: int = option(0, "of cross-entropy on the projection and cross-attention alone, before PEFT")
+        "", "checkpoint to start from, of the same model options; its encoder may be the first part of this one")
+    fusion_epochs: int = option(0, "of cross-entropy that train the projection and cross-attention only, before PEFT")
     epochs: int = option(9, "of cross-entropy")
-    batch_size: int = option(8, "images of an update, over all processes, each with all its captions")
-    accumulation: int = option(1, "parts of a batch that go through the model one after the other, to save memory")
+    batch_size: int = option(8, "images per update, over all processes, each with all its captions")
+    accumulation: int = option(1, "split each batch into so many parts, to save memory")
     precision: str = option("auto", "auto (bf16 on CUDA, else fp32), fp32, bf16 or fp16")
     fsdp: bool = option(False, "shard the frozen decoder over the processes")
-    max_tokens: int = option(64, "longer captions are cut")
+    max_tokens: int = option(64, "longer captions are truncated")
     learning_rate: float = 1.2e-3
-    fusion_learning_rate: float = option(0.0, "of the projection and cross-attention in both; 0: as learning_rate")
+    fusion_learning_rate: float = option(0.0, "of the projection and cross-attention; 0: as learning_rate")
     weight_decay: float = 0.1
-    average: float = option(0.999, "decay of the moving average of the weights, which is what is saved; 0: the last step's")
+    average: float = option(0.999, "decay of the moving average of the weights, which is what is saved; 0: save the last step's weights")
     label_smoothing: float = option(0.1, "of the targets of cross-entropy")
-    scst_epochs: int = option(4, "of self-critical training on CIDEr, after the others")
+    scst_epochs: int = option(4, "of self-critical training on CIDEr, after those of cross-entropy")
     scst_learning_rate: float = 2e-4
-    scst_samples: int = option(5, "captions drawn for each image")
-    scst_clip: float = option(0.0, "what our CLIP's image-text cosine counts beside CIDEr")
-    scst_chair: float = option(0.0, "what a thing costs that a caption names and no reference does, of COCO's 80 kinds (chair.py)")
+    scst_samples: int = option(5, "captions sampled per image")
+    scst_clip: float = option(0.0, "weight of our CLIP's image-text cosine in the reward, beside CIDEr")
+    scst_chair: float = option(0.0, "penalty for each object of COCO's 80 kinds that a caption mentions and no reference does (chair.py)")
     selection: tuple = option(
-        (500,), "images at the end of each train.json, on which checkpoints are selected: one number, or one for each folder; 0: train "
-        "on all, keep the last epoch")
+        (500,), "images held out at the end of each train.json to select checkpoints on: one number, or one per folder; 0: train "
+        "on all and keep the last epoch")
     seed: int = 0
-    max_hours: float = option(0.0, "stop then, ready to go on; 0: no limit")
-    tensorboard: str = option("", "folder for its files; empty: none")
+    max_hours: float = option(0.0, "stop after so long, ready to resume; 0: no limit")
+    tensorboard: str = option("", "folder for TensorBoard's files; empty: none")
 
     def __post_init__(self):
         self.data, self.text = (tuple(map(str, np.atleast_1d(paths))) for paths in (self.data, self.text))
@@ -107,10 +107,10 @@ class Settings:
 
 
 class CaptionerTrainer:
-    """One run: data, model, optimizer and the place that it has come to.
+    """One run: data, model, optimizer and progress.
 
-    Every process holds all that is trained and takes its part of each batch; gradients are added up. What is random in
-    a step follows from the seed, the epoch, the step and the process alone, so that a run goes on exactly.
+    Every process holds all trained parameters and takes its part of each batch; gradients are summed. All randomness in a step
+    depends only on the seed, the epoch, the step and the process, so that a resumed run is exact.
     """
 
     def __init__(self, config, settings, device=None):
@@ -119,9 +119,9 @@ class CaptionerTrainer:
         self.device = self.processes.device
         self.dtype = pick_precision(self.device, settings.precision, scaled=True)
         if (config.meaning or settings.scst_clip) and not settings.folds:
-            raise UserError("--meaning and --scst_clip need --folds, which p4_clip.py makes: our CLIP knows training images too well")
+            raise UserError("--meaning and --scst_clip need --folds, which p4_clip.py makes: our CLIP was trained on the training images")
         if settings.text and not config.concepts:
-            raise UserError("--text needs --concepts: without a picture, they are what a caption is written from")
+            raise UserError("--text needs --concepts: without a picture, they are all that a caption is generated from")
         if settings.fsdp and self.processes.count == 1:
             raise UserError("--fsdp shards over several processes: start them with accelerate launch")
         if settings.tensorboard:
@@ -156,22 +156,22 @@ class CaptionerTrainer:
             shard(self.model.decoder.h, self.trained.values())
         self.restore()
         self.set_objectives()
-        # Last, since it can take long: whatever is wrong above shows first.
+        # Last, since it can take long: mistakes above are reported first.
         features = [features_of(folder.paths(), encoder, settings.cache, settings.views, self.device) for folder in self.mixture.folders]
         self.data.features, self.selection_features = (SomeFeatures(features, places) for places in self.mixture.places())
         self.references = tokenize({str(i): image.captions for i, image in enumerate(self.selection)}) if self.selection else {}
         if self.text or config.meaning:
             look_around(self.model, self.data, self.images, settings.seed, self.text_cross_entropy)
 
-    # ---- what it needs ----
+    # ---- set-up ----
 
     def unseen_embeddings(self):
-        """Embeddings of training and selection images by a CLIP that has not seen them: (n, views, width), and (n, width)."""
+        """Embeddings of training and selection images by a CLIP that was not trained on them: (n, views, width), and (n, width)."""
         training, selection = ([image.path for image in images] for images in (self.images, self.selection))
         return self.folds.of(training, self.settings.views), self.folds.of(selection)[:, 0] if selection else None
 
     def set_objectives(self):
-        """What is learnt from a batch of images, and from one of texts."""
+        """The losses of a batch of images, and of one of texts."""
         settings, shared = self.settings, (self.model, self.processes, self.dtype, self.backward)
         self.cross_entropy = CrossEntropy(*shared, rows=self.data.rows, label_smoothing=settings.label_smoothing)
         self.text_cross_entropy = self.text and TextCrossEntropy(*shared, text=self.text, label_smoothing=settings.label_smoothing,
@@ -180,9 +180,9 @@ class CaptionerTrainer:
         self.self_critical = SelfCritical(*shared, reward=self.reward, samples=settings.scst_samples, generating=self.generating)
 
     def restore(self):
-        """Go on from the state of an interrupted run, if there is one."""
+        """Resume from the state of an interrupted run, if there is one."""
         settings = self.settings
-        # What is left out changes no result. The constants were options once, of which a state may be that had other values.
+        # Options that do not change the result are left out. The constants used to be options, so an older state may have other values.
         same = comparable(settings, "cache", "runtime", "max_hours", "tensorboard", "accumulation", "fsdp", "folds") | comparable(self.config) | {
             "warmup": WARMUP, "clip": CLIP, "scst_temperature": TEMPERATURE, "folds": self.folds.digest if self.folds else "",
             "training images": data_digest(self.images), "selection images": data_digest(self.selection),
@@ -195,7 +195,7 @@ class CaptionerTrainer:
         if len(set(self.processes.gather([self.progress["step"]]))) > 1:
             raise UserError(f"some processes found no {self.state_file}: --output must be on a disk that all share")
 
-    # ---- running ----
+    # ---- training ----
 
     def fit(self):
         """Train to the end, or until it is time to stop. Returns whether the end was reached."""
@@ -231,7 +231,7 @@ class CaptionerTrainer:
             print(line, flush=True)
 
     def train_epoch(self, epoch, schedule):
-        """One epoch, from the step that it has come to, or until it is time to stop."""
+        """The rest of an epoch, or as much of it as there is time for."""
         settings, progress = self.settings, self.progress
         stage, number, stage_epochs = schedule[epoch]
         self.model.train_fusion_alone(stage == "fusion")
@@ -266,8 +266,8 @@ class CaptionerTrainer:
             progress["sum"] += value
 
     def local_batch(self, indices, views):
-        """This process's part of a batch, cut for accumulation: [(indices, features, embeddings, tokens, targets), …]. Where no image is
-        left for a piece, it has no indices, and the first image with nothing to learn."""
+        """This process's part of a batch, split for accumulation: [(indices, features, embeddings, tokens, targets), …]. A piece for which
+        no image is left has no indices; it gets the batch's first image with no targets."""
         pieces = []
         for piece in self.processes.pieces(indices, self.settings.accumulation):
             *seen, tokens, targets = self.data.batch(piece or indices[:1], views[piece or indices[:1]])
@@ -280,11 +280,11 @@ class CaptionerTrainer:
         return loss.item()
 
     def generating(self):
-        """Within, the decoder is as generation wants it: LoRA merged; or, if it is sharded, whole on each process."""
+        """A context in which the decoder is ready to generate: LoRA merged or, if it is sharded, gathered on each process."""
         return unsharded(self.model.decoder.h) if self.settings.fsdp else self.model.decoder.merged_lora()
 
     def finish_epoch(self, epoch):
-        """Score the average on the selection split, keep it if it is the best, show samples, save the state."""
+        """Score the averaged weights on the selection images, keep them if they are the best so far, print samples, save the state."""
         settings, progress, history = self.settings, self.progress, self.progress["history"]
         self.run.note()
         self.run.save()  # since this can take long
@@ -313,7 +313,7 @@ class CaptionerTrainer:
         self.run.save()
 
     def caption_selection(self):
-        """Captions of the selection images, each process a part of them."""
+        """Captions of the selection images, divided among the processes."""
         part = np.array_split(np.arange(len(self.selection_features)), self.processes.count)[self.processes.number]
         with autocast(self.device, self.dtype), self.generating():
             return self.processes.gather(caption_features(self.model, self.selection_features, part, GenerationConfig(),

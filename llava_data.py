@@ -1,7 +1,7 @@
-"""What a LLaVA learns from: rows of samples about a picture each, as tensors.
+"""Training batches of a LLaVA: rows of samples about one picture each, as tensors.
 
-What is asked about one picture goes through the model in one row: the picture's tokens once, then a branch for each query with
-its answer, which sees the picture and itself but no other branch.
+All questions about one picture go through the model in one row: the picture's tokens once, then a branch for each question with
+its answer, which attends to the picture and to itself but to no other branch.
 
 Shapes: B rows, N image tokens of each, T positions of a row, D the vision tower's width.
 """
@@ -17,16 +17,16 @@ from images import load_picture
 from llava_training import is_encoder, query_form
 from runtime import pick_runtime
 
-COMMON_TOKENS = 8192  # the first so many of a vocabulary, among which BPE and SentencePiece have the commonest
+COMMON_TOKENS = 8192  # the first tokens of a vocabulary, where BPE and SentencePiece have the most frequent ones
 
 
 class Rows:
-    """Makes tensors of rows: lists of Samples about one picture.
+    """Makes tensors from rows, which are lists of Samples about one picture.
 
     Args:
-        model, processor: of `build`. images: CaptionedImages, which samples name by their number.
-        settings: of p4_align.py, which says how long answers may be and what each counts.
-        features: FeatureCache of the images; None: they are read and encoded in every step.
+        model, processor: of `build`. images: CaptionedImages, to whose numbers samples refer.
+        settings: of p4_align.py: the maximum length of answers, and their weight.
+        features: FeatureCache of the images; None: pictures are read and encoded in every step.
     """
 
     def __init__(self, model, processor, images, settings, features=None):
@@ -35,12 +35,12 @@ class Rows:
         self.before, self.after = query_form(processor.tokenizer, model.config.text_config.model_type)
 
     def text(self, sample):
-        """What comes before the answer; the processor puts in as many image tokens as there are patches."""
+        """The text before the answer; the processor expands the image token to as many as there are patches."""
         return f"{self.before}{self.processor.image_token}{' ' + sample.query if sample.query else ''}{self.after}"
 
     def collate(self, rows, view=0):
         """Rows of samples, and the views of their pictures -> pixel_values, and tensors (B, T), padded on the right: input_ids, labels,
-        position_ids and branches: 0 for the part with the picture, then 1 for the first sample's, 2, …; -1 behind the end; and weights
+        position_ids and branches (0 for the part with the picture, then 1, 2, … for the samples, -1 after the end), and weights
         of the labels. Raises UserError."""
         tokenizer, token = self.processor.tokenizer, self.processor.image_token
         asked = tokenizer([self.text(row[0]).replace(token, token * self.image_tokens) for row in rows])
@@ -73,14 +73,14 @@ class Rows:
         return found
 
     def see(self, numbers, view=0):
-        """What the vision tower takes of these views of some images: pixels (B, 3, S, S), or cached features (B, N, D). Raises UserError."""
+        """The vision tower's input for these views of some images: pixels (B, 3, S, S), or cached features (B, N, D). Raises UserError."""
         views = np.broadcast_to(view, len(numbers))
         if self.features is not None:
             return self.features[numbers, views].float()
         return self.pixels([make_view(self.picture(number), view, number) for number, view in zip(numbers, views)])
 
     def picture(self, number):
-        """An image, large enough for the square that the processor brings it to. Raises UserError."""
+        """An image, decoded at a sufficient size for the processor. Raises UserError."""
         return load_picture(self.images[number].path, self.processor.image_processor.size["height"])
 
     def pixels(self, pictures):
@@ -88,9 +88,9 @@ class Rows:
         return torch.as_tensor(np.stack([np.asarray(picture) for picture in self.processor.image_processor(pictures)["pixel_values"]]))
 
     def vocabulary(self, groups, device):
-        """Ids of the tokens that answers have, with the end of text and the commonest of all, sorted; and of all others.
+        """Sorted ids of the tokens that occur in answers, the end of text and the commonest of all; and the ids of all others.
 
-        `groups`: {kind: samples}, beside the captions.
+        `groups`: {kind: samples}, in addition to captions.
         """
         tokenizer, total = self.processor.tokenizer, self.vocabulary_size
         answers = [text for image in self.images for text in clean_captions(image)]
@@ -103,8 +103,8 @@ class Rows:
 
 
 def cached_features(model, name, images, settings, device):
-    """The features of all images from --cache, encoded first where they are not there, by the tower's own encoder, or on a CPU through
-    OpenVINO. Raises UserError unless the vision model, by its `name`, is a frozen encoder."""
+    """The features of all images in --cache, computed if they are missing, by the tower's own encoder, or on a CPU through OpenVINO.
+    Raises UserError if the vision model, called `name`, is not a frozen encoder."""
     tower, runtime = model.model.vision_tower, pick_runtime("auto", device)
     if not is_encoder(tower):
         raise UserError(f"--cache is for encoders that are named, such as tf_efficientnet_lite2, and {name} is none")

@@ -3,7 +3,7 @@
     python3 p2_pretrain_decoder.py --text flickr30k.txt coco.txt --captions data/train.json
 
 Writes a state dict in the Hugging Face layout (fp16), which GPT2LMHeadModel loads as well. An interrupted run
-goes on when the same command is given again.
+resumes when the same command is given again.
 """
 
 import math

@@ -7,17 +7,17 @@
 After LLaVA (Liu et al. 2023, https://arxiv.org/abs/2304.08485, and its 1.5: https://arxiv.org/abs/2310.03744), from a vision
 transformer and a causal language model of `transformers` (folders, or names on the model hub; for the former also a ViT-S/14
 that p4_pretrain_vit.py wrote, or the name of an encoder of encoder.py, such as tf_efficientnet_lite2+tf_efficientnet_lite1;
-for the latter most that are built as Llama, Qwen, Mistral or Gemma 3 are), in two stages:
-captions with nothing asked, then questions and instructions, mixed by kind; before them, if --word_epochs says so, image tokens
-learn which words' embeddings to be like (word_targets.py). Only the answers count in the loss. What is written
-is a complete LlavaForConditionalGeneration with its processor, and beside it trained.safetensors with what was trained alone,
-from which `assemble` makes the same again.
+for the latter most with the architecture of Llama, Qwen, Mistral or Gemma 3), in two stages:
+captions without a question, then questions and instructions, mixed by kind. Before these, with --word_epochs, image tokens
+learn to be similar to the embeddings of words (word_targets.py). Only answers count in the loss. The output
+is a complete LlavaForConditionalGeneration with its processor, and in the same folder trained.safetensors with the trained parameters only,
+from which `assemble` builds the same model again.
 
-What is asked about one picture goes through the model in one row: the picture's tokens once, then a branch for each query with
-its answer, which sees the picture and itself but no other branch. The loss is that of as many rows, for a fraction of the work.
+All questions about one picture go through the model in one row: the picture's tokens once, then a branch for each question with
+its answer, which attends to the picture and to itself but to no other branch. The loss is that of separate rows, for a fraction of the work.
 
-A run that was killed, or stopped by SIGTERM or --max_hours, goes on when the same command is given again, from the very
-sample, on any number of processes.
+A run that was killed, or stopped by SIGTERM or --max_hours, resumes at the same sample when the same command is given again, on
+any number of processes.
 
 Shapes: B rows, N image tokens of each, T positions of a row, C the language model's width, V its vocabulary.
 """
@@ -56,8 +56,8 @@ from word_targets import WordTargets
 
 WORD_BATCH = 64  # images of an update of the stage before stage 1
 FIT_PICTURES = 32  # that a fresh projection is fitted to
-WORDS, CAPTIONS, QUESTIONS = range(3)  # the stages: before stage 1, if --word_epochs says so; 1; 2
-SEEDS = 500_009, 0, 1009  # of the stages, beside the epoch's
+WORDS, CAPTIONS, QUESTIONS = range(3)  # the stages: the one before stage 1, with --word_epochs; 1; 2
+SEEDS = 500_009, 0, 1009  # offsets of the stages' random seeds
 
 
 @dataclass
@@ -66,36 +66,36 @@ class Settings(LlavaOptions):
     instructions: tuple = option(
         (), "JSON lists of {image, kind, query, answer}, or of people's {image, folder, question, answer}, for stage 2; default: "
         "derived from the captions (p4_questions.py)")
-    init: str = option("", "trained.safetensors of an earlier run of the same models and layers, to start from")
+    init: str = option("", "trained.safetensors of an earlier run with the same models and layers, to start from")
     mix: tuple = option(
-        ("qa=0.6", "relation=0.2", "detail=0.2", "caption=0"), "parts of stage 2: qa, relation, detail, caption, or other kinds of the instructions")
+        ("qa=0.6", "relation=0.2", "detail=0.2", "caption=0"), "fractions of stage 2: qa, relation, detail, caption, or other kinds of instructions")
     word_epochs: float = option(
-        0.0, "before stage 1, over the images: image tokens learn to be like the words of captions, without a pass of the language model")
-    stage1_epochs: float = option(1.0, "of captions with nothing asked, over the images")
-    stage2_epochs: float = option(1.0, "of questions and instructions, `per_picture` times as many as images")
-    batch_size: int = option(32, "pictures of an update, over all processes")
+        0.0, "before stage 1, over the images: image tokens learn to be similar to the words of captions, without running the language model")
+    stage1_epochs: float = option(1.0, "of captions without a question, over the images")
+    stage2_epochs: float = option(1.0, "of questions and instructions; an epoch has `per_picture` times as many as there are images")
+    batch_size: int = option(32, "pictures per update, over all processes")
     stage2_batch_size: int = option(0, "the same in stage 2; 0: as in stage 1")
-    per_picture: int = option(4, "samples that share a picture's pass, at most")
-    accumulation: int = option(1, "parts that go through the model one after the other")
+    per_picture: int = option(4, "maximum number of samples in a picture's row")
+    accumulation: int = option(1, "split each batch into so many parts, to save memory")
     learning_rate: float = option(1e-3, "of the projection in stage 1")
     stage2_learning_rate: float = option(1e-3, "of the projection in stage 2")
     vision_learning_rate: float = option(
-        5e-5, "of the vision layers that are trained along, in stage 1; it changes as the projection's does")
+        5e-5, "of the trained vision layers in stage 1; it is scaled as the projection's")
     weight_decay: float = 0.0
-    warmup_epochs: float = option(1.0, "of each stage, linear; then half a cosine")
-    first_learning_rate: float = option(0.0, "what the warm-up of each stage begins with")
-    last_learning_rate: float = option(0.0, "what stage 1's cosine ends with")
-    stage2_last_learning_rate: float = option(0.0, "what stage 2's cosine ends with")
+    warmup_epochs: float = option(1.0, "of linear warm-up in each stage; half a cosine follows")
+    first_learning_rate: float = option(0.0, "at the start of each stage's warm-up")
+    last_learning_rate: float = option(0.0, "at the end of stage 1")
+    stage2_last_learning_rate: float = option(0.0, "at the end of stage 2")
     clip: float = option(1.0, "gradient norm")
     precision: str = option("auto", "auto (bf16 on CUDA, else fp32), fp32 or bf16")
     fsdp: bool = option(False, "shard the language model over the processes")
-    weigh: str = option("tokens", "what counts alike in the loss: tokens, or answers, so that long ones do not drown a yes")
+    weigh: str = option("tokens", "what has equal weight in the loss: tokens, or answers, so that long answers do not outweigh a yes")
     head_sample: int = option(
-        0, "so many tokens, drawn anew for each update, stand for all that no answer has; 0: the softmax over all")
-    max_tokens: int = option(96, "of an answer; longer ones are cut")
-    cache: str = option("", "folder for the features of a frozen encoder that is named; default: every batch is encoded anew")
-    views: int = option(1, "of each image: 1 as it is, more: random crops too, every other mirrored")
-    max_hours: float = option(0.0, "stop then, ready to go on; 0: no limit")
+        0, "estimate the softmax's denominator with so many tokens, sampled for each update, from those that occur in no answer; 0: the full softmax")
+    max_tokens: int = option(96, "of an answer; longer ones are truncated")
+    cache: str = option("", "folder for the features of a frozen encoder; default: run it in every step")
+    views: int = option(1, "of each image: 1, the image as it is; more: random crops too, every other one mirrored")
+    max_hours: float = option(0.0, "stop after so long, ready to resume; 0: no limit")
 
     def __post_init__(self):
         self.mix = tuple(self.mix)
@@ -127,7 +127,7 @@ class Settings(LlavaOptions):
 
 
 class AlignmentTrainer:
-    """One run: the model, the samples, the optimizer and the place that it has come to."""
+    """One run: the model, the samples, the optimizer and the progress."""
 
     def __init__(self, vision_name, language_name, output, settings, device=None):
         self.settings, self.output, self.names = settings, Path(output), (vision_name, language_name)
@@ -190,19 +190,19 @@ class AlignmentTrainer:
     # ---- samples ----
 
     def plan(self, stage, epochs):
-        """A stage's batches, each a list of rows, and each row a list of samples about one picture; and how many an epoch has."""
+        """A stage's batches, each a list of rows, and each row a list of samples about one picture; and the batches per epoch."""
         batches, epoch_steps, settings = [], 0, self.settings
         size = {WORDS: WORD_BATCH, CAPTIONS: settings.batch_size, QUESTIONS: settings.stage2_batch_size or settings.batch_size}[stage]
         for epoch in range(math.ceil(epochs)):
             rows = self.sample_rows(stage, torch.Generator().manual_seed(settings.seed * 1_000_003 + SEEDS[stage] + epoch))
             steps = -(-len(rows) // size)
             epoch_steps = epoch_steps or steps
-            part = min(1.0, epochs - epoch)  # of the last epoch, perhaps
+            part = min(1.0, epochs - epoch)  # the last epoch may be a fraction
             batches += [rows[place * size:(place + 1) * size] for place in range(round(part * steps))]
         return batches, epoch_steps
 
     def sample_rows(self, stage, generator):
-        """The rows of an epoch: before stage 2 each picture once, at first with nothing asked or said, then with its captions."""
+        """The rows of an epoch: each picture once, with an empty sample (WORDS) or its captions, or samples of the questions."""
         most = self.settings.per_picture
         if stage == QUESTIONS:
             return by_picture(sample_epoch(self.groups, self.settings.parts(), most * self.captioned, generator), most)
@@ -217,8 +217,8 @@ class AlignmentTrainer:
         return rows
 
     def pieces(self, step):
-        """This process's part of a step's batch, cut for accumulation. Where no row is left for a piece, it has the first, with nothing to
-        learn."""
+        """This process's part of a step's batch, split for accumulation. A piece for which no row is left gets the batch's first row
+        with no targets."""
         rows, found = self.batches[step], []
         views = np.random.default_rng((self.settings.seed, step)).integers(self.settings.views, size=len(rows))
         for piece in self.processes.pieces([*zip(rows, views)], self.settings.accumulation):
@@ -237,7 +237,7 @@ class AlignmentTrainer:
     # ---- running ----
 
     def fit(self):
-        """Train to the end and write the folder, or until it is time to stop. Returns whether the end was reached."""
+        """Train to the end and write the folder, or stop when it is time. Returns whether the end was reached."""
         total, main = len(self.batches), self.processes.main
         todo = range(self.progress["step"], total)
         if self.settings.own_layers:
@@ -285,7 +285,7 @@ class AlignmentTrainer:
         return value
 
     def word_step(self, step, pieces):
-        """One update of the stage before the language model is asked. Returns the mean loss of a picture's words."""
+        """One update of the stage without the language model. Returns the mean loss of a picture's words."""
         pictures, value, size, tokens_seen = len(self.batches[step]), 0.0, 0.0, 0
         for inputs in pieces:
             inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
@@ -297,12 +297,12 @@ class AlignmentTrainer:
         value, size, tokens_seen = map(self.processes.add, (value, size, tokens_seen))
         self.run.about = {"stage": 0}
         self.run.update(self.settings.learning_rate * cosine(step, self.word_steps, min(50, self.word_steps // 2)), loss=value)
-        if step == self.word_steps - 1:  # directions are learnt; now tokens become as long as words
+        if step == self.word_steps - 1:  # directions are learnt; now scale tokens to the length of words
             scale_image_tokens(self.model, self.words.norm * tokens_seen / size)
         return value
 
     def save(self):
-        """Write the complete model with its processor, and what was trained alone, in fp16; whole or not at all."""
+        """Write the complete model with its processor, and the trained parameters separately, in fp16; all or nothing."""
         trained = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in self.trained.items()}
         write_llava(*build(*self.names, self.settings), self.output, trained, self.same)
 

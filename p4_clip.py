@@ -15,7 +15,7 @@ losses, each with a weight of its own:
   keep       sentences without pictures are to stay as far from each other as the sentence encoder puts them, so that words that
              no picture here has keep their place
 
-A run that was killed, or stopped by SIGTERM or --max_hours, goes on when the same command is given again, on a CPU bit for bit
+A run that was killed, or stopped by SIGTERM or --max_hours, resumes when the same command is given again, on a CPU bit for bit
 as if it had never stopped. `report/measure_clip.py` measures what came of it.
 
     python3 p4_clip.py --data data coco --folds 5 --of weights/clip_small.safetensors --output cache/clip_folds.safetensors
@@ -68,7 +68,7 @@ class Settings:
     weight_decay: float = 0.05
     warmup: float = option(0.05, "part of all steps")
     clip: float = option(1.0, "gradient norm")
-    average: float = option(0.99, "decay of the moving average of the weights, which is what is saved; 0: the last step's")
+    average: float = option(0.99, "decay of the moving average of the weights, which is what is saved; 0: save the last step's weights")
     dropout: float = option(0.5, "of the pictures' statistics")
     text_dropout: float = option(0.1, "of a sentence's tokens")
     anchors: float = option(0.1, "weight of that loss")
@@ -76,7 +76,7 @@ class Settings:
     selection: tuple = option(
         (500,), "pictures at the end of each train.json that are not trained on: one number, or one for each folder")
     seed: int = 0
-    max_hours: float = option(0.0, "stop then, ready to go on; 0: no limit")
+    max_hours: float = option(0.0, "stop after so long, ready to resume; 0: no limit")
 
     def __post_init__(self):
         self.data, self.text = tuple(map(str, self.data)), tuple(map(str, self.text))
@@ -159,7 +159,7 @@ class ClipTrainer:
         self.progress = self.run.progress
 
     def fit(self):
-        """Train to the end and return what each epoch was worth; None where it was interrupted, ready to go on."""
+        """Train to the end and return what each epoch was worth; None if it was interrupted, ready to resume."""
         total = self.steps * self.settings.epochs
         trained = sum(parameter.numel() for parameter in self.model.trained_parameters().values())
         print(f"{len(self.train)} pictures with {int(self.counts[self.train].sum())} captions to train on, "

@@ -17,7 +17,7 @@ hub's data sets (lmms-lab/VQAv2, lmms-lab/OK-VQA, lmms-lab/RefCOCO), with the pa
   boxes      how many boxes overlap the right one by half or more (intersection over union)
 
 Beside each number stand those of the commonest answer of other questions of the same kind, and of the same model when it is shown
-another question's picture, or a grey one, with the interval of the difference. An interrupted run goes on when the same command is given
+another question's picture, or a grey one, with the interval of the difference. An interrupted run resumes when the same command is given
 again. Every answer goes into the CSV file, the best and worst into a picture beside it, the numbers into a JSON file.
 """
 

@@ -184,7 +184,7 @@ class CaptionerTrainer:
         settings = self.settings
         # Options that do not change the result are left out. The constants used to be options, so an older state may have other values.
         same = comparable(settings, "cache", "runtime", "max_hours", "tensorboard", "accumulation", "fsdp", "folds") | comparable(self.config) | {
-            "warmup": WARMUP, "clip": CLIP, "scst_temperature": TEMPERATURE, "folds": self.folds.digest if self.folds else "",
+            "warmup": WARMUP, "clip": CLIP, "scst_temperature": TEMPERATURE, "folds": f"of digest {self.folds.digest}" if self.folds else "",
             "training images": data_digest(self.images), "selection images": data_digest(self.selection),
             "texts": self.text.digest if self.text else "", "encoder's weights": self.model.encoder.weights_hash,
             "decoder's weights": self.model.decoder.weights_hash}

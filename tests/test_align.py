@@ -573,7 +573,7 @@ def test_image_tokens_become_words_and_the_run_goes_on(towers, data, cnn, monkey
     def watched(number, pieces):
         losses.append(step(number, pieces))
         with torch.no_grad():
-            sizes.append(image_tokens(whole.model, whole.see([0, 1, 2])).norm(dim=-1).mean().item())
+            sizes.append(image_tokens(whole.model, whole.rows.see([0, 1, 2])).norm(dim=-1).mean().item())
         return losses[-1]
 
     whole.word_step = watched

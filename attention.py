@@ -1,4 +1,4 @@
-"""Where each word of a caption looked: attention over the image patches, for p1 (LLaVA) and p2 (the captioner)."""
+"""Attention maps: each word's attention over the image patches, for p1 (LLaVA) and p2 (the captioner)."""
 
 import re
 from dataclasses import dataclass
@@ -26,29 +26,29 @@ CORRECTIONS = "none", "divide", "subtract"
 
 @dataclass
 class Attention:
-    """Where each word of one caption looked."""
+    """The attention of each word of one caption."""
 
     caption: str
-    words: list  # W of them; the last is <end>, unless the caption was cut at its greatest length
+    words: list  # W words; the last is <end>, unless the caption was cut at its maximum length
     tokens: list  # T token ids, without <|endoftext|>
-    places: list  # where each word's tokens stand among them; <end> at T
-    maps: np.ndarray  # (W, layers, heads, rows, columns): what the word's position gives each patch
-    log_probs: np.ndarray  # (W,): of the word, given those before it; a sum over its tokens
-    region: tuple = (0.0, 0.0, 1.0, 1.0)  # what of the picture the maps cover: left, top, right, bottom
-    concepts: tuple = ()  # names of the K concepts that stood beside the patches
-    shares: np.ndarray = None  # (W, layers, heads, K): what the word's position gives each of them
+    places: list  # the indices of each word's tokens; T for <end>
+    maps: np.ndarray  # (W, layers, heads, rows, columns): attention from the word's position to each patch
+    log_probs: np.ndarray  # (W,): of each word given those before it, summed over its tokens
+    region: tuple = (0.0, 0.0, 1.0, 1.0)  # part of the picture that the maps cover: left, top, right, bottom
+    concepts: tuple = ()  # names of the K concepts beside the patches
+    shares: np.ndarray = None  # (W, layers, heads, K): attention to each of them
 
     @classmethod
     def of_tokens(cls, caption, tokens, words, weights, log_probs, grid, region=(0.0, 0.0, 1.0, 1.0), concepts=()):
         """Merge tokens to words.
 
         Args:
-            words: [(word, places of its tokens), …].
-            weights: (T + 1, layers, heads, N), of the positions that predict the tokens and the end; class and register
-                tokens, if any, stand before the patches among the N and are left out; concepts stand behind them.
-            log_probs: (T + 1,), or (T,) where there is no <end>.
+            words: [(word, indices of its tokens), …].
+            weights: (T + 1, layers, heads, N), of the positions that predict the tokens and the end. Among the N, class and
+                register tokens come before the patches and are left out; concepts come after the patches.
+            log_probs: (T + 1,), or (T,) without <end>.
             grid: rows and columns of patches.
-            concepts: names of those behind the patches.
+            concepts: names of the concepts after the patches.
         """
         words, places = map(list, zip(*words))
         weights = torch.stack([weights[of_word].float().mean(0) for of_word in places]).cpu()
@@ -58,15 +58,15 @@ class Attention:
                    tuple(concepts), weights[..., seen:].numpy())
 
     def content_words(self):
-        """Places of the words that carry meaning: no stop words, no punctuation, no <end>."""
+        """Indices of the content words: without stop words, punctuation and <end>."""
         return [i for i, word in enumerate(self.words) if word[0].isalnum() and word.lower() not in STOP_WORDS]
 
 
 def align_words(tokens, decode, ended):
-    """The words of a caption, each with the places of its tokens: [(word, [place, …]), …]
+    """The words of a caption with the indices of their tokens: [(word, [index, …]), …]
 
-    A token belongs to the word that holds its last character. `ended`: the token after them is the end, a word too. Tokens that
-    make no word at all are a blank one.
+    A token belongs to the word that contains its last character. `ended`: the next token is the end, which counts as a word. If the
+    tokens contain no word, they form an empty one.
     """
     text = decode(tokens)
     last = [min(len(decode(tokens[:count])), len(text)) - 1 for count in range(1, len(tokens) + 1)]
@@ -84,8 +84,8 @@ def of_words(log_probs, places):
 def rollout(attentions):
     """Attention rollout through layers that mix the image tokens: [(B, H, N, N), …] -> (B, N, N)
 
-    How much of each token before the layers is in each token after them. Half of every layer's output is counted as the
-    residual's, half as attention's, the heads averaged (Abnar and Zuidema 2020, https://arxiv.org/abs/2005.00928).
+    How much each token before the layers contributes to each token after them. Half of every layer's output is attributed to the
+    residual, half to attention, averaged over heads (Abnar and Zuidema 2020, https://arxiv.org/abs/2005.00928).
     """
     mixed = torch.eye(attentions[0].shape[-1], device=attentions[0].device)
     for weights in attentions:
@@ -93,16 +93,17 @@ def rollout(attentions):
     return mixed
 
 
-def teacher_forced(model, features, rows, attentions=None, mixing=None):
+def teacher_forced(model, features, rows, attentions=None, mixing=None, concepts=None):
     """The log-probability of every token of B captions, given those before it: (B, T), T the longest with its end.
 
     Args:
         features: (B, N, D) from the encoder.
-        rows: B lists of token ids; what lies behind a caption's end means nothing.
-        attentions, mixing: lists that receive the decoder's weights (B, H, T, N) and the projection's (B, H, N, N).
+        rows: B lists of token ids; results after a caption's end are meaningless.
+        attentions, mixing: lists to which the attention weights of the decoder (B, H, T, N) and the projection (B, H, N, N) are appended.
+        concepts: the Concepts of the images; None: those recognised in the features.
     """
     inputs, targets = (part[:, :model.decoder.config.n_positions].to(features.device) for part in collate(rows))
-    context = model.decoder.context(model.image_tokens(features, attentions=mixing))
+    context = model.decoder.context(model.image_tokens(features, concepts, mixing))
     hidden = model.decoder.hidden(inputs, context, attentions=attentions)
     log_probs = F.linear(hidden, model.decoder.head_weight(model.token_ids)).float().log_softmax(-1)
     places = model.column_of[targets.masked_fill(targets == IGNORE, END_OF_TEXT)]
@@ -111,17 +112,17 @@ def teacher_forced(model, features, rows, attentions=None, mixing=None):
 
 @torch.inference_mode()
 def p2_attention(model, pictures, generation=None, through_projection=False):
-    """Caption pictures with p2's model and say where each word looked.
+    """Caption pictures with p2's model and record each word's attention.
 
-    The winning caption is run through the decoder once more, which gives the weights of its generation.
+    The generated caption is run through the decoder once more, which gives the attention weights of its generation.
 
     Args:
         model: a Captioner.
         pictures: RGB PIL images.
         generation: GenerationConfig; default: the model's own.
-        through_projection: carry the maps back through the projection's transformer layers, by rollout.
-    Returns an Attention for each. Under fusion "prefix" the maps are the image's part of self-attention, so that they
-    sum to less than one; with cross-attention to one, less the shares of class and register tokens and of concepts.
+        through_projection: trace the maps back through the projection's transformer layers, by rollout.
+    Returns an Attention for each. With fusion "prefix" the maps are the image's part of self-attention, and
+    sum to less than one; with cross-attention they sum to one minus the shares of class and register tokens and concepts.
     """
     if through_projection and not len(model.projection.layers):
         raise UserError("this model's projection has no transformer layers to carry the maps back through: without "
@@ -130,11 +131,12 @@ def p2_attention(model, pictures, generation=None, through_projection=False):
     device = model.token_ids.device
     with torch.autocast("cuda", torch.float16, enabled=device.type == "cuda"):  # as p2_infer.py captions
         features = model.encoder(torch.stack([model.encoder.preprocess(picture) for picture in pictures]).to(device))
-        concepts = model.concepts(features)
-        rows = model.search(features, generation)
+        embeddings = model.judge.embed_images(features) if model.config.meaning or generation.clip_weight else None
+        concepts = model.concepts(features, embeddings)
+        rows = model.search(features, generation, concepts=concepts, embeddings=embeddings)
     features = features.float()
     attentions, mixing = [], [] if through_projection else None
-    log_probs = teacher_forced(model, features, rows, attentions, mixing)
+    log_probs = teacher_forced(model, features, rows, attentions, mixing, concepts)
     weights = torch.stack(attentions, 1)  # (B, layers, H, T, N)
     if through_projection:
         weights = weights @ rollout(mixing)[:, None, None]
@@ -152,12 +154,12 @@ def p2_attention(model, pictures, generation=None, through_projection=False):
 
 @torch.inference_mode()
 def llava_attention(llava, picture, settings=None):
-    """Caption an RGB PIL image with LLaVA and say where each word looked: an Attention.
+    """Caption an RGB PIL image with LLaVA and record each word's Attention.
 
-    Its maps are the image's part of the language model's self-attention; the rest, most of it, goes to text.
+    Its maps are the image's part of the language model's self-attention; most attention goes to the text.
 
     Args:
-        llava: a Llava with attention "eager", which alone gives its weights.
+        llava: a Llava with attention "eager", the only one that returns attention weights.
         settings: LlavaSettings.
     """
     settings = settings or LlavaSettings()
@@ -169,7 +171,7 @@ def llava_attention(llava, picture, settings=None):
     at = torch.isin(tokens[0], ends).nonzero()
     length, ended = (int(at[0]), True) if len(at) else (tokens.shape[1], False)
 
-    # Once more with the words given; the position before each token predicts it.
+    # Once more with the caption given: each position predicts the next token.
     inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens[:, :length]], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     output = model(**inputs, output_attentions=True)
@@ -181,7 +183,7 @@ def llava_attention(llava, picture, settings=None):
 
     if hasattr(model.config.vision_config, "num_image_tokens"):
         raise UserError("the image tokens of this LLaVA are no patches of the picture, but a Q-Former's: there is nothing to draw")
-    side = int(weights.shape[-1] ** 0.5)  # of the square of patches; with a class token there is one more
+    side = int(weights.shape[-1] ** 0.5)  # of the square of patches; there may be a class token, too
     row = tokens[0, :length].tolist()
     words = align_words(row, tokenizer.decode, ended)
     return Attention.of_tokens(llava.texts([row])[0], row, words, weights.permute(2, 0, 1, 3), log_probs, (side, side),
@@ -189,9 +191,9 @@ def llava_attention(llava, picture, settings=None):
 
 
 def kept_region(image_processor, width, height):
-    """What an image processor of `transformers` leaves of a picture: left, top, right, bottom as parts of its sides.
+    """The part of a picture that an image processor of `transformers` keeps: left, top, right, bottom as fractions of its sides.
 
-    CLIP's resizes the shorter side and crops the middle, so of a wide picture the model never sees the ends.
+    CLIP's resizes the shorter side and crops the centre, so that the model does not see the ends of a wide picture.
     """
     edge = image_processor.size.get("shortest_edge")
     if not (image_processor.do_center_crop and edge):
@@ -203,12 +205,12 @@ def kept_region(image_processor, width, height):
 
 
 def word_maps(attention, layer="mean", head="mean", correction="none"):
-    """One map a word, (W, rows, columns), from those of all layers and heads.
+    """One map per word, (W, rows, columns), from those of all layers and heads.
 
     Args:
         layer, head: counted from 1, or "mean" over them.
         correction: for patches that every word attends to: "divide" by the mean over words, or "subtract" it.
-    Raises UserError for a layer or head that is not there.
+    Raises UserError for a layer or head that does not exist.
     """
     maps = choose(attention.maps, layer, head)
     usual = maps.mean(0)
@@ -218,7 +220,7 @@ def word_maps(attention, layer="mean", head="mean", correction="none"):
 
 
 def choose(values, layer="mean", head="mean"):
-    """Of values (W, layers, heads, …) those of a layer and a head, counted from 1, or their "mean": (W, …)"""
+    """Values (W, layers, heads, …) of a layer and a head, counted from 1, or their "mean": (W, …)"""
     for name, choice in (("layer", layer), ("head", head)):
         count = values.shape[1]
         if choice != "mean" and not 1 <= choice <= count:
@@ -228,7 +230,7 @@ def choose(values, layer="mean", head="mean"):
 
 
 def favourite_concepts(attention, layer="mean", head="mean"):
-    """For each word, the concept that its position attends to most, and its share: [(name, share), …]; [] without concepts."""
+    """For each word, the concept that it attends to most, and its share: [(name, share), …]; [] without concepts."""
     if not attention.concepts:
         return []
     shares = choose(attention.shares, layer, head)
@@ -238,8 +240,8 @@ def favourite_concepts(attention, layer="mean", head="mean"):
 def upsample(values, size, region=(0.0, 0.0, 1.0, 1.0)):
     """A map over patches (rows, columns) -> over the pixels of a picture of `size` (width, height): (height, width)
 
-    Each patch is a rectangle of the region; its value stands at its centre, with a bicubic curve through them, which
-    can swing a little above and below. Outside the region, which the model has not seen, NaN.
+    Each patch is a rectangle of the region with its value at the centre; values in between are interpolated bicubically,
+    which can overshoot a little. NaN outside the region, which the model has not seen.
     """
     left, top, right, bottom = (round(edge * length) for edge, length in zip(region, [*size, *size]))
     patch = Image.fromarray(np.asarray(values, np.float32))
@@ -249,6 +251,6 @@ def upsample(values, size, region=(0.0, 0.0, 1.0, 1.0)):
 
 
 def peak(pixels):
-    """Where a map over pixels is largest: x, y"""
+    """The position of the maximum of a map over pixels: x, y"""
     y, x = np.unravel_index(np.nanargmax(pixels), pixels.shape)
     return int(x), int(y)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from cli import UserError, check_settings, option, printable
 from clip_small import SMALL_WEIGHTS, ClipConfig, ClipSmall
 from concepts import ClassifierWords, ClassWords, ClipWords, Concepts, RetrievedWords
-from dataset import IGNORE, collate
+from dataset import IGNORE
 from decoder import Block, Decoder, DecoderConfig, LayerContext, init_weights
 from encoder import EMBEDDED, load_encoder
 from files import WEIGHTS_FOLDER, check_digest, digest, first_line, read_weights, uninitialised, write_whole
@@ -168,27 +168,27 @@ class Captioner(TextGenerator, nn.Module):
         config: CaptionerConfig.
         encoder: frozen, of `config.load_encoder`.
         decoder: Decoder, of `config.load_decoder`.
-        token_ids: sorted tokens that may be generated (V), <|endoftext|> among them; None: all that the decoder knows.
+        token_ids: sorted tokens that may be generated (V), including <|endoftext|>; None: all that the decoder knows.
     """
 
     def __init__(self, config, encoder, decoder, token_ids=None):
         super().__init__()
         self.config = replace(config, image_size=encoder.image_size, encoder_levels=encoder.levels)
         self.decoder = decoder
-        # Rows of zeros are tokens that the decoder itself never met: it cannot say them.
-        known = decoder.wte.weight[:END_OF_TEXT + 1].any(1).nonzero().squeeze(1)  # some have rows behind their last token
+        # Rows of zeros are tokens that the decoder was not trained on, and cannot generate.
+        known = decoder.wte.weight[:END_OF_TEXT + 1].any(1).nonzero().squeeze(1)  # some decoders have rows after their last token
         scale = decoder.wte.weight[known].square().mean().sqrt().item() if config.fusion == "prefix" else 1.0
         self.encoder = encoder
         self.projection = Projection(config, encoder.dim, encoder.num_tokens, decoder.config.image_dim, scale,
                                      decoder.config.n_embd, self.judge.config.width if config.meaning else 0)
-        # Of embeddings of images, and of texts: in a contrastive space the two lie apart (Liang et al. 2022, arXiv:2203.02053).
+        # Means of image and of text embeddings, which differ in a contrastive space (Liang et al. 2022, arXiv:2203.02053).
         self.register_buffer("centres", torch.zeros(2, self.judge.config.width) if config.meaning else None, persistent=False)
         self.tokenizer = BPETokenizer()
-        self.generation = GenerationConfig()  # how captions are searched for unless it is said
+        self.generation = GenerationConfig()  # default settings of the search
         self.words = config.concept_words(encoder)
         self.register_buffer("concept_vectors", self.vectors_of_concepts(config.concept_source == "clip"), persistent=False)
         token_ids = known if token_ids is None else token_ids[torch.isin(token_ids, known)]
-        # Where each token stands among those scored; others, as targets, do not count.
+        # The column of each token among those scored; as targets, others are ignored.
         columns = torch.full((self.decoder.config.vocab_size,), IGNORE)
         columns[token_ids] = torch.arange(len(token_ids))
         self.end = int(columns[min(END_OF_TEXT, len(columns) - 1)])  # in a smaller vocabulary, its last token
@@ -201,41 +201,41 @@ class Captioner(TextGenerator, nn.Module):
                             f"{MAX_TRAINED / 1e6:.0f}M allowed: shrink the projection, cross_dim or the LoRA rank")
 
     def trained_parameters(self):
-        """All that training may change, by name."""
+        """All trainable parameters, by name."""
         frozen = {f"decoder.{name}" for name in self.decoder.pretrained_names()}
         return {name: parameter for name, parameter in self.named_parameters()
                 if name not in frozen and not name.startswith("encoder.")}
 
     def is_fusion(self, name):
-        """Whether a trained parameter of this name joins encoder and decoder, rather than tuning the decoder."""
+        """Whether a trained parameter belongs to the connection of encoder and decoder, rather than tuning the decoder."""
         return self.decoder.added.get(name.removeprefix("decoder."), "projection") in ("projection", "cross-attention")
 
     def train_fusion_alone(self, alone):
-        """Freeze, or thaw, what PEFT adds: all that is trained but the projection and cross-attention."""
+        """Freeze, or unfreeze, the parameters of PEFT: all trained ones except the projection and cross-attention."""
         for name, parameter in self.trained_parameters().items():
             parameter.requires_grad_(not alone or self.is_fusion(name))
 
     def num_trained(self):
         return sum(parameter.numel() for parameter in self.trained_parameters().values())
 
-    # ---- what the text sees ----
+    # ---- image tokens, concepts and meanings ----
 
     def vectors_of_concepts(self, nouns):
-        """(C, n_embd), or with those of the nouns (C + L, n_embd); None for a model without concepts."""
+        """Vectors of the concepts (C, n_embd), with nouns (C + L, n_embd); None for a model without concepts."""
         return self.words and self.words.vectors(self.decoder.wte.weight, self.tokenizer.encode, nouns)
 
     @cached_property
     def source(self):
-        """What recognises concepts in an image's features."""
+        """The object that recognises concepts in an image's features."""
         if self.config.concept_source == "clip":
             return ClipWords(self.words, self.judge)
         return ClassifierWords(self.words, self.encoder)
 
     @torch.no_grad()
     def concepts(self, features, embeddings=None):
-        """Features (B, N, D) -> the Concepts that are recognised in them; None for a model that is told of none.
+        """Features (B, N, D) -> the Concepts recognised in them; None for a model without concepts and meanings.
 
-        `embeddings` (B, width): of the images in our CLIP's space; None: worked out where they are needed.
+        `embeddings` (B, width): of the images in our CLIP's space; None: computed if needed.
         """
         if not self.words and not self.config.meaning:
             return None
@@ -246,41 +246,41 @@ class Captioner(TextGenerator, nn.Module):
         return found._replace(meaning=self.meaning(embeddings, 0))
 
     def meaning(self, embeddings, of_texts):
-        """Embeddings in our CLIP's space, of images (0) or of texts (1), seen from their centre: unit vectors (B, width)"""
+        """Embeddings in our CLIP's space, of images (0) or of texts (1), minus their mean: unit vectors (B, width)"""
         return F.normalize(F.normalize(embeddings, dim=-1) - self.centres[of_texts].to(embeddings), dim=-1)
 
     def centre(self, of_images, of_texts):
-        """From now on see meanings from the middle of these embeddings, each (n, width)."""
+        """Set the means that `meaning` subtracts to those of these embeddings, each (n, width)."""
         self.centres.copy_(torch.stack([F.normalize(part, dim=-1).mean(0) for part in (of_images, of_texts)]))
 
     @cached_property
     def judge(self):
-        """Our CLIP on the captioner's own encoder. Raises UserError where it is not here, or was made for another encoder."""
+        """Our CLIP, on the captioner's own encoder. Raises UserError if it is missing, or was trained on another encoder."""
         return ClipSmall.load(SMALL_WEIGHTS, self.encoder, runtime=self.encoder.runtime).to(self.decoder.wte.weight.device)
 
     def _apply(self, *arguments, **options):
-        """Where the model goes, its judge goes too, which is none of its submodules: nothing of it is saved or trained."""
+        """Move the judge with the model. It is not a submodule, so that it is neither saved nor trained."""
         if isinstance(judge := self.__dict__.get("judge"), nn.Module):
             judge._apply(*arguments, **options)
         return super()._apply(*arguments, **options)
 
     def retrieve(self, captions, cache=None):
-        """From now on recognise also what captions of pictures like it name: a list of strings, which can be swapped at will."""
+        """Also recognise what the captions of similar pictures mention; `captions` is a list of strings, and can be any."""
         if not self.words:
             raise UserError("this captioner was trained without concepts: retrieved captions can tell it nothing")
         self.concept_vectors = self.vectors_of_concepts(nouns=True)
         self.source = RetrievedWords(self.source, self.judge, captions, cache)
 
     def image_tokens(self, features, concepts=None, attentions=None):
-        """What the text sees: a token for each patch, then one for each concept, then those of the meaning (B, N + K + M, width).
+        """What the text attends to: a token for each patch, then one for each concept, then those of the meaning (B, N + K + M, width).
 
-        A concept's token comes of the mean of its words' embeddings (object tags: Li et al. 2020, arXiv:2004.06165; entity
-        prompts: Fei et al. 2023, arXiv:2307.16525), times the root of its probability. That comes after the normalisation,
-        which would undo it.
+        A concept's token is projected from the mean of its words' embeddings (object tags: Li et al. 2020, arXiv:2004.06165;
+        entity prompts: Fei et al. 2023, arXiv:2307.16525) and scaled by the square root of its probability, after the
+        normalisation, which would undo the scaling.
 
         Args:
-            features: (B, N, D) from the encoder; None: of no image.
-            concepts: Concepts; None: those that are recognised in the features.
+            features: (B, N, D) from the encoder; None: no image.
+            concepts: Concepts; None: those recognised in the features.
             attentions: as of Projection.
         """
         concepts = self.concepts(features) if concepts is None else concepts
@@ -295,12 +295,12 @@ class Captioner(TextGenerator, nn.Module):
 
     def loss(self, features, tokens, targets, label_smoothing=0.0, temperature=1.0, weights=None, reduction="mean",
              concepts=None):
-        """Cross-entropy at the target tokens that are among those scored: their mean, or "sum".
+        """Cross-entropy over the target tokens that are among those scored: the mean, or the sum.
 
         Args:
             features, concepts: as of `image_tokens`.
             tokens, targets: (B * K, T), an image's K captions adjacent; IGNORE where there is no target.
-            weights: (B * K), what each caption's tokens count.
+            weights: (B * K), of each caption's tokens.
         """
         hidden = self.decoder.hidden(tokens, self.decoder.context(self.image_tokens(features, concepts)))
         columns = torch.where(targets == IGNORE, IGNORE, self.column_of[targets.clamp(min=0)])
@@ -310,38 +310,6 @@ class Captioner(TextGenerator, nn.Module):
         if weights is not None:
             losses = losses * weights[:, None].expand_as(targets)[used]
         return losses.sum() if reduction == "sum" else losses.mean()
-
-    def draw(self, features, reward, samples, temperature=1.0, seed=0, numbers=None, max_length=24, concepts=None):
-        """What self-critical sequence training (Rennie et al. 2017, arXiv:1612.00563) learns from: captions that the model
-        draws itself, and how much better each is than the others.
-
-        `loss` of them, with the advantages as weights, is REINFORCE. The baseline of a caption's reward is the mean
-        over the image's other samples (Luo 2020, arXiv:2003.09971), which needs no greedy caption beside them.
-
-        Args:
-            features, concepts: as of `image_tokens`.
-            reward: function from B * samples captions, an image's adjacent, and whether each came to its end before
-                max_length, to as many numbers.
-            samples: captions drawn for each image, at least 2.
-            temperature: of the policy that draws and is improved. At 1, label smoothing makes its captions poor.
-            seed, numbers: of the drawing, and of each caption; default: 0, 1, ….
-        Returns tokens and targets (B * samples, T), advantages and rewards (B * samples).
-        """
-        generation = GenerationConfig(sample=True, temperature=temperature, max_length=max_length, seed=seed)
-        training = self.training
-        self.eval()  # captions are drawn without dropout, and judged with it
-        with torch.inference_mode():
-            rows = self.sample(self.image_tokens(features, concepts), generation,
-                               range(samples * len(features)) if numbers is None else numbers)
-        self.train(training)
-        torch.clear_autocast_cache()  # of casts that were made without gradients
-        ended = [len(row) < max_length for row in rows]
-        rewards = torch.as_tensor(reward([self.text(row) for row in rows], ended)).to("cpu", torch.float32).view(-1, samples)
-        others = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
-        tokens, targets = collate(rows)
-        targets[[not row for row in rows], 0] = END_OF_TEXT  # drawn at once; to collate, an empty row is no caption
-        targets[:, max_length:] = IGNORE  # a caption that was cut there did not draw its end
-        return *(x.to(features.device) for x in (tokens, targets, (rewards - others).flatten())), rewards.flatten()
 
     # ---- generation ----
 
@@ -354,17 +322,17 @@ class Captioner(TextGenerator, nn.Module):
     def generate(self, features, generation=None, seeds=None, concepts=None, embeddings=None):
         """Features (B, N, D) -> list of B captions.
 
-        `concepts`: those to see instead of what is recognised; `embeddings` (B, width): of the images in our CLIP's space,
-        instead of what it says of them.
+        `concepts`: in place of those recognised in the features; `embeddings` (B, width): in place of those that our CLIP
+        computes from the features.
 
-        `seeds`: one number for each image, which with `generation.seed` decides its sample whatever the batch
-        (default: 0 … B - 1); with K numbers for each image, K samples of each.
+        `seeds`: one number per image, which together with `generation.seed` determines its sample, independent of the batch
+        (default: 0 … B - 1); with K numbers per image, K samples of each.
         """
         return [self.text(row) for row in self.search(features, generation, seeds, concepts, embeddings)]
 
     @torch.inference_mode()
     def search(self, features, generation=None, seeds=None, concepts=None, embeddings=None):
-        """As `generate`, but the captions as lists of token ids, without <|endoftext|>."""
+        """Like `generate`, but returns captions as lists of token ids, without <|endoftext|>."""
         generation = generation or self.generation
         if embeddings is None and (generation.clip_weight or self.config.meaning and concepts is None):
             embeddings = self.judge.embed_images(features)
@@ -376,18 +344,18 @@ class Captioner(TextGenerator, nn.Module):
         return self.beam_search(image, generation)
 
     def text(self, tokens):
-        """Token ids, without <|endoftext|> -> the caption, on one line, a capital first: CIDEr as a reward is blind to it."""
+        """Token ids, without <|endoftext|> -> the caption on one line, capitalised, since training with CIDEr ignores case."""
         caption = " ".join(self.tokenizer.decode(tokens).split())
         return caption[:1].upper() + caption[1:]
 
     def choose(self, embeddings, hypotheses, weight):
-        """Of each image's hypotheses the token ids of the one that is best by its score and what the `judge` gives it."""
+        """Rerank: the token ids of each image's best hypothesis by its score and the `judge`'s cosine with this weight."""
         return [found[best_of([score for score, _ in found], cosines, weight)][1]
                 for found, cosines in zip(hypotheses, self.cosines(embeddings, hypotheses))]
 
     @torch.inference_mode()
     def cosines(self, embeddings, hypotheses):
-        """What the `judge` gives each image's hypotheses, by the images' embeddings (B, width): B lists."""
+        """The `judge`'s cosines of each image's hypotheses with the image, whose embeddings are (B, width): B lists."""
         texts = [self.text(tokens) for found in hypotheses for _, tokens in found]
         images = F.normalize(embeddings, dim=-1)
         counts = torch.tensor([len(found) for found in hypotheses], device=images.device)
@@ -397,14 +365,14 @@ class Captioner(TextGenerator, nn.Module):
     # ---- checkpoints ----
 
     def save(self, path, training=None, scores=None):
-        """Write what was trained, in fp16, and in the metadata all that `load` needs to rebuild the model."""
+        """Write the trained parameters in fp16, with the metadata from which `load` rebuilds the model."""
         state = {f"projection.{name}": value for name, value in self.projection.state_dict().items()}
         state |= {f"decoder.{name}": value for name, value in self.decoder.trained_state().items()}
         tensors = {name: value.to("cpu", torch.float16).contiguous() for name, value in state.items()}
         tensors["token_ids"] = self.token_ids.to("cpu", torch.int32)
         if self.config.meaning:
             tensors["centres"] = self.centres.to("cpu", torch.float16)
-        config = replace(self.config, prefix_hidden=0)  # that MLP has done its work
+        config = replace(self.config, prefix_hidden=0)  # the MLP is not saved, only its output
         metadata = {"model": asdict(config), "encoder_hash": self.encoder.weights_hash,
                     "decoder_hash": self.decoder.weights_hash, "digest": digest(tensors),
                     "trained_parameters": self.num_trained(), "generation": asdict(self.generation), "training": training or {},
@@ -412,7 +380,7 @@ class Captioner(TextGenerator, nn.Module):
         write_checkpoint(path, tensors, metadata)
 
     def load_trained(self, state):
-        """Take these values for all that is trained. Raises KeyError or RuntimeError where names or shapes differ."""
+        """Set all trained parameters. Raises KeyError or RuntimeError if names or shapes differ."""
         if state.keys() != self.trained_parameters().keys():
             raise KeyError("other names")
         self.load_state_dict(state, strict=False)
@@ -422,15 +390,15 @@ class Captioner(TextGenerator, nn.Module):
         """Rebuild a captioner for inference from a checkpoint and the decoder weights it was trained with.
 
         Args:
-            encoder: if one is there already; otherwise the checkpoint's is loaded.
-            all_tokens: score all tokens instead of those that the training captions held.
-            runtime: of pick_runtime: what runs the encoder.
-        Raises UserError where the encoder's or the decoder's weights are not those of the training.
+            encoder: if one is loaded already; None: load the checkpoint's.
+            all_tokens: score all tokens, not only those of the training captions.
+            runtime: what runs the encoder, as pick_runtime gives it.
+        Raises UserError if the encoder's or the decoder's weights are not those of the training.
         """
         metadata = read_metadata(checkpoint)
         state = read_weights(checkpoint, "checkpoint")
         check_digest(checkpoint, "checkpoint", state, metadata.get("digest"))
-        config = CaptionerConfig(**{"encoder_levels": 1} | metadata["model"])  # of checkpoints that say nothing of levels
+        config = recorded_config(metadata)
         with uninitialised():
             decoder = config.load_decoder(decoder_weights)
         encoder = encoder or config.load_encoder(runtime=runtime)
@@ -451,29 +419,34 @@ class Captioner(TextGenerator, nn.Module):
 
 
 def write_checkpoint(path, tensors, metadata):
-    """Write a checkpoint: what was trained, and what `read_metadata` gives of it; whole or not at all."""
+    """Write a checkpoint's tensors and the metadata that `read_metadata` returns, atomically."""
     write_whole(path, save(tensors, {"captioner": json.dumps(metadata)}))
 
 
 def check_hash(checkpoint, metadata, part, now, where):
-    """Raise UserError unless the frozen weights of this part, "encoder" or "decoder", are those of the checkpoint's training."""
+    """Raise UserError unless the frozen weights of this part, "encoder" or "decoder", are those the checkpoint was trained with."""
     if now != metadata[f"{part}_hash"]:
         raise UserError(f"the checkpoint {checkpoint} was trained with other {part} weights than {where}")
 
 
+def recorded_config(metadata):
+    """The CaptionerConfig of a checkpoint. The oldest do not record encoder_levels, which were 1 then."""
+    return CaptionerConfig(**{"encoder_levels": 1} | metadata["model"])
+
+
 def recorded_generation(metadata):
-    """How a checkpoint says that its captions are best searched for; GenerationConfig's defaults where it says nothing."""
+    """The search settings recorded in a checkpoint; GenerationConfig's defaults if there are none."""
     return GenerationConfig(**metadata.get("generation", {}))
 
 
 def read_metadata(checkpoint):
-    """What a checkpoint says of itself, without reading its tensors. Raises UserError."""
+    """A checkpoint's metadata, without reading its tensors. Raises UserError."""
     if not Path(checkpoint).is_file():
         raise UserError(f"the checkpoint {checkpoint} does not exist")
     try:
         with safe_open(checkpoint, "pt") as file:
             metadata = json.loads((file.metadata() or {})["captioner"])
-        CaptionerConfig(**metadata["model"]), recorded_generation(metadata), metadata["encoder_hash"], metadata["decoder_hash"]  # all there?
+        recorded_config(metadata), recorded_generation(metadata), metadata["encoder_hash"], metadata["decoder_hash"]  # all there?
         return metadata
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"the checkpoint {checkpoint} is damaged or of another format: {first_line(error)}") from None
@@ -481,14 +454,14 @@ def read_metadata(checkpoint):
         raise UserError(f"{checkpoint} is not a checkpoint of p2_train.py") from None
 
 
-# ---- captions of a folder ------------------------------------------------------------------------------------------
+# ---- captioning a folder ------------------------------------------------------------------------------------------
 
 
 def caption_folder(model, images, generation, batch_size=128, device="cpu", processes=None, progress=True):
-    """Caption {name: path}, each process a part of them.
+    """Caption {name: path}, divided among the processes.
 
-    Returns ({name: caption}, {path: reason} of the images that could not be read). Pictures are decoded in threads and encoded in
-    another while the captions of those before are searched for, with a progress bar on stderr.
+    Returns ({name: caption}, {path: reason} of the images that could not be read). While one batch is captioned, the next is encoded in
+    a thread and pictures are decoded in others. Shows a progress bar on stderr.
     """
     model.to(device)
     numbers, names = {path: number for number, path in enumerate(images.values())}, {path: name for name, path in images.items()}
@@ -513,14 +486,14 @@ def caption_folder(model, images, generation, batch_size=128, device="cpu", proc
 
 @torch.inference_mode()
 def encode_batch(encoder, device, batch):
-    """A batch of load_ahead's with features (B, N, D) in place of the images."""
+    """A batch of load_ahead with features (B, N, D) in place of the images."""
     paths, images, bad = batch
     with torch.autocast("cuda", torch.float16, enabled=device == "cuda"):
         return paths, None if images is None else encoder(images.to(device)), bad
 
 
 def caption_features(model, features, numbers, generation, embeddings=None, batch_size=100):
-    """Captions of the first view of the images with these numbers; `embeddings` (n, width): of all, in our CLIP's space, if known."""
+    """Captions of the first view of the images with these numbers; `embeddings` (n, width): of all images in our CLIP's space, if known."""
     captions, device = [], model.token_ids.device
     for start in range(0, len(numbers), batch_size):
         some = numbers[start:start + batch_size]
@@ -530,7 +503,7 @@ def caption_features(model, features, numbers, generation, embeddings=None, batc
 
 
 def count_trained(config, decoder_weights):
-    """Count what would be trained, by part, without weights or data: {part: parameters}."""
+    """Count the parameters that would be trained, without weights or data: {part: parameters}."""
     sizes = {}
     if Path(decoder_weights).exists():
         loaded = config.load_decoder(decoder_weights).config

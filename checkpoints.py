@@ -1,4 +1,4 @@
-"""Which weights to use, and a captioner that starts from another's."""
+"""Find the weights to use, and initialise a captioner from another's checkpoint."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ CHECKPOINT_FOLDERS = Path("checkpoints"), Path(__file__).resolve().parent / "che
 
 
 def find_weights(decoder_weights=None, checkpoint=None):
-    """The two weight files to use: without decoder weights the embedded model's; with them and no checkpoint, the newest of checkpoints/
-    that was trained with them. Raises UserError."""
+    """The decoder weights and the checkpoint to use. Default: the embedded model's; for given decoder weights, the newest checkpoint in
+    checkpoints/ that was trained with them. Raises UserError."""
     if decoder_weights is None:
         return EMBEDDED_DECODER, EMBEDDED_CHECKPOINT
     if checkpoint is None:
@@ -29,24 +29,24 @@ def find_weights(decoder_weights=None, checkpoint=None):
 
 
 def newest_checkpoint(decoder_hash, folders=CHECKPOINT_FOLDERS):
-    """The newest checkpoint that was trained with these decoder weights, or None; here, or beside this module."""
+    """The newest checkpoint trained with these decoder weights, or None; looks in the current folder and beside this module."""
     paths = [path for folder in folders for path in Path(folder).glob("*.safetensors") if path.is_file()]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             if read_metadata(path)["decoder_hash"] == decoder_hash:
                 return path
         except (UserError, KeyError):
-            continue  # some other file: not ours to complain about
+            continue  # not a checkpoint, which is no error
     return None
 
 
 def start_from(model, checkpoint, decoder_weights):
-    """Give a captioner a checkpoint's trained weights. Returns lines that say what it had to do without. Raises UserError unless it is of
-    the same model.
+    """Initialise a captioner with a checkpoint's trained weights. Returns lines about what differs. Raises UserError if it is of another
+    model.
 
-    Its encoder may have been this one with fewer levels, or the first of those that are joined here: the channels
-    that it had come first then, and what the others add counts nothing to begin with. It may have known no concepts and no meaning,
-    and its decoder may have had other weights of the same shapes.
+    The checkpoint's encoder may be this one with fewer levels, or the first of the encoders joined here: its channels come first,
+    and the weights of the others start at zero. The checkpoint may lack concepts and meanings, and its decoder
+    may have other weights of the same shapes.
     """
     metadata, encoder, lines = read_metadata(checkpoint), model.encoder, []
     known = encoder.first if metadata["model"]["encoder"] == encoder.first.name else encoder

@@ -374,6 +374,7 @@ class Folds:
     Args:
         path: what p4_clip.py wrote.
         text_digest: of the ClipSmall whose texts they are to be compared with. Raises UserError where it is another.
+    Attributes: `embeddings` (n, views, width), fp16; `numbers`, {fingerprint of a picture: its number}.
     """
 
     def __init__(self, path, text_digest):
@@ -392,6 +393,12 @@ class Folds:
         """Embeddings (n, views, width) of pictures, which `fingerprints` names."""
         write_whole(path, save({"embeddings": embeddings.half().contiguous()}, {"clip_folds": json.dumps(
             {"pictures": pictures, "texts": text_digest, "training": training})}))
+
+    @property
+    def digest(self):
+        """Hash of all that it says, wherever the file lies."""
+        pictures = json.dumps([*self.numbers]).encode()
+        return hashlib.sha256(content_hash({"embeddings": self.embeddings}).encode() + pictures).hexdigest()
 
     def of(self, paths, views=1):
         """Embeddings of these pictures (n, views, width), fp32. Raises UserError where one is missing, or a view."""

@@ -1,10 +1,10 @@
-"""Words for what is recognised in a picture: by the encoder's own classifier, by our CLIP, or in captions of pictures like it.
+"""Concept words of a picture: recognised by the encoder's own classifier, by our CLIP, or found in captions of similar pictures.
 
-`concepts.json`, which get_concepts.py makes from WordNet, says of every class of ImageNet what it is called, level by level:
-its own names, then those of the kinds that it belongs to ("tabby", "tabby cat"; "domestic cat"; "cat"; "feline").
+`concepts.json`, which get_concepts.py makes from WordNet, has the names of every ImageNet class, level by level:
+its own names, then those of its hypernyms ("tabby", "tabby cat"; "domestic cat"; "cat"; "feline").
 
-A concept is a class, or one of the nouns that the table holds; concepts are numbered, classes first. Pictures come from three
-sources of them: `ClassifierWords`, `ClipWords` and `RetrievedWords`.
+A concept is a class, or one of the nouns in that table; concepts are numbered, classes first. There are three
+sources of a picture's concepts: `ClassifierWords`, `ClipWords` and `RetrievedWords`.
 
 Shapes: B images or captions, K concepts of each, C classes, L nouns, N patches, D the encoder's width, n_embd the decoder's.
 """
@@ -26,25 +26,25 @@ from cli import UserError
 from files import read_json
 
 TABLE = Path(__file__).resolve().parent / "concepts.json"
-KINDS = 4  # of those that a class belongs to, the narrowest that describe it
-LONGEST = 3  # words of a noun phrase that is looked up
-# WordNet's own rules for the plurals of nouns (morphy(7WN)): what is detached, and what is put in its place.
+KINDS = 4  # hypernyms that describe a class, the most specific ones
+LONGEST = 3  # maximum number of words in a noun phrase
+# WordNet's rules for plurals of nouns (morphy(7WN)): suffix, and its replacement.
 PLURALS = ("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"), ("ies", "y")
-MISSING = 0.2  # of a caption's things, those that a classifier does not name
-SISTER = 0.2  # of those that it names, those that it takes for another of their kind
-MORE = 0.4  # it goes on to one more class of that kind
-NEIGHBOURS = 20  # captions that are retrieved for a picture
+# Probabilities of a classifier's errors, for captions without pictures: an object is missed; a class is mistaken for a sister; another class of
+# the same object follows.
+MISSING, SISTER, MORE = 0.2, 0.2, 0.4
+NEIGHBOURS = 20  # captions retrieved per picture
 
 
 class Concepts(NamedTuple):
-    """What was recognised in each of B pictures."""
+    """The concepts recognised in each of B pictures."""
 
     numbers: torch.Tensor  # (B, K), likeliest first
     probabilities: torch.Tensor  # (B, K)
-    meaning: torch.Tensor = None  # (B, width): each as a whole, in our CLIP's space
+    meaning: torch.Tensor = None  # (B, width): the picture as a whole, in our CLIP's space
 
     def each(self, function):
-        """With a function of each tensor in its place."""
+        """Apply a function to each tensor."""
         return Concepts(*(part if part is None else function(part) for part in self))
 
     @classmethod
@@ -63,7 +63,7 @@ class ClassWords:
     """
 
     def __init__(self, wordnet_ids):
-        """Raises KeyError for a class that is not one of ImageNet's thousand."""
+        """Raises KeyError for a class that is not one of ImageNet-1k."""
         table = read_json(TABLE, "table of concepts")
         self.levels = [table[name] for name in wordnet_ids]
         self.classes = {}
@@ -75,7 +75,7 @@ class ClassWords:
 
     @classmethod
     def of_encoder(cls, encoder):
-        """Those of the classes that an encoder's classifier tells apart. Raises UserError where it has none that are known."""
+        """The classes of an encoder's classifier. Raises UserError if it has none, or unknown ones."""
         try:
             if encoder.class_ids:
                 return cls(encoder.class_ids)
@@ -86,12 +86,12 @@ class ClassWords:
 
     @classmethod
     def of_imagenet(cls):
-        from timm.data import ImageNetInfo  # two seconds, which those who ask an encoder are spared
+        from timm.data import ImageNetInfo  # takes two seconds, so not imported at the top
 
         return cls(ImageNetInfo("imagenet-1k").label_names())
 
     def words(self, number):
-        """What a concept is called: a noun itself; a class by its own names, and the first of each of its narrowest kinds."""
+        """The words of a concept: a noun itself; for a class its own names, and the first name of each of its most specific hypernyms."""
         if number >= len(self.levels):
             return [self.names[number]]
         own, *kinds = self.levels[number]
@@ -99,7 +99,7 @@ class ClassWords:
 
     @cached_property
     def sisters(self):
-        """For each class, those that share its narrowest kind with it, itself left out."""
+        """For each class, the others with the same most specific hypernym."""
         of_kind = {}
         for number, levels in enumerate(self.levels):
             if len(levels) > 1:
@@ -108,7 +108,7 @@ class ClassWords:
                 for number, levels in enumerate(self.levels)]
 
     def find(self, caption):
-        """The nouns of the table that a caption holds, in order, plurals as singulars. Longest phrases first."""
+        """The nouns of the table in a caption, in order, plurals as singulars. The longest phrases are matched first."""
         words, found, at = re.findall(r"[a-z]+(?:['-][a-z]+)*", caption.lower()), [], 0
         while at < len(words):
             for length in range(min(LONGEST, len(words) - at), 0, -1):
@@ -121,18 +121,18 @@ class ClassWords:
         return found
 
     def singular(self, phrase):
-        """The noun that a phrase is, as it stands or as a plural; None where it is none of the table."""
+        """The noun of the table that a phrase is, or of which it is the plural; None if there is none."""
         singular = (phrase.removesuffix(ending) + instead for ending, instead in PLURALS if phrase.endswith(ending))
         return next((form for form in (phrase, *singular) if form in self.classes), None)
 
     def vectors(self, embeddings, encode, nouns=False):
-        """A vector for each concept: the mean of its words' vectors, theirs the mean of their tokens' embeddings.
+        """A vector for each concept: the mean of its words' vectors, which are the means of their tokens' embeddings.
 
         Args:
-            embeddings: (V, n_embd); a row of zeros is a token that the decoder never met, and does not count.
+            embeddings: (V, n_embd); rows of zeros, of tokens that the decoder was not trained on, are ignored.
             encode: text -> token ids.
-            nouns: those of the nouns too.
-        Returns (C, n_embd), or (C + L, n_embd), where the classes' root mean square is one.
+            nouns: include the nouns.
+        Returns (C, n_embd), or (C + L, n_embd), scaled so that the classes' root mean square is one.
         """
         embeddings = embeddings.detach()
         names = [self.words(number) for number in range(len(self.names if nouns else self.levels))]
@@ -142,14 +142,14 @@ class ClassWords:
         return vectors / vectors[:len(self.levels)].square().mean().sqrt().clamp(min=1e-12)
 
     def imagine(self, found, seen, random):
-        """What would be recognised in pictures of these captions, errors included.
+        """Simulate what would be recognised in pictures of captions, including errors.
 
-        A real picture's concepts are taken, and the caption's things put among them, each at a rank drawn by the probabilities
-        there; some are missing. What names classes takes some for others of their kind, or names two or three of it.
+        Starts from a real picture's concepts, and puts the caption's objects at ranks sampled by the probabilities there. Some
+        objects are missing; some classes are replaced by sisters, and some objects get two or three classes.
 
         Args:
-            found: for each of B captions, of each of its things the concepts that it may be.
-            seen: Concepts of real pictures, for each caption the one of a picture.
+            found: for each of B captions, for each of its objects, the concepts that it may be recognised as.
+            seen: Concepts of real pictures, one for each caption.
             random: numpy Generator.
         Returns Concepts of B rows.
         """
@@ -168,7 +168,7 @@ class ClassWords:
                     if random.random() >= MORE:
                         break
             shown = list(dict.fromkeys(shown))[:len(row)]
-            weights = probabilities + 0.02  # so that every rank can be drawn
+            weights = probabilities + 0.02  # so that every rank can be sampled
             ranks = random.choice(len(row), len(shown), replace=False, p=weights / weights.sum())
             for rank, number in zip(np.sort(ranks), shown):
                 row[rank] = number
@@ -176,7 +176,7 @@ class ClassWords:
 
 
 def means(vectors, groups):
-    """Of each group, a list of row numbers, the mean of those rows of `vectors` (n, C) that are not zero: (groups, C)"""
+    """The mean of each group of rows of `vectors` (n, C), without rows of zeros; groups are lists of row numbers: (groups, C)"""
     rows = torch.tensor([*chain.from_iterable(groups)], device=vectors.device)
     owners = torch.repeat_interleave(torch.tensor([*map(len, groups)])).to(vectors.device)
     found = vectors[rows]
@@ -185,7 +185,7 @@ def means(vectors, groups):
 
 
 class ClassifierWords:
-    """What the encoder's own classifier, which it was pretrained with, says of a picture."""
+    """The classes that the encoder's own classifier, from its pretraining, recognises."""
 
     def __init__(self, words, encoder):
         self.words, self.encoder = words, encoder
@@ -195,7 +195,7 @@ class ClassifierWords:
         return Concepts.likeliest(self.encoder.class_probabilities(features), count)
 
     def meanings(self, noun):
-        """The concepts that a thing of this name would be recognised as."""
+        """The concepts that an object of this name would be recognised as."""
         return self.words.classes[noun]
 
 
@@ -205,7 +205,7 @@ class ClipWords:
     Args:
         words: ClassWords.
         judge: a ClipSmall on the same encoder.
-        cache: folder for the nouns' embeddings; None: worked out anew.
+        cache: folder for the nouns' embeddings; None: always compute them.
     """
 
     def __init__(self, words, judge, cache=None):
@@ -224,13 +224,13 @@ class ClipWords:
 
 class RetrievedWords:
     """The nouns of the captions that are nearest to a picture in our CLIP's space (SmallCap: Ramos et al. 2023, arXiv:2209.15323),
-    beside what another source recognises.
+    combined with those of another source.
 
     Args:
         source: ClassifierWords or ClipWords.
         judge: a ClipSmall on the same encoder.
         captions: list of strings.
-        cache: folder for their embeddings; None: worked out anew.
+        cache: folder for their embeddings; None: always compute them.
     """
 
     def __init__(self, source, judge, captions, cache=None):
@@ -254,7 +254,7 @@ class RetrievedWords:
 
 @torch.inference_mode()
 def embed_texts(judge, texts, cache=None, batch_size=64):
-    """Unit vectors of texts in our CLIP's space (n, width), kept in the folder `cache` for the next time."""
+    """Unit vectors of texts in our CLIP's space (n, width), cached in the folder `cache` if there is one."""
     digest = hashlib.sha256(json.dumps([texts, judge.text_digest]).encode()).hexdigest()[:16]
     file = Path(cache) / f"vectors-{digest}.npy" if cache else None
     if file and file.exists():
@@ -269,5 +269,5 @@ def embed_texts(judge, texts, cache=None, batch_size=64):
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         np.save(file, vectors.half().numpy())
-        return vectors.half().float()  # what the next time brings
+        return vectors.half().float()  # the same as will be read from the cache
     return vectors

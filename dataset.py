@@ -1,4 +1,4 @@
-"""Captions: COCO-format files, folders in the course's layout, token batches, and what a captioner learns from."""
+"""Captions: COCO-format files, folders in the course's layout, token batches, and training data."""
 
 import hashlib
 import json
@@ -13,8 +13,7 @@ from cli import UserError
 from files import fingerprints, is_file, read_json, read_lines, write_json
 from tokenizer import END_OF_TEXT
 
-IGNORE = -100  # the target that cross_entropy leaves out
-SEEN = 1000  # pictures whose concepts are a pattern for those of captions without pictures
+IGNORE = -100  # the target that cross_entropy ignores
 
 
 # ---- captions --------------------------------------------------------------------------------------------------
@@ -27,25 +26,25 @@ class CaptionedImage:
 
 
 def clean_caption(text):
-    """One style for training text: single spaces, none before punctuation, a capital first, a full stop last.
+    """Normalise the style of a caption: single spaces, none before punctuation, a capital first, a full stop last.
 
-    Metrics are blind to all of it, and a language model that need not guess the style spends no
-    probability, and no beam, on saying the same thing twice.
+    Metrics ignore all of this, and a model that does not have to predict the style does not split probability, or beams,
+    between variants of the same caption.
     """
     text = re.sub(r"\s+([.,;:!?]+(?!\S)|['’](?:s|re|ve|ll|d|m|t)\b|['’](?!\S))", r"\1", " ".join(text.split())).rstrip(" .,;:")
     return text[:1].upper() + text[1:] + ("" if text.endswith(("!", "?")) else ".") if text else ""
 
 
 def clean_captions(image):
-    """The captions of a CaptionedImage in that style, without those that say nothing."""
+    """The captions of a CaptionedImage in that style, without empty ones."""
     return [text for text in map(clean_caption, image.captions) if text]
 
 
 def read_captions(annotation_file, images_root):
-    """Read COCO-format captions: a list of CaptionedImage in the file's order, captions as they are.
+    """Read COCO-format captions: a list of CaptionedImage in the file's order, captions unchanged.
 
-    `images_root` None: the captions alone matter, and no image is looked for.
-    Raises UserError for a file of another form, ids that are there twice, a caption of an unlisted image, or a
+    `images_root` None: only the captions are needed, and image files are not checked.
+    Raises UserError for a file of another format, duplicate ids, a caption of an unlisted image, or a
     missing image file.
     """
     data = read_json(annotation_file, "captions file")
@@ -82,14 +81,14 @@ def read_captions(annotation_file, images_root):
 
 
 class Folder:
-    """A folder in the course's layout: its pictures that have captions, and which of them are kept aside.
+    """A folder in the course's layout: its images that have captions, the last of which may be held out.
 
-    Attributes: `path`; `images`, CaptionedImages in the file's order; `train`, how many of them, the first, are to train on;
-    `without_captions`, how many others there are.
+    Attributes: `path`; `images`, CaptionedImages in the file's order; `train`, how many of them, from the first on, are for training;
+    `without_captions`, the number of images left out because they have none.
     """
 
     def __init__(self, path, selection=0):
-        """Raises UserError unless pictures are left once the last `selection` are kept aside."""
+        """Hold out the last `selection` images. Raises UserError if none are left to train on."""
         self.path = Path(path)
         images = read_captions(self.path / "train.json", self.path / "images" / "train")
         self.images = [image for image in images if clean_captions(image)]
@@ -103,13 +102,13 @@ class Folder:
 
 
 class Mixture:
-    """Images of several folders: those to train on, those to select on, and how many of each an epoch shows.
+    """Images of several folders: those to train on, those to select on, and how many of each make an epoch.
 
-    Attributes: `images`, `selection`, lists of CaptionedImage, folder by folder; `size`, images of an epoch.
+    Attributes: `images`, `selection`, lists of CaptionedImage, folder by folder; `size`, images per epoch.
 
     Args:
-        paths: of the folders. selection: images at the end of each to select on: one number, or one for each.
-        weights: how often an epoch shows a folder's images; none: once.
+        paths: of the folders. selection: images to hold out at the end of each: one number, or one per folder.
+        weights: how often an epoch uses each folder's images; empty: once.
     """
 
     def __init__(self, paths, selection=(0,), weights=()):
@@ -123,7 +122,7 @@ class Mixture:
         self.size = sum(self.shown)
 
     def sample_epoch(self, generator):
-        """The image numbers that an epoch shows: every folder's as often as its weight says, the rest of it by chance."""
+        """The image numbers of an epoch: each folder's as often as its weight says, a fraction as a random subset."""
         drawn = []
         for count, numbers in zip(self.shown, self.numbers):
             whole, rest = divmod(count, len(numbers))
@@ -132,14 +131,18 @@ class Mixture:
                 drawn += [numbers[i] for i in torch.randperm(len(numbers), generator=generator)[:rest].tolist()]
         return drawn
 
+    def left_out(self):
+        """Lines about images that are left out."""
+        return [f"{self.without_captions} images have no caption and are left out"] * bool(self.without_captions)
+
     def places(self):
-        """(folder, number in it) of the images to train on, and of those to select on."""
+        """(folder, number within it) of the training images, and of the selection images."""
         return ([(number, i) for number, folder in enumerate(self.folders) for i in range(folder.train)],
                 [(number, i) for number, folder in enumerate(self.folders) for i in range(folder.train, len(folder.images))])
 
 
 def write_subset(data, folder, count):
-    """Write a folder in the course's layout with the first images of another's train.json alone."""
+    """Write a folder in the course's layout with only the first images of another's train.json."""
     data, folder = Path(data), Path(folder)
     images = folder / "images" / "train"
     images.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +160,7 @@ def collate(captions):
     """Token lists -> input and target (R, T), laid out for next-token prediction.
 
     [g1 … gN] becomes input [50256, g1 … gN, 50256 …] and target [g1 … gN, 50256, -100 …]. An empty list
-    stands for no caption: its targets are all -100.
+    means no caption: its targets are all -100.
     """
     length = max(len(tokens) for tokens in captions) + 1
     inputs = torch.full((len(captions), length), END_OF_TEXT)
@@ -170,9 +173,9 @@ def collate(captions):
 
 
 def bucketed_batches(lengths, batch_size, generator):
-    """Shuffled batches of indices whose lengths are alike, so that little is padding.
+    """Shuffled batches of indices of similar lengths, so that there is little padding.
 
-    Sorting by length within random pools of 20 batches keeps batches random enough.
+    Sorting by length only within random pools of 20 batches keeps batches random enough.
     """
     order = torch.randperm(len(lengths), generator=generator).tolist()
     batches = []
@@ -183,7 +186,7 @@ def bucketed_batches(lengths, batch_size, generator):
 
 
 def data_digest(images):
-    """sha256 over CaptionedImages: names, captions and fingerprints of the pictures, in their order."""
+    """sha256 over CaptionedImages in order: file names, captions and fingerprints of the files."""
     found = [[*of_file, image.captions] for of_file, image in zip(fingerprints([image.path for image in images]), images)]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
@@ -202,17 +205,17 @@ def load_references(annotation_file, images_root=None):
     return references
 
 
-# ---- what a captioner learns from ----------------------------------------------------------------------------------
+# ---- training data ----------------------------------------------------------------------------------
 
 
 class CaptionData:
-    """Tokens of every image's captions, and beside them the cached features and, where they count, embeddings of the images by a CLIP
-    that has not seen them (images, views, width)."""
+    """Tokens of every image's captions, with the images' cached features and, if needed, their embeddings by a CLIP that was not
+    trained on them (images, views, width)."""
 
     def __init__(self, images, tokenizer, max_tokens, features=None, embeddings=None):
         self.features, self.embeddings, self.max_tokens = features, embeddings, max_tokens
         self.rows = []  # for each image, its captions' tokens
-        self.cut = self.empty = 0  # captions that are too long, or say nothing
+        self.cut = self.empty = 0  # captions that are too long, or empty
         for image in images:
             rows = tokenizer.encode_batch(clean_captions(image))
             self.empty += len(image.captions) - len(rows)
@@ -220,6 +223,11 @@ class CaptionData:
             self.rows.append([row[:max_tokens] for row in rows])
         self.captions = max(map(len, self.rows), default=0)  # K; images with fewer get empty rows
         self.lengths = [max(map(len, rows), default=0) for rows in self.rows]
+
+    def left_out(self):
+        """Lines about captions that are left out, or truncated."""
+        return ([f"{self.empty} captions are empty and left out"] * bool(self.empty)
+                + [f"{self.cut} captions are longer than {self.max_tokens} tokens and cut there"] * bool(self.cut))
 
     def batch(self, indices, views):
         """Image numbers and a view of each -> features (B, N, D), embeddings (B, width) or None, tokens and targets (B * K, T)"""
@@ -229,13 +237,13 @@ class CaptionData:
 
 
 class TextData:
-    """Captions without pictures, and the concepts that pictures of them might show.
+    """Captions without pictures, and concepts such as might be recognised in pictures of them.
 
-    Attributes: `rows`, the tokens of each caption. `look` has to be called before there are batches.
+    Attributes: `rows`, the tokens of each caption. `look` must be called before `batch`.
     """
 
     def __init__(self, files, tokenizer, max_tokens, words, without=()):
-        """Captions of these files, each once, less those of the CaptionedImages `without`. Raises UserError."""
+        """The distinct captions of these files, except those of the CaptionedImages `without`. Raises UserError."""
         self.words = words
         known = {clean_caption(line).lower(): clean_caption(line) for file in files for line in read_lines(file)}
         for caption in (caption for image in without for caption in clean_captions(image)):
@@ -249,7 +257,7 @@ class TextData:
         self.digest = hashlib.sha256("\n".join(self.captions).encode()).hexdigest()
 
     def sample_epoch(self, count, batch_size, generator):
-        """`count` batches of captions, their lengths alike: lists of numbers."""
+        """`count` batches of captions of similar lengths: lists of numbers."""
         rounds = -(-count * batch_size // len(self.rows))
         order = torch.cat([torch.randperm(len(self.rows), generator=generator) for _ in range(rounds)])
         order = order[:count * batch_size].tolist()
@@ -257,12 +265,12 @@ class TextData:
                 bucketed_batches([len(self.rows[i]) for i in order], batch_size, generator)]
 
     def look(self, source, seen):
-        """Say how nouns are recognised, by this source of concepts, and what it sees in real pictures: Concepts, the meaning of each
-        less what its own caption explains."""
+        """Set the source of concepts, and what it recognises in some real pictures: Concepts, whose meanings are the residuals that the
+        pictures' own captions do not explain."""
         self.source, self.seen = source, seen
 
     def batch(self, numbers, random):
-        """Caption numbers and a numpy Generator -> tokens and targets (B, T), and B Concepts, their meaning as of `look`"""
+        """Caption numbers and a numpy Generator -> tokens and targets (B, T), and B Concepts, their meanings as given to `look`"""
         pictures = random.integers(len(self.seen.numbers), size=len(numbers))
         seen = self.seen.each(lambda part: part[pictures])
         things = [[self.source.meanings(noun) for noun in self.nouns[i]] for i in numbers]
@@ -270,11 +278,11 @@ class TextData:
 
 
 def token_ids(texts):
-    """Lists of token lists -> sorted ids of all tokens that occur, <|endoftext|> among them: (V,)"""
+    """Lists of token lists -> sorted ids of all tokens that occur, including <|endoftext|>: (V,)"""
     return torch.tensor(sorted({token for rows in texts for row in rows for token in row} | {END_OF_TEXT}))
 
 
 def count_targets(texts, token_ids):
-    """How many target tokens each list of token lists has, of those scored: what a batch's loss is divided by."""
+    """The number of target tokens of each list of token lists, among those scored; a batch's loss is divided by their sum."""
     scored = set(token_ids.tolist())
     return [sum(1 + sum(token in scored for token in row) for row in rows) for rows in texts]

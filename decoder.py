@@ -1,7 +1,7 @@
-"""GPT-2 in plain PyTorch, with two ways to see image tokens, and what peft_kinds.py adds to tune it with few parameters.
+"""GPT-2 in plain PyTorch, with two ways to attend to image tokens, and the parameter-efficient tuning of peft_kinds.py.
 
-Radford et al. 2019, in the layout of its published weights. Image tokens are seen through a cross-attention sublayer in
-every block (fusion "cross") or stand before the text ("prefix").
+Radford et al. 2019, in the layout of its published weights. The text attends to image tokens through a cross-attention sublayer in
+every block (fusion "cross"), or they come before it in self-attention ("prefix").
 
 Shapes in the comments: B images, K captions of each (rows R = B * K, an image's captions adjacent), T text tokens,
 N image tokens, M positions before the text, C width, H heads of 64, V vocabulary.
@@ -33,7 +33,7 @@ class DecoderConfig:
     n_embd: int = 768
     n_layer: int = 12
     dropout: float = 0.1
-    image_dim: int = 0  # width of the image tokens (under fusion "prefix" n_embd); 0: a language model that sees none
+    image_dim: int = 0  # width of the image tokens (with fusion "prefix" n_embd); 0: a language model without images
     fusion: str = "cross"
     cross_dim: int = 0  # inner width of cross-attention; 0: n_embd
     peft: PeftConfig = field(default_factory=PeftConfig.off)
@@ -81,8 +81,8 @@ class SelfAttention(nn.Module):
 
         Args:
             before: keys and values (B, H, M, 64) of positions before the text, an image's rows adjacent.
-            mask: (T, M + T) boolean, what each position sees; default: all of M, and the text causally.
-            attentions: a list that receives the weights over all that is seen (R, H, T, M + past + T).
+            mask: (T, M + T) boolean, what each position attends to; default: all of M, and the text causally.
+            attentions: a list to which the attention weights are appended (R, H, T, M + past + T).
         """
         q, k, v = self.c_attn(x).chunk(3, dim=-1)
         q, k, v = (split_heads(part) for part in (q, self.peft_key(k), self.peft_value(v)))  # (R, H, T, 64) each
@@ -94,7 +94,7 @@ class SelfAttention(nn.Module):
             k, v = (torch.cat([early.repeat_interleave(len(text) // len(early), 0), text], 2)
                     for early, text in zip(before, (k, v)))
         length, seen = q.shape[2], k.shape[2]
-        causal = self.causal and mask is None and length > 1  # one new token sees all of the cache
+        causal = self.causal and mask is None and length > 1  # one new token attends to the whole cache
         if causal and (seen > length or attentions is not None):
             mask = torch.ones(length, seen, dtype=torch.bool, device=q.device).tril(seen - length)
         if attentions is not None:
@@ -107,7 +107,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Text attends to image tokens. Starts as a no-op, so that training begins from the language model."""
+    """The text attends to image tokens. Initialised as a no-op, so that training starts from the language model."""
 
     def __init__(self, config):
         super().__init__()
@@ -118,7 +118,7 @@ class CrossAttention(nn.Module):
         mark(self, "cross-attention")
 
     def start(self):
-        # 0.02 suits width 768 and more; in a narrow model it leaves attention uniform for hundreds of steps.
+        # 0.02 suits widths of 768 and more; in a narrow model attention would stay uniform for hundreds of steps.
         for layer in self.c_q, self.c_kv:
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         nn.init.zeros_(self.c_proj.weight)
@@ -130,7 +130,7 @@ class CrossAttention(nn.Module):
     def forward(self, x, keys_values, attentions=None):
         k, v = keys_values
         rows, length, _ = x.shape
-        # Nothing is causal here, so an image's K captions fold into one long query: keys are read once.
+        # Nothing is causal here, so an image's K captions are folded into one long query: keys are read once.
         q = split_heads(self.c_q(x.reshape(len(k), -1, x.shape[-1])))  # (B, H, K * T, 64)
         if attentions is not None:
             weights = attention_weights(q, k)
@@ -185,21 +185,21 @@ class Block(nn.Module):
 
 @dataclass
 class LayerContext:
-    """What the text sees in one layer besides itself: pairs of keys and values, B rows or one for all."""
+    """What the text attends to in one layer besides itself: pairs of keys and values, with B rows, or one for all."""
 
     cross: tuple = None  # of cross-attention, (B, H', N, 64) each
     before: tuple = None  # of the positions before the text, (B, H, M, 64) each
-    image: slice = None  # where among M the image tokens stand
+    image: slice = None  # the image tokens among the M positions
 
     def select(self, images):
-        """Of these images alone."""
+        """The context of these images only."""
         pairs = ([part[images] if len(part) > 1 else part for part in pair] if pair else None
                  for pair in (self.cross, self.before))
         return LayerContext(*pairs, self.image)
 
 
 def init_weights(model, n_layer):
-    """GPT-2's: normal with deviation 0.02, smaller where a layer writes to the residual stream."""
+    """GPT-2's initialisation: normal with deviation 0.02, smaller for layers that write to the residual stream."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
@@ -213,18 +213,18 @@ def init_weights(model, n_layer):
 
 
 class Cache:
-    """Keys and values of the text so far, in every self-attention layer. Memory is taken once."""
+    """Keys and values of the text so far, in every self-attention layer. Memory is allocated once."""
 
-    beams = 1  # that share a row
-    seen = None  # which keys of the text each new token sees; None: all that came before it
+    beams = 1  # per row
+    seen = None  # which of the text's keys each new token attends to; None: all before it
 
     def __init__(self, max_length):
         self.max_length = max_length
-        self.length = 0  # positions held, before the step under way
+        self.length = 0  # positions stored, without the current step
         self.stored = {}  # layer -> (2, R, H, max_length * beams, 64), position by position
 
     def steps(self, tokens):
-        """How many positions so many new tokens of a row take."""
+        """The number of positions of so many new tokens of a row."""
         return tokens
 
     def append(self, layer, k, v):
@@ -239,28 +239,28 @@ class Cache:
 
 
 class BeamCache(Cache):
-    """The same for K beams of each of B images: a row is an image, its new tokens are those of its beams, all at one position; at the
-    first, where all beams are one, a single token.
+    """A cache for K beams of each of B images: a row is an image, and its new tokens are those of its beams, all at one position. At the
+    first position there is one token, which the beams share.
 
-    Where beams change places nothing moves: `seen` (B, 1, K, (length + 1) K) tells each which of its image's keys are its own past's.
+    When beams are reordered no keys are moved: `seen` (B, 1, K, (length + 1) K) says which of the image's keys belong to each beam's past.
     """
 
     def __init__(self, images, beams, max_length, device=None):
         super().__init__(max_length)
         self.beams = beams
-        self.past = torch.zeros(images, beams, 0, dtype=torch.long, device=device)  # (B, K, length): who wrote each token of a beam
+        self.past = torch.zeros(images, beams, 0, dtype=torch.long, device=device)  # (B, K, length): the beam each past token was written by
         self.look(1)
 
     def steps(self, tokens):
         return 1
 
     def look(self, new):
-        """Let so many new tokens see their beams' past, and themselves."""
+        """Set `seen` for so many new tokens: each attends to its beam's past, and to itself."""
         own = torch.arange(new, device=self.past.device).expand(len(self.past), new)[:, :, None]
         self.seen = F.one_hot(torch.cat([self.past[:, :new], own], 2), self.beams).flatten(2).bool()[:, None]
 
     def select(self, beams, images=None):
-        """From now on, beam k is what beam `beams[b, k]` was, and the token that it wrote last; `images`: keep these, in this order."""
+        """Make beam k the continuation of what was beam `beams[b, k]`, including its last token; `images`: keep only these, in this order."""
         if images is not None:
             self.past = self.past[images]
             self.stored = {layer: stored[:, images] for layer, stored in self.stored.items()}
@@ -270,7 +270,7 @@ class BeamCache(Cache):
 
 
 class Recorder:
-    """Stands for a Cache where the keys and values of every layer are wanted, and gradients through them."""
+    """In place of a Cache: records the keys and values of every layer, through which gradients flow."""
 
     seen = None
 
@@ -283,9 +283,9 @@ class Recorder:
 
 
 def read_gpt2(path):
-    """A GPT-2 state dict in the Hugging Face layout, without prefix, causal masks and the tied head: what is hashed.
+    """Read a GPT-2 state dict in the Hugging Face layout, without key prefix, causal masks and the tied head. It is this that is hashed.
 
-    Raises UserError for a file that is missing or damaged, or whose head is not tied.
+    Raises UserError for a missing or damaged file, or one whose head is not tied.
     """
     state = read_weights(path, "decoder weights")
     state = {key.removeprefix("transformer."): value for key, value in state.items()}
@@ -298,11 +298,11 @@ def read_gpt2(path):
 
 
 def check_architecture(weights, n_embd):
-    """Raise UserError where a config.json beside the weights says what their shapes do not: other heads or another activation."""
+    """Raise UserError if a config.json beside the weights has what shapes do not show: another head width or activation."""
     path = Path(weights).with_name("config.json")
     config = read_json(path, "config of the decoder") if path.is_file() else {}
     if not isinstance(config, dict) or config.get("model_type", "gpt2") != "gpt2":
-        return  # of something else in the same folder
+        return  # it belongs to something else in the same folder
     heads, activation = config.get("n_head"), config.get("activation_function", "gelu_new")
     if isinstance(heads, int) and heads * HEAD_WIDTH != n_embd:
         raise UserError(f"{path} says {heads} heads of {n_embd / heads:g}, but heads are {HEAD_WIDTH} wide here: of this model "
@@ -314,9 +314,9 @@ def check_architecture(weights, n_embd):
 class Decoder(nn.Module):
     """GPT-2 with tied input and output embeddings.
 
-    A forward pass maps tokens (R, T) to logits (R, T, V). `token_ids` names the rows of the head to
-    compute, so V is their number: in a small decoder the head is most of the work, and few of the
-    50,257 tokens ever occur in captions.
+    A forward pass maps tokens (R, T) to logits (R, T, V). `token_ids` selects the rows of the head to
+    compute, and V is their number: in a small decoder the head is most of the work, and few of the
+    50,257 tokens occur in captions.
     """
 
     def __init__(self, config):
@@ -336,9 +336,9 @@ class Decoder(nn.Module):
         init_weights(self, config.n_layer)
         if LoRA.updates(peft, "head"):
             self.head.weight = self.wte.weight  # tied, until one of them is merged
-        # Of each parameter that was added for captioning, by whom. Noted here, since sharding makes other parameters of them.
+        # {name: kind} of the parameters added for captioning. Collected here, since sharding replaces parameters.
         self.added = {name: parameter.added for name, parameter in self.named_parameters() if hasattr(parameter, "added")}
-        self.untied = None  # the head, where the token embedding was merged with its LoRA
+        self.untied = None  # the head's weights, once the token embedding was merged with its LoRA
         self.weights_hash = None  # content hash of the pretrained weights, which checkpoints record
 
     @classmethod
@@ -391,17 +391,17 @@ class Decoder(nn.Module):
                 else state[name] for name in sorted(self.pretrained_names())}
 
     def context(self, image=None):
-        """What the text will see besides itself: image tokens (B, N, image_dim) -> a LayerContext for every layer.
+        """What the text attends to besides itself: image tokens (B, N, image_dim) -> a LayerContext for every layer.
 
-        Computed once for an image, whatever the number of its captions. Under fusion "prefix" the image tokens, and
-        after them the prompt, pass through the layers here: no text that follows changes them. None: text alone.
+        Computed once per image, whatever the number of its captions. With fusion "prefix" the image tokens, followed by
+        the prompt, pass through the layers here, since the text after them does not change them. None: text only.
         """
         config, rows = self.config, 1 if image is None else len(image)
         learned = [None] * len(self.h)
         if config.peft.prefix_length:  # one row for all images
             learned = [tuple(split_heads(part[None]) for part in pair) for pair in self.prefix()]
         cross = [None] * len(self.h)
-        early, first, tokens = [], config.peft.prefix_length, 0  # embeddings before the text; where they begin; N
+        early, first, tokens = [], config.peft.prefix_length, 0  # embeddings before the text; their first position; N
         if image is not None and config.fusion == "cross":
             cross = [block.cross.keys_values(image) for block in self.h]
         elif image is not None:
@@ -413,7 +413,7 @@ class Decoder(nn.Module):
         if early:
             x = F.dropout(torch.cat(early, 1), config.dropout, self.training)
             mask = torch.ones(x.shape[1], first + x.shape[1], dtype=torch.bool, device=x.device).tril(first)
-            mask[:tokens, :first + tokens] = True  # image tokens see each other, the prompt is causal
+            mask[:tokens, :first + tokens] = True  # image tokens attend to each other, the prompt is causal
             recorder = Recorder()
             for block, layer in zip(self.h, seen):
                 x = block(x, LayerContext(layer.cross, layer.before), recorder, mask)
@@ -428,10 +428,10 @@ class Decoder(nn.Module):
         """Tokens (R, T) -> final hidden states (R, T, C).
 
         Args:
-            context: `context` of B images; R = B * K, an image's K captions adjacent. None: text alone.
-            cache: a Cache: `tokens` are then those after it (one, unless it is empty), and it grows by them. Or a BeamCache: a row
+            context: `context` of B images; R = B * K, an image's K captions adjacent. None: text only.
+            cache: a Cache: `tokens` then follow it (one token, unless it is empty) and are added to it. Or a BeamCache: a row
                 of `tokens` is then an image (R = B), with the newest token of each of its beams.
-            attentions: a list that receives each layer's attention to the image tokens (R, H, T, N).
+            attentions: a list to which each layer's attention to the image tokens is appended (R, H, T, N).
         """
         start = cache.length if cache is not None else 0
         new = cache.steps(tokens.shape[1]) if cache is not None else tokens.shape[1]
@@ -449,7 +449,7 @@ class Decoder(nn.Module):
         return self.ln_f(x)
 
     def head_weight(self, token_ids=None):
-        """(V, C), or the rows of `token_ids`; what LoRA adds is folded in."""
+        """(V, C), or the rows of `token_ids`; including LoRA's update."""
         rows = slice(None) if token_ids is None else token_ids
         if not LoRA.updates(self.config.peft, "head"):
             return (self.untied if self.untied is not None else self.wte.weight)[rows]
@@ -462,7 +462,7 @@ class Decoder(nn.Module):
         return F.linear(self.hidden(tokens, context), self.head_weight(token_ids))
 
     def trained_state(self):
-        """What was trained, by name, for a checkpoint; of a module that knows better what is worth keeping, that (`saved`)."""
+        """The trained tensors by name, for a checkpoint. A module with a method `saved` decides itself what to store."""
         state = {name: parameter.detach() for name, parameter in self.named_parameters() if name in self.added}
         for path, module in self.named_modules():
             if hasattr(module, "saved"):
@@ -471,12 +471,12 @@ class Decoder(nn.Module):
         return state
 
     def lora_layers(self):
-        """The layers with a low-rank update that is not folded in."""
+        """The layers with a low-rank update that is not merged."""
         kinds = loralib.Linear, loralib.MergedLinear, loralib.Embedding
         return [module for module in self.modules() if isinstance(module, kinds) and module.r and not module.merged]
 
     def merge_lora(self):
-        """Fold the low-rank updates into the weights: the same outputs, faster. For inference only."""
+        """Merge the low-rank updates into the weights: the same outputs, faster. For inference only."""
         if any(LoRA.updates(self.config.peft, target) for target in ("wte", "head")):
             # The input embedding and the head are one tensor, but their updates differ.
             untied = self.wte.weight.detach().clone()
@@ -491,7 +491,7 @@ class Decoder(nn.Module):
 
     @contextmanager
     def merged_lora(self):
-        """`merge_lora` for a while, as within training: afterwards every weight is what it was, to the bit."""
+        """A context with merged LoRA, for use during training: afterwards every weight is restored to the bit."""
         before = [(module, module.weight, module.weight.data, module.training) for module in self.lora_layers()]
         for module, _, weight, _ in before:
             module.weight.data = weight.clone()

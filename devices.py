@@ -1,4 +1,4 @@
-"""Where computations run: device, precision, and the processes of one run."""
+"""Device, precision, and the processes of one run."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @lru_cache
 def pick_device():
-    """"cuda" or "cpu". Where there is a GPU of NVIDIA's that PyTorch cannot use, a line on stderr says so."""
+    """"cuda" or "cpu". Prints a line on stderr if there is an NVIDIA GPU that PyTorch cannot use."""
     if torch.cuda.is_available():
         return "cuda"
     if torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/proc/driver/nvidia/version").exists():
@@ -26,7 +26,7 @@ def pick_device():
 
 
 def pick_precision(device, name="auto", scaled=False):
-    """The dtype of autocast: with "auto" bf16 on CUDA, and on a CPU fp32, since without AMX bf16 is slower there.
+    """The dtype of autocast: "auto" is bf16 on CUDA and fp32 on a CPU, where bf16 is slower without AMX.
 
     `scaled`: whether gradients are scaled, so that "auto" may be fp16 on a GPU that only emulates bf16. Raises UserError for an
     unknown name.
@@ -41,34 +41,42 @@ def pick_precision(device, name="auto", scaled=False):
 
 
 def autocast(device, dtype=None):
-    """Mixed precision in `dtype`, by default pick_precision's; nothing for fp32."""
+    """Mixed precision in `dtype`, by default pick_precision's; no autocast for fp32."""
     dtype = dtype or pick_precision(device)
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
 
 
 class Processes:
-    """The processes of one run: one, or those that `accelerate launch` started, which Accelerate brings together.
+    """The processes of one run: one, or those started by `accelerate launch`, which communicate through Accelerate.
 
-    Attributes: `number` of this one, `count`, `device` ("cpu" or "cuda", for autocast as well), `main`.
+    Attributes: `number` of this process, `count`, `device` ("cpu" or "cuda", also for autocast), `main`.
     """
 
     def __init__(self, device=None):
         self.number, self.count, self.device = 0, 1, device or pick_device()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            from accelerate import PartialState  # not before it is needed: a second or two
+            from accelerate import PartialState  # imported only when needed: it takes a second or two
 
-            # One may encode, or tokenize, for hours while the others wait.
+            # One process may encode, or tokenize, for hours while the others wait.
             self.state = PartialState(cpu=self.device == "cpu", timeout=timedelta(hours=6))
             self.number, self.count, self.device = self.state.process_index, self.state.num_processes, self.state.device.type
         self.main = self.number == 0
 
+    def pieces(self, rows, accumulation=1):
+        """This process's part of a batch's rows, split into at most so many pieces.
+
+        All processes get the same number of pieces, since they compute in step; pieces are empty if no rows are left.
+        """
+        mine, size = rows[self.number::self.count], -(-len(rows) // (self.count * accumulation))
+        return [mine[start:start + size] for start in range(0, -(-len(rows) // self.count), size)]
+
     def wait(self):
-        """Until all have come here."""
+        """Wait until all processes have reached this point."""
         if self.count > 1:
             self.state.wait_for_everyone()
 
     def gather(self, rows):
-        """The lists of all processes, as one list, on each."""
+        """Concatenate the lists of all processes, on each of them."""
         if self.count == 1:
             return rows
         from accelerate.utils import gather_object
@@ -76,7 +84,7 @@ class Processes:
         return gather_object(rows)
 
     def add(self, *numbers):
-        """Each number's sum over the processes; one number comes back alone."""
+        """Each number's sum over the processes; a single number is returned as it is, not in a list."""
         if self.count > 1:
             dtype = torch.float64 if self.device == "cpu" else torch.float32
             numbers = self.sum(torch.tensor(numbers, dtype=dtype, device=self.device)).tolist()
@@ -84,13 +92,13 @@ class Processes:
 
     @staticmethod
     def sum(tensor):
-        """The sum of a tensor of each process, where there are several."""
+        """The sum of a tensor over several processes."""
         from accelerate.utils import reduce
 
         return reduce(tensor, "sum")
 
     def share(self, tensors):
-        """Make these tensors those of the main process, on each."""
+        """Broadcast these tensors from the main process."""
         if self.count > 1:
             from accelerate.utils import broadcast
 
@@ -106,7 +114,7 @@ class Processes:
 
 
 def memory_in_use(device):
-    """Bytes: on CUDA the most that were in use so far, on a CPU what this process holds now, without mapped files."""
+    """Bytes: on CUDA the peak so far, on a CPU the current memory of this process without mapped files."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     try:
@@ -117,8 +125,8 @@ def memory_in_use(device):
 
 
 def shard(layers, whole=()):
-    """Spread frozen layers over the processes (FSDP: Zhao et al. 2023, https://arxiv.org/abs/2304.11277); parameters that are trained,
-    named by `whole`, stay whole on each."""
+    """Shard frozen layers over the processes (FSDP: Zhao et al. 2023, https://arxiv.org/abs/2304.11277); the trained parameters,
+    `whole`, are not sharded."""
     from torch.distributed.fsdp import fully_shard
 
     for layer in layers:
@@ -127,7 +135,7 @@ def shard(layers, whole=()):
 
 @contextlib.contextmanager
 def unsharded(layers):
-    """Within, layers that were sharded are whole on each process."""
+    """A context in which sharded layers are gathered on each process."""
     for layer in layers:
         layer.set_reshard_after_forward(False)
         layer.unshard()

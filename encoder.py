@@ -1,10 +1,10 @@
-"""The frozen image encoder: a timm ViT, or a timm CNN whose feature map is the patch grid, or several side by side.
+"""The frozen image encoder: a timm ViT, a timm CNN whose feature map serves as the patch grid, or several of them concatenated.
 
     encoder = load_encoder("tf_efficientnet_lite2")
     tokens = encoder(torch.stack([encoder.preprocess(image) for image in images]))   # (B, N, D)
 
-The CNN gives the hybrid of Dosovitskiy et al. 2021, section 3.1 (https://arxiv.org/abs/2010.11929):
-each cell of its last feature map is one patch token. Earlier maps, and other CNNs, add channels to it.
+A CNN gives the hybrid of Dosovitskiy et al. 2021, section 3.1 (https://arxiv.org/abs/2010.11929):
+each cell of its last feature map is one patch token. Earlier maps, and further CNNs, add channels.
 """
 
 import copy
@@ -22,27 +22,26 @@ from cli import UserError
 from files import WEIGHTS_FOLDER, content_hash, digest_of, first_line, read_weights
 from images import resize_to_square
 
-# timm is imported where it is used: it takes two seconds, and an encoder that is kept for OpenVINO needs none of it.
+# timm is imported where it is used: that takes two seconds, and an encoder compiled for OpenVINO does not need it.
 
 EMBEDDED = "tf_efficientnet_lite2+tf_efficientnet_lite1"  # the embedded captioner's, which hw3_download.py fetches
-# Pixels that a CNN takes at a time on a CPU, so that its feature maps stay in the cache: 8 images at 224², 4 at 288².
+# Pixels per forward pass of a CNN on a CPU, so that its feature maps stay in the CPU's cache: 8 images at 224², 4 at 288².
 CPU_PIXELS = 8 * 224**2
-# Models of this repository's own: the timm architecture that their weights fill, at 224 pixels.
+# Models of this repository, and the timm architecture of their weights, at 224 pixels.
 OWN = {"vit_small": "vit_small_patch14_dinov2",  # p4_pretrain_vit.py
-       "vit_small_focus": "vit_small_patch14_dinov2"}  # what that starts from
-TUNED = "_captions"  # what p4_finetune_encoder.py adds to the name of an encoder that it tuned to pictures with captions
+       "vit_small_focus": "vit_small_patch14_dinov2"}  # which vit_small was trained from
+TUNED = "_captions"  # what p4_finetune_encoder.py adds to the name of an encoder that it fine-tunes
 FETCHED = "vit_large_patch14_clip_quickgelu_224.openai"  # by `hw3_download.sh full`
-CLASSIFIER = "class_weight", "class_bias"  # buffers, of an encoder whose file brings its classifier
-HEADS = "image_projection", "text_projection"  # in their files as well: they lead to the space that images share with texts
+CLASSIFIER = "class_weight", "class_bias"  # buffers of an encoder whose weights file includes its classifier
+HEADS = "image_projection", "text_projection"  # also in the files of OWN: projections into a joint space of images and texts
 
 
 def load_encoder(name, image_size=None, levels=0, weights=None, runtime="torch", frozen=True):
     """The encoder of that name: an ImageEncoder, or for names joined by `+` a JoinedEncoder. Raises UserError.
 
-    What a captioner reads, so that `levels` are 0 unless it says otherwise; `weights` are None or "random".
-
     Args:
-        runtime: of pick_runtime: "openvino" gives a CompiledEncoder, which is for the CPU.
+        image_size, levels, weights: as of ImageEncoder, but with up to three levels by default; `weights` are None or "random".
+        runtime: as pick_runtime gives it; "openvino": a CompiledEncoder, for the CPU only.
         frozen: as of ImageEncoder.
     """
     names = [part.strip() for part in name.split("+")]
@@ -58,7 +57,7 @@ def load_encoder(name, image_size=None, levels=0, weights=None, runtime="torch",
     files = [] if weights else list(map(weights_file, names))
     if files and all(files):
         return CompiledEncoder([names, image_size, levels, [digest_of(file, "sha256") for file in files]], build, kept_networks())
-    encoder = build()  # its weights are the model hub's, or random
+    encoder = build()  # with weights from the model hub, or random ones
     return CompiledEncoder([names, encoder.image_size, encoder.levels, encoder.weights_hash], lambda: encoder, kept_networks())
 
 
@@ -68,34 +67,34 @@ def architecture_of(name):
 
 
 def kept_networks():
-    """The folder where networks compiled for OpenVINO are kept."""
+    """The folder of compiled OpenVINO networks."""
     return WEIGHTS_FOLDER / "openvino"
 
 
 def weights_file(name):
-    """The file of weights/ that holds an encoder's; None where there is none."""
+    """An encoder's file in weights/, or None."""
     files = [WEIGHTS_FOLDER / f"{name}{suffix}" for suffix in (".safetensors", ".bin", ".pth")]
     return next((file for file in files if file.is_file()), None)
 
 
 class ImageEncoder(nn.Module):
-    """Frozen backbone and the preprocessing that belongs to it.
+    """A frozen backbone and its preprocessing.
 
     Args:
         name: a timm model, such as `vit_large_patch14_clip_quickgelu_224.openai` or `tf_efficientnet_lite2`, or one of
             OWN, such as `vit_small`.
-        image_size: side of the square input in pixels; default: a ViT's own size, 288 for a CNN, which sees more at a
+        image_size: side of the square input in pixels; default: a ViT's own size, and 288 for a CNN, which works better at a
             larger size than it was trained at (Touvron et al. 2019, https://arxiv.org/abs/1906.06423).
         weights: a file of timm's tensors; None: `weights/<name>.*` if there, else the model hub;
             "random": untrained (for tests).
-        levels: of a CNN, how many of its feature maps make a token, the last one and those at the ends of the stages
-            before it; 0: three, or as many as there are. Earlier maps know more of colour and texture; they are averaged
-            over the last one's cells, if they are finer, and normalised there, since their scales differ (hypercolumns:
-            Hariharan et al. 2015, arXiv:1411.5752). A ViT has one level.
+        levels: how many of a CNN's feature maps make a token: the last one and those at the ends of the preceding stages;
+            0: up to three. Earlier maps carry more colour and texture; finer ones are averaged over the cells of the last
+            one, and all are normalised, since their scales differ (hypercolumns: Hariharan et al. 2015, arXiv:1411.5752). A
+            ViT has one level.
         frozen: False: its weights can be trained; batch norms keep their statistics, and are not folded into convolutions.
 
     Attributes: `name`, `image_size`, `levels`, `dim` (D), `grid` (rows, columns of patches), `num_prefix_tokens`
-    (class and register tokens, which stand before the patches).
+    (class and register tokens, which come before the patches).
     """
 
     runtime = "torch"
@@ -144,7 +143,7 @@ class ImageEncoder(nn.Module):
                 self.stages = list(channels)[:(levels or 3) - 1]
                 self.dim += sum(channels[stage] for stage in self.stages)
             if frozen and not features.is_meta:
-                _ = self.weights_hash  # of the weights as they came
+                _ = self.weights_hash  # of the weights before batch norms are folded
                 self.model = without_batch_norm(self.model, self.image_size)
         self.levels = 1 + len(self.stages)
         if levels > self.levels:
@@ -156,7 +155,7 @@ class ImageEncoder(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self):
-        """Fill the buffers `mean` and `std`, which no file holds."""
+        """Fill the buffers `mean` and `std`, which are in no file."""
         for buffer, values in zip((self.mean, self.std), self.statistics):
             buffer.copy_(torch.tensor(values).view(3, 1, 1) * 255)
 
@@ -174,7 +173,7 @@ class ImageEncoder(nn.Module):
         if weights is None:
             try:
                 return timm.create_model(name, pretrained=True, num_classes=0, **size)
-            except Exception as error:  # whatever the hub's client raises without a network
+            except Exception as error:  # the hub's client raises all kinds without a network
                 way = ("run `bash hw3_download.sh full`" if name == FETCHED else
                        f"put timm's file of them there as {name}.safetensors")
                 raise UserError(f"the weights of {name} are neither in {WEIGHTS_FOLDER} nor to be had from the "
@@ -183,7 +182,7 @@ class ImageEncoder(nn.Module):
         if weights == "random":
             return model
         state = read_weights(weights, "encoder weights")
-        # timm renames keys and resamples position embeddings in a function beside each model.
+        # In timm, a function in each model's module renames keys and resamples position embeddings.
         convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         head = tuple(f"{classifier}." for classifier in [*np.atleast_1d(config.classifier or []), *HEADS])
         try:
@@ -195,7 +194,7 @@ class ImageEncoder(nn.Module):
         return model
 
     def _keep_classifier(self, state, config, dim):
-        """Take the last layer of a weights file, if it is one for a known list of classes: see `class_probabilities`."""
+        """Keep the last layer of a weights file for `class_probabilities`, if it is a classifier of a known list of classes."""
         from timm.data import infer_imagenet_subset
 
         name = config.classifier if isinstance(config.classifier, str) else "\0"
@@ -206,22 +205,22 @@ class ImageEncoder(nn.Module):
                 setattr(self, part, value.float())
 
     def find_stages(self):
-        """The stages whose maps come before the last one, last first, with their numbers of channels: {stage: channels}"""
+        """The stages whose maps precede the last one, last first, with their numbers of channels: {stage: channels}"""
         if not hasattr(self.model, "forward_intermediates"):
             return {}
         with torch.inference_mode():
             last, maps = self.model.forward_intermediates(torch.zeros(1, 3, self.image_size, self.image_size))
-        if maps[-1].shape == last.shape:  # no layer stands behind the last stage
+        if maps[-1].shape == last.shape:  # the last stage is followed by no layer
             maps.pop()
         return {stage: maps[stage].shape[1] for stage in reversed(range(len(maps)))}
 
     def train(self, mode=True):
-        """Frozen: dropout and batch statistics never switch on."""
+        """Frozen: always in evaluation mode, without dropout and batch statistics."""
         return super().train(False)
 
     @property
     def first(self):
-        """Itself; of a JoinedEncoder, the first part."""
+        """The encoder itself; for a JoinedEncoder, its first part."""
         return self
 
     @property
@@ -234,16 +233,16 @@ class ImageEncoder(nn.Module):
 
     @cached_property
     def weights_hash(self):
-        """Content hash of the backbone's weights; a checkpoint records it.
+        """Content hash of the backbone's weights, which checkpoints record.
 
-        Without position embeddings where they were resampled to another size: that gives other bits on another machine.
+        Resampled position embeddings are left out, since resampling gives different bits on different machines.
         """
         return content_hash({name: value for name, value in self.model.state_dict().items()
                              if not (self.resampled and "pos_embed" in name)})
 
     @property
     def class_names(self):
-        """What its classifier tells apart, as ImageNet names it ("tabby, tabby cat"), or [] where it has none."""
+        """The classes of its classifier as ImageNet names them ("tabby, tabby cat"); [] without a classifier."""
         return self.class_info.label_descriptions() if self.class_info else []
 
     @property
@@ -253,7 +252,7 @@ class ImageEncoder(nn.Module):
 
     @cached_property
     def class_info(self):
-        """timm's description of the classes; None where it has no classifier."""
+        """timm's description of the classes; None without a classifier."""
         from timm.data import ImageNetInfo, infer_imagenet_subset
 
         if self.class_bias is None:
@@ -261,7 +260,7 @@ class ImageEncoder(nn.Module):
         return ImageNetInfo(infer_imagenet_subset({"num_classes": len(self.class_bias)}))
 
     def class_probabilities(self, features):
-        """Tokens (B, N, D) of `forward` -> (B, classes): what its classifier, which it was pretrained with, says of them."""
+        """Tokens (B, N, D) of `forward` -> (B, classes): the output of the classifier that it was pretrained with."""
         x = features[..., :self.model.num_features]
         if not self.is_vit:
             x = x.transpose(1, 2).unflatten(2, self.grid)
@@ -293,11 +292,11 @@ def cells(x):
 
 
 class JoinedEncoder(nn.Module):
-    """Several ImageEncoders that look at one picture: a token is all their channels of one patch, side by side.
+    """Several ImageEncoders of one picture: a token is the concatenation of their channels for one patch.
 
-    Networks that learnt apart know different things, and a projection learns what to take from which.
-    Attributes, `preprocess` and `forward` are those of an ImageEncoder. Raises UserError unless their patches, and the
-    numbers of their levels, are the same.
+    Networks that were trained separately know different things; the projection learns what to take from which.
+    Attributes, `preprocess` and `forward` are as of an ImageEncoder. Raises UserError unless the encoders have the same
+    patches and the same number of levels.
     """
 
     runtime = "torch"
@@ -334,7 +333,7 @@ class JoinedEncoder(nn.Module):
 
     @property
     def class_names(self):
-        """Those of the parts' classifiers, which must agree; [] where none has one."""
+        """The classes of the parts' classifiers, which must agree; [] if none has one."""
         return self.agreed("class_names")
 
     @property
@@ -346,7 +345,7 @@ class JoinedEncoder(nn.Module):
         return found[0] if found and found.count(found[0]) == len(found) else []
 
     def class_probabilities(self, features):
-        """Tokens (B, N, D) -> (B, classes): the mean of what the parts' classifiers say."""
+        """Tokens (B, N, D) -> (B, classes): the mean over the parts' classifiers."""
         parts = zip(self.parts, features.split([part.dim for part in self.parts], -1))
         return torch.stack([part.class_probabilities(rows) for part, rows in parts if part.class_bias is not None]).mean(0)
 
@@ -356,9 +355,9 @@ class JoinedEncoder(nn.Module):
 
 
 def without_batch_norm(model, image_size):
-    """A frozen CNN whose batch norms are folded into its convolutions: the same features, sooner.
+    """A copy of a frozen CNN with its batch norms folded into its convolutions: the same features, faster.
 
-    The model itself comes back where the copy's features differ, since its layers do not run in the order of their names.
+    Returns the model itself if the copy's features differ, as when layers do not run in the order of their names.
     """
     folded = copy.deepcopy(model)
     fold_batch_norm(folded)
@@ -369,7 +368,7 @@ def without_batch_norm(model, image_size):
 
 
 def fold_batch_norm(module):
-    """Fold each batch norm into the convolution that is named before it."""
+    """Fold each batch norm into the convolution whose name precedes it."""
     from timm.layers import BatchNormAct2d
 
     conv = None
@@ -383,10 +382,10 @@ def fold_batch_norm(module):
 
 
 def dinov2_names(depth=12):
-    """Pairs of names of a DINOv2 ViT's tensors: timm's, and those of Meta's models on the model hub, as a tuple.
+    """Pairs of names of a DINOv2 ViT's tensors: timm's, and a tuple of those in Meta's models on the model hub.
 
-    Three of the latter make one of timm's where the projections to queries, keys and values are joined. The position
-    embedding is not among them, since not every file holds it whole.
+    timm joins the projections to queries, keys and values into one tensor. The position embedding is left out, since not
+    every file has all of it.
     """
     pairs = [("cls_token", ("embeddings.cls_token",))]
     for kind in "weight", "bias":

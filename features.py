@@ -1,4 +1,4 @@
-"""What the frozen encoder sees of pictures: views of them, worked out anew or cached on disk."""
+"""Features of the frozen encoder for several views of each picture: computed on the fly, or cached on disk."""
 
 import hashlib
 import json
@@ -22,9 +22,9 @@ from images import ImageError, load_image, read_batches
 
 
 def make_view(image, view, seed):
-    """View 0 is the picture, later ones are random crops of at least 60%, every other, from the first on, mirrored.
+    """View 0 is the picture itself; later views are random crops of at least 60%; odd ones are mirrored.
 
-    Returns an RGB PIL image; the same for the same (view, seed).
+    Returns an RGB PIL image, always the same for the same (view, seed).
     """
     if view:
         random = np.random.default_rng((seed, view))
@@ -42,11 +42,11 @@ def read_views(path, encoder, views, seed):
 
 
 class SomeFeatures:
-    """Features of some images of several caches, numbered anew.
+    """Features of some images of several caches, renumbered.
 
     Args:
-        parts: FeatureCaches, or LiveFeatures, with as many views.
-        numbers: (part, its number there) of each image.
+        parts: FeatureCaches or LiveFeatures with equal numbers of views.
+        numbers: (part, number within it) of each image.
     """
 
     def __init__(self, parts, numbers):
@@ -70,7 +70,7 @@ class SomeFeatures:
 
 
 class LiveFeatures:
-    """The same features as FeatureCache's, encoded anew each time they are asked for: no disk, but far slower."""
+    """The same features as FeatureCache's, computed each time they are asked for: no disk space, but much slower."""
 
     def __init__(self, encoder, paths, views=1, device="cpu"):
         self.encoder, self.paths, self.views, self.device = encoder.to(device), paths, views, device
@@ -86,7 +86,7 @@ class LiveFeatures:
             images = torch.cat(list(self.pool.map(self.read, *index_and_view)))
         except ImageError as error:
             raise UserError(f"{error}: mend the picture or drop it") from None
-        images = images.to(self.encoder.device)  # not "cuda", which in another thread than the first is GPU 0
+        images = images.to(self.encoder.device)  # not "cuda", which is GPU 0 in any other thread than the main one
         with torch.autocast("cuda", torch.float16, enabled=self.device == "cuda"):
             return self.encoder(images).half()
 
@@ -98,11 +98,11 @@ class LiveFeatures:
 
 
 class FeatureCache:
-    """Frozen features of images, encoded once and read by memory map: fp16, for each view (images, N, D).
+    """Features of images, computed once and read by memory map: fp16, for each view (images, N, D).
 
-    A view's file is named by a digest of the encoder's weights and levels, the images and the view, so a change of any
-    makes a new one, and more views of the same images add only theirs. An interrupted build goes on where it stopped; of
-    two runs that want the same features, one computes and the other waits.
+    A view's file is named by a digest of the encoder's weights and levels, the images and the view, so that a change of any
+    of them makes a new file, and more views of the same images add only their own. An interrupted build resumes; if
+    two runs need the same features, one computes them and the other waits.
 
     Attributes: `files`, `data`, a file and its array (images, N, D) for each view.
     """
@@ -115,7 +115,7 @@ class FeatureCache:
         self.files = [folder / f"{hashlib.sha256(json.dumps([view, *of_all]).encode()).hexdigest()[:16]}.npy"
                       for view in range(views)]
         shape = (len(paths), encoder.num_tokens, encoder.dim)
-        if not all(self._is_whole(file, shape) for file in self.files):  # a full cache may be one that can only be read
+        if not all(self._is_whole(file, shape) for file in self.files):  # a complete cache may be read-only
             try:
                 self._fill(folder, shape, encoder, paths, batch_size, device)
             except OSError as error:
@@ -126,10 +126,10 @@ class FeatureCache:
         return len(self.data[0])
 
     def _fill(self, folder, shape, encoder, paths, batch_size, device):
-        """Encode what is missing."""
+        """Compute the features that are missing."""
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as locks:
-            for file in self.files:  # in one order, so that no two runs wait for each other
+            for file in self.files:  # always in the same order, so that two runs cannot deadlock
                 flock(locks.enter_context(open(file.with_suffix(".lock"), "w")), LOCK_EX)
             done = [self._done(file, shape) for file in self.files]
             missing = [view for view, count in enumerate(done) if count < len(paths)]
@@ -137,14 +137,14 @@ class FeatureCache:
             if size > shutil.disk_usage(folder).free:
                 raise UserError(f"the features need {size / 1e9:.1f} GB in {folder}, more than is free there: name "
                                 "another --cache or fewer --views")
-            if not missing:  # another run has encoded them meanwhile
+            if not missing:  # another run has computed them in the meantime
                 return
             print(f"encoding {len(paths)} images in {len(missing)} views: {2 * int(np.prod(shape)) * len(missing) / 1e9:.1f} GB in {folder}",
                   file=sys.stderr)
             data = {}
             for view in missing:
                 data[view] = np.lib.format.open_memmap(self.files[view], "r+" if done[view] else "w+", np.float16, shape)
-                with open(self.files[view], "r+b") as file:  # a disk that fills up later would kill the process
+                with open(self.files[view], "r+b") as file:  # if the disk filled up later, the process would be killed
                     os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
             self._build(data, encoder.to(device), paths, min(done[view] for view in missing),
                         max(1, batch_size // len(missing)), device)
@@ -158,13 +158,13 @@ class FeatureCache:
 
     @staticmethod
     def _done(file, shape):
-        """How many images of this file are encoded; 0 for a file that is damaged."""
+        """The number of images in this file that are done; 0 for a damaged file."""
         progress = file.with_suffix(".json")
         if not is_file(progress) or not is_file(file):
             return 0
         try:
             done = read_json(progress, "cache")["done"]
-            whole = np.load(file, mmap_mode="r").shape == shape  # raises ValueError for one that was cut
+            whole = np.load(file, mmap_mode="r").shape == shape  # raises ValueError for a truncated file
         except (UserError, LookupError, TypeError, ValueError, EOFError):
             return 0
         return done if whole and isinstance(done, int) and 0 < done <= shape[0] else 0
@@ -176,7 +176,7 @@ class FeatureCache:
                                lambda number: read_views(paths[number], encoder, data, number), os.cpu_count() + 4)
         with tqdm(total=len(paths), initial=done, desc="encoding", unit="image") as bar:
             for count, batch in enumerate(batches):
-                if any(isinstance(image, ImageError) for _, image in batch):  # name all there are, not one a run
+                if any(isinstance(image, ImageError) for _, image in batch):  # name all of them, not one per run
                     bad = [f"{paths[number].name}: {error}" for number, error in chain(batch, chain.from_iterable(batches))
                            if isinstance(error, ImageError)]
                     raise UserError(f"{len(bad)} images cannot be read, mend or drop them: {'; '.join(bad[:10])}"
@@ -201,3 +201,10 @@ class FeatureCache:
         for number in np.unique(view):
             features[view == number] = self.data[number][index[view == number]]
         return torch.from_numpy(features)
+
+
+def features_of(paths, encoder, cache, views, device="cpu"):
+    """Features of these images: a FeatureCache in the folder `cache`, or LiveFeatures if that is ""."""
+    if not cache:
+        return LiveFeatures(encoder, paths, views, device)
+    return FeatureCache(encoder, paths, cache, views, device=device)

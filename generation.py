@@ -1,4 +1,4 @@
-"""Text out of a decoder: greedy and beam search, and sampling, batched over images with a key/value cache.
+"""Text generation: greedy and beam search, and sampling, batched over images with a key/value cache.
 
 Shapes: B images, K beams of each, N image tokens, R = B * K rows, T text tokens, V scored tokens.
 """
@@ -12,18 +12,18 @@ import torch.nn.functional as F
 from cli import UserError, check_settings, option
 from decoder import BeamCache, Cache
 
-LEAVE = 0.75  # images that are done leave a batch when no more than so many of it go on: leaving copies what the others see
+LEAVE = 0.75  # finished images are removed once at most this fraction of the batch is left, since removing copies the others' context
 
 
 @dataclass
 class GenerationConfig:
-    """How captions are searched for. `sample` draws tokens; otherwise beam search, greedy at beam_size 1."""
+    """Generation settings: sampling with `sample`, otherwise beam search, which is greedy with beam_size 1."""
 
-    beam_size: int = option(3, "1: greedy; this and the next two: unless named, as the checkpoint says")
+    beam_size: int = option(3, "1: greedy; the default of this and the next two is what the checkpoint records")
     length_penalty: float = option(0.0, "a hypothesis of n tokens scores log p / n ** this")
-    clip_weight: float = option(0.0, "what our CLIP's image-text cosine counts beside that score")
-    max_length: int = option(40, "tokens, the closing <|endoftext|> included")
-    sample: bool = option(False, "draw tokens instead of searching")
+    clip_weight: float = option(0.0, "weight of our CLIP's image-text cosine, added to that score")
+    max_length: int = option(40, "tokens, including the final <|endoftext|>")
+    sample: bool = option(False, "sample instead of beam search")
     temperature: float = 1.0
     top_k: int = option(0, "0: all")
     top_p: float = 1.0
@@ -38,18 +38,17 @@ class GenerationConfig:
 
 
 def best_of(scores, cosines, clip_weight):
-    """Of an image's hypotheses, the number of the one that is best by its score and what our CLIP gives it."""
+    """The index of an image's best hypothesis, by its score and its weighted cosine."""
     totals = [score + clip_weight * cosine for score, cosine in zip(scores, cosines)]
     return totals.index(max(totals))
 
 
 class TextGenerator:
-    """What generates for a module that has a `decoder`, `token_ids` (V) that may be said, and `end`, the place of <|endoftext|> among
+    """Generation for a module that has a `decoder`, `token_ids` (V) that may be generated, and `end`, the index of <|endoftext|> among
     them."""
 
     def next_logits(self, tokens, context, cache, head):
-        """The step of generation: tokens (R, 1), or (B, K) with a BeamCache, after those in the cache -> logits (R, 1, V) or (B, K, V),
-        fp32."""
+        """One step: tokens (R, 1), or (B, K) with a BeamCache, that follow those in the cache -> logits (R, 1, V) or (B, K, V), in fp32."""
         return F.linear(self.decoder.hidden(tokens, context, cache), head).float()
 
     def beam_search(self, image, generation):
@@ -57,12 +56,12 @@ class TextGenerator:
         return [found[0][1] for found in self.hypotheses(image, generation)]
 
     def hypotheses(self, image, generation):
-        """Image tokens (B, N, C) -> what beam search found for each image, best first: B lists of (score, token ids).
+        """Image tokens (B, N, C) -> the hypotheses of beam search for each image, best first: B lists of (score, token ids).
 
-        Each image keeps K running beams. Of each step's 2K best continuations, those among the first K that end
-        are finished hypotheses, and the K best that do not end run on. An image is done
+        Each image has K active beams. Of each step's 2K best continuations, those among the first K that end become
+        finished hypotheses, and the K best that do not end remain active. An image is done
         when K hypotheses have finished (first come, first served: Kasai et al. 2022, arXiv:2204.05424) or
-        max_length is reached, where its best running beam counts as it is.
+        max_length is reached, where its best active beam is taken as it is.
         """
         K, alpha, max_length = generation.beam_size, generation.length_penalty, generation.max_length
         max_length = min(max_length, self.decoder.config.n_positions)
@@ -72,23 +71,23 @@ class TextGenerator:
         context = self.decoder.context(image)
         cache = BeamCache(images, K, max_length, device)
 
-        active = torch.arange(images, device=device)  # which image each slot of the batch holds
-        scores = torch.zeros(images, 1, device=device)  # one beam to begin with; all are -inf where a slot's image is done
-        tokens = torch.full((images, 1, max_length + 1), end, device=device)  # places, not ids
-        finished = torch.zeros(images, dtype=torch.long, device=device)  # hypotheses, for each slot
-        # Of each image, in the order in which they were finished: below K before a step, and K more in it.
+        active = torch.arange(images, device=device)  # the image in each slot of the batch
+        scores = torch.zeros(images, 1, device=device)  # initially one beam; all are -inf once a slot's image is done
+        tokens = torch.full((images, 1, max_length + 1), end, device=device)  # indices into token_ids
+        finished = torch.zeros(images, dtype=torch.long, device=device)  # number of hypotheses of each slot
+        # Each image's hypotheses in the order of finishing: fewer than K before a step, and up to K more in it.
         found_scores = torch.full((images, 2 * K), -torch.inf, device=device)
         found = torch.full((images, 2 * K, max_length + 1), end, device=device)
 
         for length in range(1, max_length + 1):
             logits = self.next_logits(self.token_ids[tokens[:, :, length - 1]], context, cache, head)  # (B, K, V)
-            best, token = logits.topk(min(2 * K, logits.shape[-1]))  # of each beam, as no more can be among the image's
+            best, token = logits.topk(min(2 * K, logits.shape[-1]))  # per beam; more cannot be among the image's 2K best
             scores = scores[:, :, None] + (best - logits.logsumexp(-1, keepdim=True))
             scores, flat = scores.flatten(1).topk(min(2 * K, scores[0].numel()))  # (B, 2K)
             beam, token = flat // best.shape[-1], token.flatten(1).gather(1, flat)
             ends = token == end
 
-            # Those that end.
+            # Continuations that end.
             ended = scores.masked_fill(~ends, -torch.inf)[:, :K] / length**alpha
             ending = ended > -torch.inf
             slot, which = ending.nonzero(as_tuple=True)
@@ -98,10 +97,10 @@ class TextGenerator:
                 found[place] = tokens[slot, beam[slot, which]]
             finished += ending.sum(1)
 
-            # Those that run on.
+            # Continuations that do not.
             scores, pick = scores.masked_fill(ends, -torch.inf).topk(min(K, scores.shape[1]))
             beam, token = beam.gather(1, pick), token.gather(1, pick)
-            if beam.shape[1] < K:  # fewer continuations than beams, in a tiny vocabulary: fill with dead ones
+            if beam.shape[1] < K:  # fewer continuations than beams, with a tiny vocabulary: pad with dead beams
                 pad = (0, K - beam.shape[1])
                 scores, beam, token = F.pad(scores, pad, value=-torch.inf), F.pad(beam, pad), F.pad(token, pad)
             tokens = tokens.gather(1, beam[:, :, None].expand(-1, -1, max_length + 1))
@@ -134,10 +133,10 @@ class TextGenerator:
         return self.token_ids[places].tolist()
 
     def sample(self, image, generation, seeds=None):
-        """Image tokens (B, N, C) -> as many lists of token ids as seeds, drawn with temperature, top-k and top-p.
+        """Image tokens (B, N, C) -> as many lists of token ids as seeds, sampled with temperature, top-k and top-p.
 
-        Top-p is nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751). Drawn as the largest of log p + Gumbel noise,
-        each image's noise its own, so that its caption depends neither on the others of the batch nor on p's last bit.
+        Top-p is nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751). A token is sampled as the largest of log p + Gumbel
+        noise, with separate noise for each image, so that a caption depends neither on the rest of the batch nor on the last bit of p.
         """
         max_length = min(generation.max_length, self.decoder.config.n_positions)
         head = self.decoder.head_weight(self.token_ids)
@@ -155,7 +154,7 @@ class TextGenerator:
                 if generation.top_k:
                     likely = likely[:, :generation.top_k]
                 probs = likely.softmax(-1)
-                # Tokens before which less than top_p lies stay: the one that crosses it as well.
+                # Keep tokens whose predecessors have less than top_p, which includes the token that crosses it.
                 kept = (probs.cumsum(-1) - probs < generation.top_p).sum(-1, keepdim=True)
                 log_probs = log_probs.masked_fill(log_probs < likely.gather(1, kept - 1), -torch.inf)
             noise = np.stack([rng.standard_exponential(len(head), dtype=np.float32) for rng in random])

@@ -5,7 +5,6 @@ Boxes are left, top, right, bottom in pixels of the picture as it is stored.
 
 import pickle
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,19 +12,9 @@ from torchvision.ops import box_iou
 
 from cli import UserError
 from files import read_json
+from vqa import Asked
 
 NUMBER = r"(-?\d+(?:\.\d+)?)"
-
-
-@dataclass
-class Expression:
-    """A text about one thing in a picture, and its box."""
-
-    name: str
-    picture: Path
-    text: str
-    box: tuple
-    split: str = ""
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -36,7 +25,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def read_references(references, instances, pictures, split=""):
-    """RefCOCO's refs(unc).p, or such a file as JSON, with instances.json: [Expression, …], one for each sentence.
+    """RefCOCO's refs(unc).p, or such a file as JSON, with instances.json: [Asked, …], one for each sentence, with its box.
 
     Args:
         pictures: the folder of COCO's pictures.
@@ -58,8 +47,8 @@ def read_references(references, instances, pictures, split=""):
                 continue
             x, y, width, height = map(float, boxes[row["ann_id"]])
             for number, sentence in enumerate(row["sentences"]):
-                found.append(Expression(f"{row['ref_id']}-{number}", Path(pictures) / files[row["image_id"]], sentence["sent"],
-                                        (x, y, x + width, y + height), row["split"]))
+                found.append(Asked(f"{row['ref_id']}-{number}", Path(pictures) / files[row["image_id"]], sentence["sent"],
+                                   box=(x, y, x + width, y + height)))
     except OSError as error:
         raise UserError(f"cannot read the referring expressions {references}: {error.strerror}") from None
     except (pickle.UnpicklingError, EOFError, ValueError, IndexError, AttributeError) as error:

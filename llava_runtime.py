@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from cli import UserError
 from files import first_line
+from masks import additive_mask, sliding_window
 from runtime import Network, infer, kept_signal_stack
 
 MOST_PARAMETERS = 1_000_000_000  # of a language model; OpenVINO holds its weights a second time while it takes them over
@@ -107,7 +108,7 @@ class CompiledLanguageModel(nn.Module):
         if strange := kinds - {"full_attention", "sliding_attention"}:
             raise UserError(f"it has layers of {min(strange)}")
         heads, dim = config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.window = getattr(config, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None
+        self.window = sliding_window(config)
         language.set_attn_implementation("folded")
         count, rows, new, old = 2 * config.num_hidden_layers, 2, 3, 5  # example sizes; all but the first vary
         examples = (torch.zeros(rows, new, config.hidden_size), torch.arange(old, old + new).expand(rows, new), torch.zeros(rows, 1, new, old + new),
@@ -176,7 +177,7 @@ class CompiledLanguageModel(nn.Module):
         seen = distance >= 0
         if window:
             seen &= distance < window
-        return torch.zeros(len(ones), 1, new, total).masked_fill_(~(seen & ones[:, None, None]), torch.finfo(torch.float32).min)
+        return additive_mask(seen & ones[:, None, None])
 
 
 class CompiledHead(nn.Module):

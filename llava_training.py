@@ -1,4 +1,4 @@
-"""Build a LLaVA of two pretrained models, choose what of it is trained, its loss, and its folder."""
+"""Build a LLaVA from two pretrained models, select its trained parameters, compute its loss, and write its folder."""
 
 import json
 import math
@@ -16,8 +16,9 @@ from dataset import IGNORE
 from encoder import OWN
 from files import content_hash, first_line, make_ordinary, read_weights
 from llava import LOADING_ERRORS, without_bos
+from masks import attention_mask
 
-# What the texts of a conversation stand in: every query between the first two, every answer before the end of text.
+# Without a chat template: the text before and after each query. An answer ends with the end-of-text token.
 LLAMA_FORM = "[INST] ", " [/INST]"
 PLAIN_FORM = "", "\n"
 FOLDER_README = """\
@@ -40,12 +41,12 @@ class LlavaOptions:
 
     projection: str = option("mlp", "linear, or mlp: two layers")
     image_size: int = option(0, "pixels a side; 0: the vision model's own")
-    vision_layer: int = option(-1, "whose output the projection takes; -1: the last")
-    side: int = option(0, "of a frozen encoder: rows and columns of image tokens, to which its patches are averaged; 0: its own")
-    own_layers: int = option(0, "of a frozen encoder: so many transformer layers stand on it and are trained along")
-    own_width: int = option(512, "channels of those")
-    own_dropout: float = option(0.1, "in those, while they are trained")
-    train_vision_layers: int = option(0, "so many layers of another vision model, up to `vision_layer`, are trained along")
+    vision_layer: int = option(-1, "whose output is projected; -1: the last")
+    side: int = option(0, "of a frozen encoder: average its patches to so many rows and columns of image tokens; 0: do not")
+    own_layers: int = option(0, "of a frozen encoder: add so many trained transformer layers on top")
+    own_width: int = option(512, "width of those layers")
+    own_dropout: float = option(0.1, "in those layers, in training")
+    train_vision_layers: int = option(0, "of other vision models: also train so many layers, up to `vision_layer`")
     seed: int = 0
 
 
@@ -69,11 +70,11 @@ def build(vision_name, language_name, settings):
                         f"{first_line(error)}") from None
     size, patch, prefix_tokens, image_tokens = check_vision(vision, vision_name, settings)
     check_language(language, language_name)
-    # Nothing is cropped away: the whole picture is squeezed into the square.
+    # No cropping: the whole picture is resized to the square.
     image_processor.do_center_crop, image_processor.do_resize = False, True
     image_processor.size = {"height": size, "width": size}
 
-    torch.manual_seed(settings.seed)  # new words and the projection begin at random
+    torch.manual_seed(settings.seed)  # the embeddings of new tokens and the projection are random
     token = image_token(tokenizer)
     if len(tokenizer) > language.get_input_embeddings().num_embeddings:
         language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -91,10 +92,10 @@ def build(vision_name, language_name, settings):
     projector = model.model.multi_modal_projector.to_empty(device="cpu")
     for layer in projector.linear_1, projector.linear_2:
         layer.reset_parameters()
-    if settings.projection == "linear":  # two layers with nothing between them are one, if the second is the identity
+    if settings.projection == "linear":  # without an activation and with the identity as second layer, two layers are one
         torch.nn.init.eye_(projector.linear_2.weight)
         torch.nn.init.zeros_(projector.linear_2.bias)
-    # The language model's own may sample, or end where no answer here ended.
+    # Not the language model's own, which may sample, or have other end tokens.
     model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                                                pad_token_id=tokenizer.pad_token_id)
     processor = LlavaProcessor(image_processor, tokenizer, patch_size=patch, vision_feature_select_strategy=select,
@@ -131,8 +132,8 @@ def read_vision(name, settings):
 
 
 def check_vision(model, name, settings):
-    """(pixels a side, pixels of a patch, tokens before the patches', those that LLaVA reads) of a vision model. Raises UserError if it
-    cannot serve."""
+    """(image size, patch size, number of tokens before the patches, number of image tokens) of a vision model. Raises UserError if it
+    cannot be used."""
     patch, depth = getattr(model.config, "patch_size", None), getattr(model.config, "num_hidden_layers", 0)
     if not isinstance(patch, int) or not hasattr(model.config, "hidden_size"):
         raise UserError(f"{name} has no square patches: it is no vision transformer")
@@ -158,7 +159,7 @@ def check_vision(model, name, settings):
 
 
 def layers_used(depth, vision_layer):
-    """How many of the vision model's layers come before what the projection takes."""
+    """The number of layers of the vision model whose output is used."""
     return vision_layer if vision_layer >= 0 else depth + 1 + vision_layer
 
 
@@ -178,10 +179,10 @@ def check_language(model, name):
 
 @torch.no_grad()
 def fit_projection(model, pixel_values):
-    """Fit a fresh projection to what it stands between, as seen on some pictures (B, 3, S, S).
+    """Adapt the scales of a new projection to the models it connects, using some pictures (B, 3, S, S).
 
-    The vision tower's channels come to mean 0 and deviation 1, since some of a DINOv2's are ten times as large as others, and those
-    of a frozen encoder before a tower's own layers; the image tokens become as large as words: a tenfold difference would drown either.
+    The channels of the vision tower, and those that enter a tower's own layers, are normalised to mean 0 and deviation 1, since some channels
+    of a DINOv2 are ten times as large as others. Image tokens are scaled to the size of word embeddings, which training needs.
     """
     tower = model.model.vision_tower
     if is_encoder(tower) and tower.config.num_hidden_layers:
@@ -191,30 +192,35 @@ def fit_projection(model, pixel_values):
         tower.entry[0].weight /= seen[0].std((0, 1)) + 1e-6
         tower.entry[0].bias -= seen[0].mean((0, 1)) * tower.entry[0].weight
     projector, hidden = model.model.multi_modal_projector, patch_features(model, pixel_values)
-    first, last = projector.linear_1, projector.linear_2
-    if model.config.projector_hidden_act == "linear":
-        last = first
+    first = projector.linear_1
     first.weight /= hidden.std((0, 1)) + 1e-6
     first.bias -= first.weight @ hidden.mean((0, 1))
     words = model.get_input_embeddings()(torch.arange(min(1000, model.config.text_config.vocab_size)))
-    factor = words.std() / projector(hidden).std()
-    last.weight *= factor
-    last.bias *= factor
+    scale_image_tokens(model, words.std() / projector(hidden).std())
+
+
+@torch.no_grad()
+def scale_image_tokens(model, factor):
+    """Multiply the projection's output by a factor."""
+    projector = model.model.multi_modal_projector
+    last = projector.linear_1 if model.config.projector_hidden_act == "linear" else projector.linear_2
+    for part in last.weight, last.bias:
+        part *= factor
 
 
 def patch_features(model, pixel_values):
-    """Pixels, as the image processor gives them -> what the projection takes of each patch (B, N, D), without a class token."""
+    """Pixels, as the image processor gives them -> the projection's input for each patch (B, N, D), without a class token."""
     hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
     return hidden[:, hidden.shape[1] - model.config.image_seq_length:]
 
 
 def image_tokens(model, pixel_values):
-    """Pixels, as the image processor gives them -> what the language model reads of them (B, N, C)."""
+    """Pixels, as the image processor gives them -> image tokens for the language model (B, N, C)."""
     return model.model.multi_modal_projector(patch_features(model, pixel_values))
 
 
 def image_token(tokenizer):
-    """The token that stands for a patch: <image>, or one that the vocabulary keeps unused, or else a new one."""
+    """The placeholder token for a patch: <image>, an unused token of the vocabulary, or else a new one."""
     vocabulary = tokenizer.get_vocab()
     token = next((token for token in ("<image>", "<unused0>", "<|reserved_special_token_0|>") if token in vocabulary), "<image>")
     tokenizer.add_special_tokens({"additional_special_tokens": [token]})
@@ -222,7 +228,7 @@ def image_token(tokenizer):
 
 
 def query_form(tokenizer, kind):
-    """What stands before and after a query: the tokenizer's own template, Llama-2's, or a line of its own."""
+    """The text before and after a query: from the tokenizer's chat template, Llama-2's, or else a line break."""
     if not tokenizer.chat_template:
         return LLAMA_FORM if kind == "llama" else PLAIN_FORM
     said = tokenizer.apply_chat_template([{"role": "user", "content": "QUERY"}], tokenize=False, add_generation_prompt=True)
@@ -233,7 +239,7 @@ def query_form(tokenizer, kind):
 
 
 def chat_template(tokenizer, kind, token):
-    """A Jinja template for the processor: turns of queries, each with its pictures first, and answers."""
+    """A Jinja chat template for the processor: turns of queries, each with its pictures first, and answers."""
     before, after = (json.dumps(part) for part in query_form(tokenizer, kind))
     end = json.dumps(tokenizer.eos_token)
     return ("{% for message in messages %}{% if message['role'] == 'user' %}{{ " + before + " }}"
@@ -243,8 +249,8 @@ def chat_template(tokenizer, kind, token):
 
 
 def trained_parameters(model, vision_layers):
-    """Freeze all but the projection, the vision tower's last layers before it, and those that are its own: {name: parameter} of
-    those, on fp32."""
+    """Freeze everything except the projection, the last `vision_layers` used of the vision tower, and the layers added to a frozen
+    encoder. Returns {name: parameter} of these."""
     model.requires_grad_(False)
     projector = model.model.multi_modal_projector
     chosen = [*projector.parameters()]
@@ -264,12 +270,12 @@ def trained_parameters(model, vision_layers):
 
 
 def answer_loss(model, inputs, likely=None, drawn=None):
-    """The cross-entropy of each answer's tokens, given its picture and what its branch says before: their weighted sum.
+    """The weighted sum of the cross-entropies of the answers' tokens, each given its picture and the tokens before it in its branch.
 
     Args:
-        inputs: input_ids, position_ids, branches, labels and weights (B, T), as `collate` gives them; pixel_values (B, 3, S, S).
-        likely, drawn: for `sampled_cross_entropy`; default: the softmax over all tokens.
-    The head is computed at the answers alone: with a large vocabulary it would cost more than all layers.
+        inputs: input_ids, position_ids, branches, labels and weights (B, T), as `llava_data.Rows.collate` gives them; pixel_values (B, 3, S, S).
+        likely, drawn: as of `sampled_cross_entropy`; None: the softmax over all tokens.
+    The head is computed only for the answers' positions: with a large vocabulary it would cost more than all layers.
     """
     mask = attention_mask(model.config.text_config, inputs["branches"], inputs["position_ids"])
     hidden = model.model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask,
@@ -283,40 +289,15 @@ def answer_loss(model, inputs, likely=None, drawn=None):
     return losses @ inputs["weights"][:, 1:][learned]
 
 
-def attention_mask(config, branches, positions):
-    """What may be attended to, as a language model of `transformers` takes it: (B, 1, T, T), or one for each type of layer.
-
-    A position sees those of the picture's part (branch 0) and of its own branch, up to itself; in layers with a sliding
-    window, those near it alone.
-
-    Args:
-        config: the language model's. branches, positions: (B, T), as `Trainer.collate` gives them.
-    """
-
-    def finish(mask):
-        if config._attn_implementation == "sdpa":  # which alone takes truth values
-            return mask
-        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
-
-    one, other = branches[:, None, :, None], branches[:, None, None, :]
-    seen = ((other == 0) | (one == other)).tril()
-    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    if not window or types and "sliding_attention" not in types:
-        return finish(seen)
-    near = positions[:, None, :, None] - positions[:, None, None, :] < window
-    near = finish(seen & near)
-    return {"full_attention": finish(seen), "sliding_attention": near} if types else near
-
-
 def sampled_cross_entropy(hidden, targets, head, likely, drawn):
-    """The cross-entropy of a softmax over the whole vocabulary whose unlikely part is estimated, for each target: (n).
+    """Cross-entropy with a sampled softmax over the whole vocabulary, for each target: (n).
 
-    The denominator is exact over the tokens `likely`; what is `drawn` evenly from the others stands for all of these
+    The softmax's denominator is exact for the tokens `likely`, and estimated for the others from a uniform sample, `drawn`
     (importance sampling: Bengio and Senécal 2008, https://doi.org/10.1109/TNN.2007.912312).
 
     Args:
-        hidden: (n, C). targets: (n), of which each is in `likely`. head: (V, C).
-        likely: sorted token ids. drawn: ids of others, none twice.
+        hidden: (n, C). targets: (n), all of them in `likely`. head: (V, C).
+        likely: sorted token ids. drawn: distinct ids of others.
     """
     logits = F.linear(hidden, head[torch.cat([likely, drawn])]).float()
     if len(drawn):
@@ -325,12 +306,12 @@ def sampled_cross_entropy(hidden, targets, head, likely, drawn):
 
 
 def write_llava(model, processor, folder, trained, training):
-    """Write what `build` built as transformers reads it, in fp16, with what was trained in it, and how, alone beside it; whole or
-    not at all."""
+    """Write a model of `build` with the trained parameters as a folder of transformers, in fp16, and beside it the trained parameters and
+    settings alone; all or nothing."""
     model.load_state_dict(trained, strict=False)
     staging = folder.with_name(f"{folder.name}.tmp")
     for part in model.model.children():
-        if not is_encoder(part):  # whose features are to be those of the file that its weights came from
+        if not is_encoder(part):  # an encoder stays in fp32, so that its features do not change
             part.half()
     model.lm_head.half()
     model.save_pretrained(staging)
@@ -356,7 +337,7 @@ def check_folder(folder):
 
 
 def assemble(vision_name, language_name, trained_file, folder):
-    """Write the LLaVA of two models and of the trained.safetensors that a run of this script left. Raises UserError."""
+    """Write the LLaVA made of two models and the trained.safetensors of an earlier run. Raises UserError."""
     check_folder(folder := Path(folder))
     trained, training = read_trained(trained_file)
     settings = LlavaOptions(**{field.name: training[field.name] for field in fields(LlavaOptions) if field.name in training})
@@ -367,7 +348,7 @@ def assemble(vision_name, language_name, trained_file, folder):
 
 
 def read_trained(file):
-    """A trained.safetensors -> {name: tensor} and how it was trained. Raises UserError."""
+    """A trained.safetensors -> {name: tensor} and the training settings. Raises UserError."""
     state = read_weights(file, "trained part of a LLaVA")
     with safe_open(file, "pt") as content:
         training = json.loads((content.metadata() or {}).get("training", "{}"))
@@ -377,7 +358,7 @@ def read_trained(file):
 
 
 def check_trained(file, state, training, parameters, frozen, names):
-    """Raise UserError unless what `read_trained` gave is of these parameters, and was trained beside these frozen weights."""
+    """Raise UserError unless the output of `read_trained` matches these parameters, and was trained with these frozen weights."""
     if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in parameters.items()}:
         raise UserError(f"{file} does not fit {names[0]} with {names[1]}, or other layers were trained")
     if frozen != training["frozen weights"]:
@@ -385,9 +366,9 @@ def check_trained(file, state, training, parameters, frozen, names):
 
 
 def frozen_hash(model, trained):
-    """content_hash of all that is not trained but position embeddings: those may be interpolated, to other bits elsewhere.
+    """content_hash of all frozen weights except position embeddings, whose interpolation differs in bits between machines.
 
-    So may the folded batch norms of an encoder, for which its own hash stands.
+    The same holds for an encoder's folded batch norms, so the encoder's own hash is used.
     """
     tower = model.model.vision_tower
     left_out = ("model.vision_tower.",) if is_encoder(tower) else ()
@@ -397,5 +378,5 @@ def frozen_hash(model, trained):
 
 
 def is_encoder(part):
-    """Whether a module is vision_tower.py's."""
+    """Whether a module is an EncoderVisionModel of vision_tower.py."""
     return getattr(part.config, "model_type", "") == "frozen_image_encoder" if hasattr(part, "config") else False

@@ -4,7 +4,7 @@
     python3 p1_llava_infer.py images/ table.json [model] --settings configs/p1/prompts.yaml --annotation_file val.json
 
 `model` is a folder or a name on the model hub. With none named it is LLaVA-1.5-7B where a GPU has room and its weights are in
-weights/, else the small LLaVA of weights/. An interrupted run goes on when the same command is given again: until it is done,
+weights/, else the small LLaVA of weights/. An interrupted run resumes when the same command is given again: until it is done,
 its answers wait in <captions.json>.part. Exit status: 0 all well; 2 nothing was done, one line says why; 3 done, but some
 images could not be read and are named.
 

@@ -8,7 +8,7 @@ https://arxiv.org/abs/2203.05482). How captions are searched for is the first on
 
 import torch
 
-from captioner import CaptionerConfig, read_metadata, write_checkpoint
+from captioner import read_metadata, recorded_config, write_checkpoint
 from cli import ArgumentParser, UserError, run
 from files import check_digest, check_output, digest, read_weights
 
@@ -35,8 +35,7 @@ def average(checkpoints, weights):
 
 def parts_of(metadata):
     """What must be the same in checkpoints that are averaged."""
-    options = CaptionerConfig(**{"encoder_levels": 1} | metadata["model"])  # of checkpoints that say nothing of levels
-    return {"options": options, "encoder weights": metadata["encoder_hash"], "decoder weights": metadata["decoder_hash"]}
+    return {"options": recorded_config(metadata), "encoder weights": metadata["encoder_hash"], "decoder weights": metadata["decoder_hash"]}
 
 
 def main():

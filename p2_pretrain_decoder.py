@@ -3,7 +3,7 @@
     python3 p2_pretrain_decoder.py --text flickr30k.txt coco.txt --captions data/train.json
 
 Writes a state dict in the Hugging Face layout (fp16), which GPT2LMHeadModel loads as well. An interrupted run
-goes on when the same command is given again.
+resumes when the same command is given again.
 """
 
 import math
@@ -40,7 +40,6 @@ class Settings:
     held_out: int = option(500, "images at the end of each captions file that are kept out: p2_train.py selects on them")
     min_count: int = option(5, "captions with a token that occurs less often are left out: each token costs a row of the head")
     seed: int = 0
-    save_minutes: float = option(5.0, "minutes between states to resume from")
 
     def __post_init__(self):
         check_settings(self, ("n_layer", "n_embd", "n_positions", "epochs", "batch_size"), ("dropout", "warmup"))
@@ -175,9 +174,8 @@ def train(settings, text_files, caption_files, device=None):
           f"{sum(p.numel() for p in parameters.values()) / 1e6:.1f}M parameters; {device}")
 
     same = {**asdict(settings), "captions": len(rows), "tokens": sum(lengths), "first weights": first}
-    same.pop("save_minutes")
     run = Run(state_file, same, parameters, optimizer, processes=Processes(device), clip=settings.clip,
-              save_minutes=settings.save_minutes, first={"perplexity": []})
+              first={"perplexity": []})
     scores = run.progress["perplexity"]
     with run:
         for epoch in range(len(scores), settings.epochs):

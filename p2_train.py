@@ -7,87 +7,82 @@
     accelerate launch --num_processes 8 p2_train.py …
 
 `data` are folders in the course's layout: train.json in COCO's caption form and images/train. The last 500 images of each
-are split off; the epoch with the best CIDEr on them is the checkpoint. After the epochs of cross-entropy, `--scst_epochs` of
-self-critical training raise CIDEr itself. Captions of `--text`, one a line, need no pictures: the captioner writes them from the
-concepts that pictures of such things would show it (CapDec: Nukrai et al. 2022, arXiv:2211.00575; ViECap).
+are held out; the epoch with the best CIDEr on them becomes the checkpoint. The epochs of cross-entropy are followed by
+`--scst_epochs` of self-critical training, which optimise CIDEr itself. Captions of `--text`, one per line, need no pictures: in place
+of a picture, the captioner gets the concepts that would be recognised in one (CapDec: Nukrai et al. 2022, arXiv:2211.00575; ViECap).
 
-A run that was killed, or stopped by SIGTERM or --max_hours, goes on when the same command is given again, on any number
-of processes: exactly, if the number is the same.
+A run that was killed, or stopped by SIGTERM or --max_hours, resumes when the same command is given again, on any number
+of processes: bit for bit if the number is the same.
 """
 
 import math
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from captioner import MAX_TRAINED, Captioner, CaptionerConfig, caption_features, count_trained
-from chair import kinds_named
 from checkpoints import start_from
-from cider import CiderScorer
 from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options, with_config
 from clip_small import Folds
-from concepts import Concepts, embed_texts
-from dataset import IGNORE, SEEN, CaptionData, Mixture, TextData, bucketed_batches, clean_captions, count_targets, data_digest, token_ids
+from dataset import IGNORE, CaptionData, Mixture, TextData, bucketed_batches, data_digest, token_ids
 from devices import Processes, autocast, memory_in_use, pick_precision, shard, unsharded
-from features import FeatureCache, LiveFeatures, SomeFeatures
+from features import SomeFeatures, features_of
 from generation import GenerationConfig
 from images import ahead
 from metrics import cider, tokenize
+from objectives import TEMPERATURE, CrossEntropy, Reward, SelfCritical, TextCrossEntropy, look_around
 from runtime import RUNTIME_HELP, pick_runtime
 from tokenizer import BPETokenizer
 from training import MovingAverage, Run, TrainingLog, adamw, comparable, cosine, prepare_output
+
+WARMUP = 0.02  # fraction of a stage's steps; short, since cross-attention, LoRA and adapters start as no-ops
+CLIP = 1.0  # gradient norm, which limits the damage of a single odd batch
+SHOWN = 3  # selection images whose captions are printed after each epoch
 
 
 @dataclass
 class Settings:
     data: tuple = option(("data",), "folders with train.json and images/train")
     data_weights: tuple = option(
-        (), "how often an epoch shows the images of each folder: 0.5, half of them; 2, each twice; default: once")
-    text: tuple = option((), "files of captions without pictures, one a line")
-    text_batch_size: int = option(40, "captions of them beside each batch of images")
-    text_weight: float = option(1.0, "what the loss on them counts")
+        (), "how often each folder's images are used per epoch: 0.5, half of them; 2, each twice; default: once")
+    text: tuple = option((), "files of captions without pictures, one per line")
+    text_batch_size: int = option(40, "captions without pictures per batch of images")
+    text_weight: float = option(1.0, "weight of the loss on captions without pictures")
     folds: str = option(
-        "", "for --meaning and --scst_clip: what p4_clip.py --folds wrote, since our CLIP knows training images too well")
+        "", "for --meaning and --scst_clip: the output of p4_clip.py --folds, since our CLIP was trained on the training images")
     decoder: str = option("weights/decoder_small.safetensors", "GPT-2 weights, .bin or .safetensors")
     output: str = option(
         "checkpoints/captioner.safetensors", "the checkpoint to write; beside it the log (.jsonl) and its curves (.png)")
-    cache: str = option("cache", "folder for the encoder's features; empty: encode in every step, which is far slower")
+    cache: str = option("cache", "folder for the encoder's features; empty: run the encoder in every step, which is much slower")
     runtime: str = option("auto", RUNTIME_HELP)
-    views: int = option(4, "of each image in the cache: 1 as it is, more: random crops too, every other mirrored")
+    views: int = option(4, "of each image in the cache: 1, the image as it is; more: random crops too, every other one mirrored")
     init: str = option(
-        "", "checkpoint whose trained weights to start from; same model options, but its encoder may be the first part of this one")
-    fusion_epochs: int = option(0, "of cross-entropy on the projection and cross-attention alone, before PEFT")
+        "", "checkpoint to start from, of the same model options; its encoder may be the first part of this one")
+    fusion_epochs: int = option(0, "of cross-entropy that train the projection and cross-attention only, before PEFT")
     epochs: int = option(9, "of cross-entropy")
-    batch_size: int = option(8, "images of an update, over all processes, each with all its captions")
-    accumulation: int = option(1, "parts of a batch that go through the model one after the other, to save memory")
+    batch_size: int = option(8, "images per update, over all processes, each with all its captions")
+    accumulation: int = option(1, "split each batch into so many parts, to save memory")
     precision: str = option("auto", "auto (bf16 on CUDA, else fp32), fp32, bf16 or fp16")
     fsdp: bool = option(False, "shard the frozen decoder over the processes")
-    max_tokens: int = option(64, "longer captions are cut")
+    max_tokens: int = option(64, "longer captions are truncated")
     learning_rate: float = 1.2e-3
-    fusion_learning_rate: float = option(0.0, "of the projection and cross-attention in both; 0: as learning_rate")
+    fusion_learning_rate: float = option(0.0, "of the projection and cross-attention; 0: as learning_rate")
     weight_decay: float = 0.1
-    warmup: float = option(0.02, "part of all steps")
-    clip: float = option(1.0, "gradient norm; 0: not clipped")
-    average: float = option(0.999, "decay of the moving average of the weights, which is what is saved; 0: the last step's")
+    average: float = option(0.999, "decay of the moving average of the weights, which is what is saved; 0: save the last step's weights")
     label_smoothing: float = option(0.1, "of the targets of cross-entropy")
-    scst_epochs: int = option(4, "of self-critical training on CIDEr, after the others")
+    scst_epochs: int = option(4, "of self-critical training on CIDEr, after those of cross-entropy")
     scst_learning_rate: float = 2e-4
-    scst_samples: int = option(5, "captions drawn for each image")
-    scst_temperature: float = option(0.5, "of the drawing")
-    scst_clip: float = option(0.0, "what our CLIP's image-text cosine counts beside CIDEr")
-    scst_chair: float = option(0.0, "what a thing costs that a caption names and no reference does, of COCO's 80 kinds (chair.py)")
+    scst_samples: int = option(5, "captions sampled per image")
+    scst_clip: float = option(0.0, "weight of our CLIP's image-text cosine in the reward, beside CIDEr")
+    scst_chair: float = option(0.0, "penalty for each object of COCO's 80 kinds that a caption mentions and no reference does (chair.py)")
     selection: tuple = option(
-        (500,), "images at the end of each train.json, on which checkpoints are selected: one number, or one for each folder; 0: train "
-        "on all, keep the last epoch")
+        (500,), "images held out at the end of each train.json to select checkpoints on: one number, or one per folder; 0: train "
+        "on all and keep the last epoch")
     seed: int = 0
-    samples: int = option(3, "of the selection images, whose captions are shown after each epoch")
-    save_minutes: float = option(5.0, "minutes between states to resume from")
-    max_hours: float = option(0.0, "stop then, ready to go on; 0: no limit")
-    tensorboard: str = option("", "folder for its files; empty: none")
+    max_hours: float = option(0.0, "stop after so long, ready to resume; 0: no limit")
+    tensorboard: str = option("", "folder for TensorBoard's files; empty: none")
 
     def __post_init__(self):
         self.data, self.text = (tuple(map(str, np.atleast_1d(paths))) for paths in (self.data, self.text))
@@ -100,23 +95,22 @@ class Settings:
             raise UserError("--data names at least one folder, --data_weights none or one number above 0 for each")
         if len(self.selection) not in (1, len(self.data)):
             raise UserError("--selection is one number for every folder of --data, or one for each")
-        check_settings(self, ("batch_size", "text_batch_size", "accumulation", "views", "max_tokens"),
-                       ("warmup", "label_smoothing", "average"))
+        check_settings(self, ("batch_size", "text_batch_size", "accumulation", "views", "max_tokens"), ("label_smoothing", "average"))
         if self.learning_rate <= 0:
             raise UserError("--learning_rate must be above 0")
         if sum(self.selection) == 1:
             raise UserError("--selection is one image, whose CIDEr is always 0: name 0, or at least 2")
         if self.fusion_epochs + self.epochs + self.scst_epochs < 1:
             raise UserError("--fusion_epochs, --epochs and --scst_epochs must be at least 1 together")
-        if self.scst_samples < 2 or self.scst_temperature <= 0:
-            raise UserError("--scst_samples must be at least 2, --scst_temperature above 0")
+        if self.scst_samples < 2:
+            raise UserError("--scst_samples must be at least 2: a caption is compared with the image's others")
 
 
 class CaptionerTrainer:
-    """One run: data, model, optimizer and the place that it has come to.
+    """One run: data, model, optimizer and progress.
 
-    Every process holds all that is trained and takes its part of each batch; gradients are added up. What is random in
-    a step follows from the seed, the epoch, the step and the process alone, so that a run goes on exactly.
+    Every process holds all trained parameters and takes its part of each batch; gradients are summed. All randomness in a step
+    depends only on the seed, the epoch, the step and the process, so that a resumed run is exact.
     """
 
     def __init__(self, config, settings, device=None):
@@ -125,7 +119,9 @@ class CaptionerTrainer:
         self.device = self.processes.device
         self.dtype = pick_precision(self.device, settings.precision, scaled=True)
         if (config.meaning or settings.scst_clip) and not settings.folds:
-            raise UserError("--meaning and --scst_clip need --folds, which p4_clip.py makes: our CLIP knows training images too well")
+            raise UserError("--meaning and --scst_clip need --folds, which p4_clip.py makes: our CLIP was trained on the training images")
+        if settings.text and not config.concepts:
+            raise UserError("--text needs --concepts: without a picture, they are all that a caption is generated from")
         if settings.fsdp and self.processes.count == 1:
             raise UserError("--fsdp shards over several processes: start them with accelerate launch")
         if settings.tensorboard:
@@ -139,95 +135,67 @@ class CaptionerTrainer:
         decoder = config.load_decoder(settings.decoder)
         max_tokens = min(settings.max_tokens, decoder.config.n_positions - 1)
         self.data = CaptionData(self.images, BPETokenizer(), max_tokens)
-        self.text = self.read_text(encoder, max_tokens) if settings.text else None
+        self.text = TextData(settings.text, BPETokenizer(), max_tokens, config.concept_words(encoder), self.selection) if settings.text else None
         texts = [self.text.rows] if self.text else []
         self.model = Captioner(config, encoder, decoder, token_ids(self.data.rows + texts)).to(self.device)
-        self.targets, self.text_targets = (count_targets(rows, self.model.token_ids) for rows in (
-            self.data.rows, [[row] for rows in texts for row in rows]))
         if settings.init:
             for line in start_from(self.model, settings.init, settings.decoder):
                 if self.processes.main:
                     print(line, flush=True)
-        self.data.embeddings, self.selection_embeddings = self.read_folds() if settings.folds else (None, None)
+        self.folds = Folds(settings.folds, self.model.judge.text_digest) if settings.folds else None
+        self.data.embeddings, self.selection_embeddings = self.unseen_embeddings() if settings.folds else (None, None)
         self.trained = self.model.trained_parameters()
-        groups = {True: [], False: []}
-        for name, parameter in self.trained.items():
-            groups[self.model.is_fusion(name)].append(parameter)
+        fusion = [parameter for name, parameter in self.trained.items() if self.model.is_fusion(name)]
+        peft = [parameter for name, parameter in self.trained.items() if not self.model.is_fusion(name)]
         factor = (settings.fusion_learning_rate or settings.learning_rate) / settings.learning_rate
-        self.optimizer = adamw([(groups[True], factor), (groups[False], 1.0)], settings.learning_rate,
-                               settings.weight_decay)
+        self.optimizer = adamw([(fusion, factor), (peft, 1.0)], settings.learning_rate, settings.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device) if self.dtype == torch.float16 else None
         self.average = MovingAverage(self.trained, settings.average)
         self.steps = -(-self.mixture.size // settings.batch_size)
         if settings.fsdp:
             shard(self.model.decoder.h, self.trained.values())
         self.restore()
-        # Last, since it can take long: whatever is wrong above shows first.
-        features = [self.encode(encoder, folder.paths()) for folder in self.mixture.folders]
+        self.set_objectives()
+        # Last, since it can take long: mistakes above are reported first.
+        features = [features_of(folder.paths(), encoder, settings.cache, settings.views, self.device) for folder in self.mixture.folders]
         self.data.features, self.selection_features = (SomeFeatures(features, places) for places in self.mixture.places())
         self.references = tokenize({str(i): image.captions for i, image in enumerate(self.selection)}) if self.selection else {}
         if self.text or config.meaning:
-            self.look_around()
+            look_around(self.model, self.data, self.images, settings.seed, self.text_cross_entropy)
 
-    # ---- what it needs ----
+    # ---- set-up ----
 
-    def read_folds(self):
-        """Embeddings of training and selection images by a CLIP that has not seen them: (n, views, width), and (n, width)."""
-        folds = Folds(self.settings.folds, self.model.judge.text_digest)
+    def unseen_embeddings(self):
+        """Embeddings of training and selection images by a CLIP that was not trained on them: (n, views, width), and (n, width)."""
         training, selection = ([image.path for image in images] for images in (self.images, self.selection))
-        return folds.of(training, self.settings.views), folds.of(selection)[:, 0] if selection else None
+        return self.folds.of(training, self.settings.views), self.folds.of(selection)[:, 0] if selection else None
 
-    def read_text(self, encoder, max_tokens):
-        """Captions without pictures, those of the selection images left out."""
-        if not self.config.concepts:
-            raise UserError("--text needs --concepts: without a picture, they are what a caption is written from")
-        return TextData(self.settings.text, BPETokenizer(), max_tokens, self.config.concept_words(encoder), self.selection)
-
-    @torch.no_grad()
-    def look_around(self):
-        """See some training images: the concepts in them are a pattern for those of texts, meanings are seen from their middle, and
-        how a picture's meaning follows from its caption's is measured."""
-        random = np.random.default_rng(self.settings.seed)
-        some = np.sort(random.permutation(len(self.images))[:SEEN])
-        residuals = None
-        if self.config.meaning:
-            captions = [clean_captions(self.images[i])[0] for i in some]
-            of_images, of_texts = self.data.embeddings[some, 0].to(self.device), embed_texts(self.model.judge, captions).to(self.device)
-            if not self.model.centres.any():  # else they are those of --init
-                self.model.centre(of_images, of_texts)
-            meanings, explaining = self.model.meaning(of_images, 0), self.model.meaning(of_texts, 1)
-            self.slope = (meanings * explaining).sum(-1).mean()
-            residuals = (meanings - self.slope * explaining).cpu()
-        if self.text:
-            seen = [self.model.source.recognise(self.data.features[part, np.zeros_like(part)].float().to(self.device), self.config.concepts)
-                    for part in np.array_split(some, -(-len(some) // 100))]
-            numbers, probabilities, _ = zip(*seen)
-            self.text.look(self.model.source, Concepts(torch.cat(numbers).cpu(), torch.cat(probabilities).cpu(), residuals))
-
-    def encode(self, encoder, paths):
-        """The features of these images: cached, by one process for all, or worked out in every step."""
-        if not self.settings.cache:
-            return LiveFeatures(encoder, paths, self.settings.views, self.device)
-        return FeatureCache(encoder, paths, self.settings.cache, self.settings.views, device=self.device)
+    def set_objectives(self):
+        """The losses of a batch of images, and of one of texts."""
+        settings, shared = self.settings, (self.model, self.processes, self.dtype, self.backward)
+        self.cross_entropy = CrossEntropy(*shared, rows=self.data.rows, label_smoothing=settings.label_smoothing)
+        self.text_cross_entropy = self.text and TextCrossEntropy(*shared, text=self.text, label_smoothing=settings.label_smoothing,
+                                                                 weight=settings.text_weight)
+        self.reward = Reward(self.images, self.model, settings.scst_samples, settings.scst_clip, settings.scst_chair)
+        self.self_critical = SelfCritical(*shared, reward=self.reward, samples=settings.scst_samples, generating=self.generating)
 
     def restore(self):
-        """Go on from the state of an interrupted run, if there is one."""
+        """Resume from the state of an interrupted run, if there is one."""
         settings = self.settings
-        # What is left out changes no result.
-        same = comparable(settings, "save_minutes", "cache", "runtime", "max_hours", "tensorboard", "samples", "accumulation",
-                            "fsdp") | comparable(self.config) | {
+        # Options that do not change the result are left out. The constants used to be options, so an older state may have other values.
+        same = comparable(settings, "cache", "runtime", "max_hours", "tensorboard", "accumulation", "fsdp", "folds") | comparable(self.config) | {
+            "warmup": WARMUP, "clip": CLIP, "scst_temperature": TEMPERATURE, "folds": f"of digest {self.folds.digest}" if self.folds else "",
             "training images": data_digest(self.images), "selection images": data_digest(self.selection),
             "texts": self.text.digest if self.text else "", "encoder's weights": self.model.encoder.weights_hash,
             "decoder's weights": self.model.decoder.weights_hash}
         self.run = Run(self.state_file, same, self.trained, self.optimizer, average=self.average, processes=self.processes,
-                       scaler=self.scaler, clip=settings.clip, save_minutes=settings.save_minutes, max_hours=settings.max_hours,
-                       log=Path(settings.output).with_suffix(".jsonl"), tensorboard=settings.tensorboard,
-                       first={"sum": 0.0, "memory": 0, "history": []})
+                       scaler=self.scaler, clip=CLIP, max_hours=settings.max_hours, log=Path(settings.output).with_suffix(".jsonl"),
+                       tensorboard=settings.tensorboard, first={"sum": 0.0, "memory": 0, "history": []})
         self.progress = self.run.progress
         if len(set(self.processes.gather([self.progress["step"]]))) > 1:
             raise UserError(f"some processes found no {self.state_file}: --output must be on a disk that all share")
 
-    # ---- running ----
+    # ---- training ----
 
     def fit(self):
         """Train to the end, or until it is time to stop. Returns whether the end was reached."""
@@ -253,21 +221,17 @@ class CaptionerTrainer:
         return True
 
     def announce(self):
-        model, data = self.model, self.data
+        model = self.model
         texts = f", and {len(self.text.rows)} captions without images" if self.text else ""
         print(f"{len(self.images)} images to train on{texts}, {len(self.selection)} to select on, {len(model.token_ids)} tokens "
               f"occur; {model.num_trained() / 1e6:.2f}M trained parameters of "
               f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M; {self.processes.count} x {self.device}, "
               f"{str(self.dtype).removeprefix('torch.')}", flush=True)
-        if self.mixture.without_captions:
-            print(f"{self.mixture.without_captions} images have no caption and are left out", flush=True)
-        if data.empty:
-            print(f"{data.empty} captions are empty and left out", flush=True)
-        if data.cut:
-            print(f"{data.cut} captions are longer than {data.max_tokens} tokens and cut there", flush=True)
+        for line in self.mixture.left_out() + self.data.left_out():
+            print(line, flush=True)
 
     def train_epoch(self, epoch, schedule):
-        """One epoch, from the step that it has come to, or until it is time to stop."""
+        """The rest of an epoch, or as much of it as there is time for."""
         settings, progress = self.settings, self.progress
         stage, number, stage_epochs = schedule[epoch]
         self.model.train_fusion_alone(stage == "fusion")
@@ -275,7 +239,7 @@ class CaptionerTrainer:
         objective, name = (self.self_critical, "reward") if stage == "scst" else (self.cross_entropy, "loss")
         peak = settings.scst_learning_rate if stage == "scst" else settings.learning_rate
         total = self.steps * stage_epochs
-        warmup = max(1, int(settings.warmup * total))
+        warmup = max(1, int(WARMUP * total))
 
         generator = torch.Generator().manual_seed(settings.seed * 1000 + epoch)
         drawn = self.mixture.sample_epoch(generator)
@@ -286,7 +250,8 @@ class CaptionerTrainer:
         first, end = epoch * self.steps, (epoch + 1) * self.steps
 
         def prepare(step):
-            return self.local_batch(batches[step - first], views), texts and self.local_texts(texts[step - first], epoch, step - first)
+            return self.local_batch(batches[step - first], views), texts and self.text_cross_entropy.local_batch(
+                texts[step - first], np.random.default_rng([settings.seed, epoch, step - first]))
 
         self.run.about = {"epoch": epoch + 1, "stage": stage}
         steps = self.run.steps(end, first, f"epoch {epoch + 1}/{len(schedule)}", f" in epoch {epoch + 1}")
@@ -301,111 +266,13 @@ class CaptionerTrainer:
             progress["sum"] += value
 
     def local_batch(self, indices, views):
-        """This process's part of a batch, cut for accumulation: [(indices, features, embeddings, tokens, targets), …].
-
-        Every process gets as many pieces, since they compute in step. One for which no image is left repeats the first,
-        with nothing to learn.
-        """
-        count, accumulation = self.processes.count, self.settings.accumulation
-        mine = indices[self.processes.number::count]
-        size = -(-len(indices) // (count * accumulation))
+        """This process's part of a batch, split for accumulation: [(indices, features, embeddings, tokens, targets), …]. A piece for which
+        no image is left has no indices; it gets the batch's first image with no targets."""
         pieces = []
-        for start in range(0, -(-len(indices) // count), size):
-            piece = mine[start:start + size]
+        for piece in self.processes.pieces(indices, self.settings.accumulation):
             *seen, tokens, targets = self.data.batch(piece or indices[:1], views[piece or indices[:1]])
             pieces.append((piece, *seen, tokens, targets if piece else torch.full_like(targets, IGNORE)))
         return pieces
-
-    def local_texts(self, numbers, epoch, step):
-        """This process's part of a batch of texts, and how many target tokens the whole of it has."""
-        random = np.random.default_rng([self.settings.seed, epoch, step])
-        tokens, targets, concepts = self.text.batch(numbers, random)
-        total = sum(self.text_targets[i] for i in numbers)
-        mine = slice(self.processes.number, None, self.processes.count)
-        return tokens[mine], targets[mine], concepts.each(lambda part: part[mine]), [self.text.captions[i] for i in numbers[mine]], total
-
-    def text_cross_entropy(self, tokens, targets, concepts, captions, total):
-        """Leave the gradients of the cross-entropy of captions without pictures, averaged over all their target tokens."""
-        if len(tokens):
-            with autocast(self.device, self.dtype):
-                concepts = concepts.each(lambda part: part.to(self.device))
-                concepts = concepts._replace(meaning=self.meanings(captions, concepts.meaning))
-                loss = self.model.loss(None, tokens.to(self.device), targets.to(self.device), self.settings.label_smoothing,
-                                       reduction="sum", concepts=concepts)
-            self.backward(loss * self.settings.text_weight / total)
-
-    @torch.no_grad()
-    def meanings(self, captions, residuals):
-        """What may stand for the meanings of pictures of these captions: what the captions explain of them, and what they do not of
-        other pictures' (B, width). None for a model without."""
-        if not self.config.meaning:
-            return None
-        return F.normalize(self.slope * self.model.meaning(self.model.judge.embed_texts(captions), 1) + residuals, dim=-1)
-
-    def on_device(self, embeddings):
-        return None if embeddings is None else embeddings.to(self.device)
-
-    def cross_entropy(self, indices, pieces, seed):
-        """Leave the gradients of a batch's cross-entropy, averaged over all its target tokens. Returns that average."""
-        total = sum(self.targets[i] for i in indices)
-        value = 0.0
-        for _, features, embeddings, tokens, targets in pieces:
-            with autocast(self.device, self.dtype):
-                features = features.to(self.device).float()
-                concepts = self.model.concepts(features, self.on_device(embeddings))
-                loss = self.model.loss(features, tokens.to(self.device), targets.to(self.device), self.settings.label_smoothing,
-                                       reduction="sum", concepts=concepts) / total
-            value += self.backward(loss)
-        return self.processes.add(value)
-
-    def self_critical(self, indices, pieces, seed):
-        """Leave the gradients of REINFORCE on captions drawn for a batch. Returns their mean reward."""
-        settings, drawn = self.settings, []
-        self.model.eval()  # before LoRA is merged, which a change to training would undo
-        with autocast(self.device, self.dtype), self.generating():
-            for piece, features, embeddings, *_ in pieces:
-                # What is drawn for an image follows from its place in the batch, whichever process draws.
-                numbers = [settings.scst_samples * indices.index(i) + k for i in piece or indices[:1]
-                           for k in range(settings.scst_samples)]
-                features, embeddings = features.to(self.device).float(), self.on_device(embeddings)
-                reward = partial(self.reward, np.repeat(piece or indices[:1], settings.scst_samples), embeddings)
-                concepts = self.model.concepts(features, embeddings)
-                drawn.append((features, concepts, *self.model.draw(
-                    features, reward, settings.scst_samples, settings.scst_temperature, seed, numbers, concepts=concepts)))
-        self.model.train()
-        drawn = [(features, concepts, tokens, targets, advantages * bool(piece[0]), rewards * bool(piece[0]))
-                 for piece, (features, concepts, tokens, targets, advantages, rewards) in zip(pieces, drawn)]
-        count = sum((targets != IGNORE).sum().item() * bool(piece[0]) for piece, (*_, targets, _, _) in zip(pieces, drawn))
-        total, reward = self.processes.add(count, sum(rewards.sum().item() for *_, rewards in drawn))
-        for features, concepts, tokens, targets, advantages, _ in drawn:
-            with autocast(self.device, self.dtype):
-                loss = self.model.loss(features, tokens, targets, weights=advantages, temperature=settings.scst_temperature,
-                                       reduction="sum", concepts=concepts) / total
-            self.backward(loss)
-        return reward / (len(indices) * settings.scst_samples)
-
-    def reward(self, images, embeddings, captions, ended):
-        """CIDEr of captions of the images with these numbers, how near in our CLIP's space they are to the images' embeddings (Cho
-        et al. 2022, arXiv:2205.13115), and what they make up: (n,)"""
-        rewards = torch.from_numpy(self.scorer.score(images, captions, ended))
-        if self.settings.scst_clip:
-            judge = self.model.judge
-            seen = F.normalize(embeddings, dim=-1).repeat_interleave(self.settings.scst_samples, 0)
-            rewards += self.settings.scst_clip * (seen * F.normalize(judge.embed_texts(captions), dim=-1)).sum(-1).cpu()
-        if self.settings.scst_chair:
-            made_up = [len({*kinds_named(caption)} - self.kinds[image]) for image, caption in zip(images, captions)]
-            rewards -= self.settings.scst_chair * torch.tensor(made_up)
-        return rewards
-
-    @cached_property
-    def kinds(self):
-        """The kinds of things that each image's references name: a list of sets."""
-        return [{kind for caption in image.captions for kind in kinds_named(caption)} for image in self.images]
-
-    @cached_property
-    def scorer(self):
-        """CIDEr as a reward, prepared when it is first asked for."""
-        return CiderScorer([image.captions for image in self.images], end="<end>")
 
     def backward(self, loss):
         self.progress["memory"] = max(self.progress["memory"], memory_in_use(self.device))
@@ -413,11 +280,11 @@ class CaptionerTrainer:
         return loss.item()
 
     def generating(self):
-        """Within, the decoder is as generation wants it: LoRA merged; or, if it is sharded, whole on each process."""
+        """A context in which the decoder is ready to generate: LoRA merged or, if it is sharded, gathered on each process."""
         return unsharded(self.model.decoder.h) if self.settings.fsdp else self.model.decoder.merged_lora()
 
     def finish_epoch(self, epoch):
-        """Score the average on the selection split, keep it if it is the best, show samples, save the state."""
+        """Score the averaged weights on the selection images, keep them if they are the best so far, print samples, save the state."""
         settings, progress, history = self.settings, self.progress, self.progress["history"]
         self.run.note()
         self.run.save()  # since this can take long
@@ -437,7 +304,7 @@ class CaptionerTrainer:
         if self.processes.main:
             score = f"CIDEr {entry['cider']:.4f} on the selection split, " if captions else ""
             print(f"epoch {epoch + 1}: {name} {entry[name]:.3f}, {score}{entry['seconds'] / 60:.1f} min", flush=True)
-            shown = {image.path.name: caption for image, caption in zip(self.selection[:settings.samples], captions)}
+            shown = {image.path.name: caption for image, caption in zip(self.selection[:SHOWN], captions)}
             for file, caption in shown.items():
                 print(f"    {file}: {caption}", flush=True)
             self.run.write(epoch=epoch + 1, minutes=entry["seconds"] / 60, memory=entry["memory"],
@@ -446,7 +313,7 @@ class CaptionerTrainer:
         self.run.save()
 
     def caption_selection(self):
-        """Captions of the selection images, each process a part of them."""
+        """Captions of the selection images, divided among the processes."""
         part = np.array_split(np.arange(len(self.selection_features)), self.processes.count)[self.processes.number]
         with autocast(self.device, self.dtype), self.generating():
             return self.processes.gather(caption_features(self.model, self.selection_features, part, GenerationConfig(),

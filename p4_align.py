@@ -7,17 +7,17 @@
 After LLaVA (Liu et al. 2023, https://arxiv.org/abs/2304.08485, and its 1.5: https://arxiv.org/abs/2310.03744), from a vision
 transformer and a causal language model of `transformers` (folders, or names on the model hub; for the former also a ViT-S/14
 that p4_pretrain_vit.py wrote, or the name of an encoder of encoder.py, such as tf_efficientnet_lite2+tf_efficientnet_lite1;
-for the latter most that are built as Llama, Qwen, Mistral or Gemma 3 are), in two stages:
-captions with nothing asked, then questions and instructions, mixed by kind; before them, if --word_epochs says so, image tokens
-learn which words' embeddings to be like (word_targets.py). Only the answers count in the loss. What is written
-is a complete LlavaForConditionalGeneration with its processor, and beside it trained.safetensors with what was trained alone,
-from which `assemble` makes the same again.
+for the latter most with the architecture of Llama, Qwen, Mistral or Gemma 3), in two stages:
+captions without a question, then questions and instructions, mixed by kind. Before these, with --word_epochs, image tokens
+learn to be similar to the embeddings of words (word_targets.py). Only answers count in the loss. The output
+is a complete LlavaForConditionalGeneration with its processor, and in the same folder trained.safetensors with the trained parameters only,
+from which `assemble` builds the same model again.
 
-What is asked about one picture goes through the model in one row: the picture's tokens once, then a branch for each query with
-its answer, which sees the picture and itself but no other branch. The loss is that of as many rows, for a fraction of the work.
+All questions about one picture go through the model in one row: the picture's tokens once, then a branch for each question with
+its answer, which attends to the picture and to itself but to no other branch. The loss is that of separate rows, for a fraction of the work.
 
-A run that was killed, or stopped by SIGTERM or --max_hours, goes on when the same command is given again, from the very
-sample, on any number of processes.
+A run that was killed, or stopped by SIGTERM or --max_hours, resumes at the same sample when the same command is given again, on
+any number of processes.
 
 Shapes: B rows, N image tokens of each, T positions of a row, C the language model's width, V its vocabulary.
 """
@@ -33,10 +33,9 @@ import torch
 from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options, with_config
 from dataset import IGNORE, clean_captions, read_captions
 from devices import Processes, autocast, pick_precision, shard
-from encoder import load_encoder
-from features import FeatureCache, make_view
 from files import check_writable
-from images import ahead, load_picture
+from images import ahead
+from llava_data import Rows, cached_features
 from llava_training import (
     LlavaOptions,
     answer_loss,
@@ -46,20 +45,19 @@ from llava_training import (
     fit_projection,
     frozen_hash,
     image_tokens,
-    is_encoder,
-    query_form,
     read_trained,
+    scale_image_tokens,
     trained_parameters,
     write_llava,
 )
 from questions import Sample, by_picture, instruction_samples, sample_epoch
-from runtime import pick_runtime
 from training import Run, adamw, comparable, cosine
 from word_targets import WordTargets
 
 WORD_BATCH = 64  # images of an update of the stage before stage 1
-COMMON_TOKENS = 8192  # the first so many of a vocabulary, among which BPE and SentencePiece have the commonest
 FIT_PICTURES = 32  # that a fresh projection is fitted to
+WORDS, CAPTIONS, QUESTIONS = range(3)  # the stages: the one before stage 1, with --word_epochs; 1; 2
+SEEDS = 500_009, 0, 1009  # offsets of the stages' random seeds
 
 
 @dataclass
@@ -68,37 +66,36 @@ class Settings(LlavaOptions):
     instructions: tuple = option(
         (), "JSON lists of {image, kind, query, answer}, or of people's {image, folder, question, answer}, for stage 2; default: "
         "derived from the captions (p4_questions.py)")
-    init: str = option("", "trained.safetensors of an earlier run of the same models and layers, to start from")
+    init: str = option("", "trained.safetensors of an earlier run with the same models and layers, to start from")
     mix: tuple = option(
-        ("qa=0.6", "relation=0.2", "detail=0.2", "caption=0"), "parts of stage 2: qa, relation, detail, caption, or other kinds of the instructions")
+        ("qa=0.6", "relation=0.2", "detail=0.2", "caption=0"), "fractions of stage 2: qa, relation, detail, caption, or other kinds of instructions")
     word_epochs: float = option(
-        0.0, "before stage 1, over the images: image tokens learn to be like the words of captions, without a pass of the language model")
-    stage1_epochs: float = option(1.0, "of captions with nothing asked, over the images")
-    stage2_epochs: float = option(1.0, "of questions and instructions, `per_picture` times as many as images")
-    batch_size: int = option(32, "pictures of an update, over all processes")
+        0.0, "before stage 1, over the images: image tokens learn to be similar to the words of captions, without running the language model")
+    stage1_epochs: float = option(1.0, "of captions without a question, over the images")
+    stage2_epochs: float = option(1.0, "of questions and instructions; an epoch has `per_picture` times as many as there are images")
+    batch_size: int = option(32, "pictures per update, over all processes")
     stage2_batch_size: int = option(0, "the same in stage 2; 0: as in stage 1")
-    per_picture: int = option(4, "samples that share a picture's pass, at most")
-    accumulation: int = option(1, "parts that go through the model one after the other")
+    per_picture: int = option(4, "maximum number of samples in a picture's row")
+    accumulation: int = option(1, "split each batch into so many parts, to save memory")
     learning_rate: float = option(1e-3, "of the projection in stage 1")
     stage2_learning_rate: float = option(1e-3, "of the projection in stage 2")
     vision_learning_rate: float = option(
-        5e-5, "of the vision layers that are trained along, in stage 1; it changes as the projection's does")
+        5e-5, "of the trained vision layers in stage 1; it is scaled as the projection's")
     weight_decay: float = 0.0
-    warmup_epochs: float = option(1.0, "of each stage, linear; then half a cosine")
-    first_learning_rate: float = option(0.0, "what the warm-up of each stage begins with")
-    last_learning_rate: float = option(0.0, "what stage 1's cosine ends with")
-    stage2_last_learning_rate: float = option(0.0, "what stage 2's cosine ends with")
+    warmup_epochs: float = option(1.0, "of linear warm-up in each stage; half a cosine follows")
+    first_learning_rate: float = option(0.0, "at the start of each stage's warm-up")
+    last_learning_rate: float = option(0.0, "at the end of stage 1")
+    stage2_last_learning_rate: float = option(0.0, "at the end of stage 2")
     clip: float = option(1.0, "gradient norm")
     precision: str = option("auto", "auto (bf16 on CUDA, else fp32), fp32 or bf16")
     fsdp: bool = option(False, "shard the language model over the processes")
-    weigh: str = option("tokens", "what counts alike in the loss: tokens, or answers, so that long ones do not drown a yes")
+    weigh: str = option("tokens", "what has equal weight in the loss: tokens, or answers, so that long answers do not outweigh a yes")
     head_sample: int = option(
-        0, "so many tokens, drawn anew for each update, stand for all that no answer has; 0: the softmax over all")
-    max_tokens: int = option(96, "of an answer; longer ones are cut")
-    cache: str = option("", "folder for the features of a frozen encoder that is named; default: every batch is encoded anew")
-    views: int = option(1, "of each image: 1 as it is, more: random crops too, every other mirrored")
-    save_minutes: float = option(5.0, "between states to resume from")
-    max_hours: float = option(0.0, "stop then, ready to go on; 0: no limit")
+        0, "estimate the softmax's denominator with so many tokens, sampled for each update, from those that occur in no answer; 0: the full softmax")
+    max_tokens: int = option(96, "of an answer; longer ones are truncated")
+    cache: str = option("", "folder for the features of a frozen encoder; default: run it in every step")
+    views: int = option(1, "of each image: 1, the image as it is; more: random crops too, every other one mirrored")
+    max_hours: float = option(0.0, "stop after so long, ready to resume; 0: no limit")
 
     def __post_init__(self):
         self.mix = tuple(self.mix)
@@ -129,11 +126,8 @@ class Settings(LlavaOptions):
         return {kind: part / sum(parts.values()) for kind, part in parts.items() if part}
 
 
-# ---- the samples -----------------------------------------------------------------------------------------------
-
-
 class AlignmentTrainer:
-    """One run: the model, the samples, the optimizer and the place that it has come to."""
+    """One run: the model, the samples, the optimizer and the progress."""
 
     def __init__(self, vision_name, language_name, output, settings, device=None):
         self.settings, self.output, self.names = settings, Path(output), (vision_name, language_name)
@@ -155,7 +149,8 @@ class AlignmentTrainer:
         self.captioned = len(self.images)  # before those that are only asked about
         self.groups = instruction_samples(settings, self.images) if settings.stage2_epochs else {}
         self.model, self.processor = build(vision_name, language_name, settings)
-        self.features = self.cached_features(str(vision_name)) if settings.cache else None
+        features = cached_features(self.model, str(vision_name), self.images, settings, self.device) if settings.cache else None
+        self.rows = Rows(self.model, self.processor, self.images, settings, features)
         self.words = None
         if settings.word_epochs:
             self.words = WordTargets(self.images[:self.captioned], self.processor.tokenizer, self.model.get_input_embeddings())
@@ -165,9 +160,8 @@ class AlignmentTrainer:
             check_trained(settings.init, *start, self.trained, self.frozen, self.names)
             self.model.load_state_dict(start[0], strict=False)
         else:
-            first = [load_picture(image.path, self.size()) for image in self.images[:FIT_PICTURES]]
-            fit_projection(self.model, self.processor.image_processor(first, return_tensors="pt")["pixel_values"])
-        self.before, self.after = query_form(self.processor.tokenizer, self.model.config.text_config.model_type)
+            first = range(min(len(self.images), FIT_PICTURES))
+            fit_projection(self.model, self.rows.pixels([self.rows.picture(number) for number in first]))
         if self.device == "cuda":  # what is frozen needs no more than half precision
             for name, parameter in self.model.named_parameters():
                 if name not in self.trained:
@@ -180,142 +174,61 @@ class AlignmentTrainer:
         vision = [value for name, value in self.trained.items() if "projector" not in name]
         factor = settings.vision_learning_rate / settings.learning_rate
         self.optimizer = adamw([(projection, 1.0), (vision, factor)], settings.learning_rate, settings.weight_decay)
-        plans = [self.plan(False, settings.stage1_epochs), self.plan(True, settings.stage2_epochs)]
+        plans = [self.plan(CAPTIONS, settings.stage1_epochs), self.plan(QUESTIONS, settings.stage2_epochs)]
         self.stages = [len(batches) for batches, _ in plans]
-        first = self.word_plan()
+        first, _ = self.plan(WORDS, settings.word_epochs)
         self.batches, self.word_steps = sum((batches for batches, _ in plans), first), len(first)
         self.warmups = [max(1, min(len(batches) // 2, round(settings.warmup_epochs * epoch))) for batches, epoch in plans]
-        self.same = comparable(settings, "save_minutes", "max_hours", "accumulation", "fsdp") | {
+        self.same = comparable(settings, "max_hours", "accumulation", "fsdp") | {
             "frozen weights": self.frozen, "samples": hashlib.sha256(repr(self.batches).encode()).hexdigest()}
         self.run = Run(self.state_file, self.same, self.trained, self.optimizer, processes=self.processes, clip=settings.clip,
-                       save_minutes=settings.save_minutes, max_hours=settings.max_hours,
+                       max_hours=settings.max_hours,
                        log=self.output.with_name(f"{self.output.name}.jsonl"))
         self.progress = self.run.progress
-        self.likely, self.others = self.vocabulary() if settings.head_sample else (None, None)
-
-    def cached_features(self, name):
-        """The features of all images from --cache, encoded first where they are not there. Raises UserError."""
-        if not is_encoder(self.model.model.vision_tower):
-            raise UserError(f"--cache is for encoders that are named, such as tf_efficientnet_lite2, and {name} is none")
-        encoder = load_encoder(name, self.settings.image_size or None, runtime=pick_runtime("auto", self.device))
-        return FeatureCache(encoder, [image.path for image in self.images], self.settings.cache, self.settings.views, device=self.device)
-
-    def size(self):
-        """Pixels a side of the square that pictures are brought to."""
-        return self.processor.image_processor.size["height"]
-
-    def vocabulary(self):
-        """Ids of the tokens that answers have, with the end of text and the commonest of all, sorted; and of all others."""
-        tokenizer, total = self.processor.tokenizer, self.model.lm_head.weight.shape[0]
-        answers = [text for image in self.images for text in clean_captions(image)]
-        answers += [sample.answer for samples in self.groups.values() for sample in samples]
-        found = {token for row in tokenizer(answers, add_special_tokens=False)["input_ids"] for token in row}
-        likely = torch.tensor(sorted(found | {tokenizer.eos_token_id} | {*range(min(COMMON_TOKENS, total))}))
-        others = torch.ones(total, dtype=torch.bool)
-        others[likely] = False
-        return likely.to(self.device), others.nonzero().squeeze(1)
+        self.likely, self.others = self.rows.vocabulary(self.groups, self.device) if settings.head_sample else (None, None)
 
     # ---- samples ----
 
-    def plan(self, second, epochs):
-        """A stage's batches, each a list of rows, and each row a list of samples about one picture; and how many an epoch has."""
-        size, most, batches, epoch_steps = self.settings.batch_size, self.settings.per_picture, [], 0
-        if second:
-            size = self.settings.stage2_batch_size or size
+    def plan(self, stage, epochs):
+        """A stage's batches, each a list of rows, and each row a list of samples about one picture; and the batches per epoch."""
+        batches, epoch_steps, settings = [], 0, self.settings
+        size = {WORDS: WORD_BATCH, CAPTIONS: settings.batch_size, QUESTIONS: settings.stage2_batch_size or settings.batch_size}[stage]
         for epoch in range(math.ceil(epochs)):
-            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + 1009 * second + epoch)
-            if second:
-                rows = by_picture(sample_epoch(self.groups, self.settings.parts(), most * self.captioned, generator), most)
-            else:  # each picture once
-                rows = []
-                for number in torch.randperm(self.captioned, generator=generator).tolist():
-                    captions = clean_captions(self.images[number])
-                    order = torch.randperm(len(captions), generator=generator)[:most].tolist()
-                    rows.append([Sample(number, "", captions[i]) for i in order])
+            rows = self.sample_rows(stage, torch.Generator().manual_seed(settings.seed * 1_000_003 + SEEDS[stage] + epoch))
             steps = -(-len(rows) // size)
             epoch_steps = epoch_steps or steps
-            part = min(1.0, epochs - epoch)  # of the last epoch, perhaps
+            part = min(1.0, epochs - epoch)  # the last epoch may be a fraction
             batches += [rows[place * size:(place + 1) * size] for place in range(round(part * steps))]
         return batches, epoch_steps
 
-    def word_plan(self):
-        """The batches of the stage before stage 1: each image once an epoch, of a sample with nothing asked or said."""
-        batches = []
-        for epoch in range(math.ceil(self.settings.word_epochs)):
-            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + 500_009 + epoch)
-            order = torch.randperm(self.captioned, generator=generator).tolist()
-            part = min(1.0, self.settings.word_epochs - epoch)
-            steps = round(part * math.ceil(len(order) / WORD_BATCH))
-            batches += [[[Sample(number, "", "")] for number in order[step * WORD_BATCH:(step + 1) * WORD_BATCH]] for step in range(steps)]
-        return batches
-
-    def text(self, sample):
-        """What stands before the answer; the processor puts in as many image tokens as there are patches."""
-        return f"{self.before}{self.processor.image_token}{' ' + sample.query if sample.query else ''}{self.after}"
-
-    def collate(self, rows, view=0):
-        """Rows of samples, and the views of their pictures -> pixel_values, and tensors (B, T), padded on the right: input_ids, labels,
-        position_ids and branches: 0 for the part with the picture, then 1 for the first sample's, 2, …; -1 behind the end; and weights
-        of the labels. Raises UserError."""
-        tokenizer = self.processor.tokenizer
-        token, count = self.processor.image_token, self.model.config.image_seq_length
-        asked = tokenizer([self.text(row[0]).replace(token, token * count) for row in rows])
-        columns = {"input_ids": [], "labels": [], "position_ids": [], "branches": [], "weights": []}
-        for ids, row in zip(asked["input_ids"], rows):
-            for name, values in self.columns(ids, row).items():
-                columns[name].append(values)
-        longest = max(map(len, columns["labels"]))
-        padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORE, "position_ids": 0, "branches": -1, "weights": 0.0}
-        return {name: torch.tensor([values + [padding[name]] * (longest - len(values)) for values in column])
-                for name, column in columns.items()} | {"pixel_values": self.see([row[0].image for row in rows], view)}
-
-    def see(self, numbers, view=0):
-        """What the vision tower takes of these views of some images: pixels (B, 3, S, S), or cached features (B, N, D). Raises UserError."""
-        views = np.broadcast_to(view, len(numbers))
-        if self.features is not None:
-            return self.features[numbers, views].float()
-        pictures = [make_view(load_picture(self.images[number].path, self.size()), view, number) for number, view in zip(numbers, views)]
-        return torch.as_tensor(np.stack([np.asarray(picture) for picture in self.processor.image_processor(pictures)["pixel_values"]]))
-
-    def columns(self, asked, row):
-        """A row's input_ids, labels, position_ids and branches; `asked`: the ids of its first question, with the picture's."""
-        tokenizer, token = self.processor.tokenizer, self.processor.image_token_id
-        shared = len(asked) - asked[::-1].index(token)  # up to the last image token
-        found = {"input_ids": asked[:shared], "labels": [IGNORE] * shared, "position_ids": [*range(shared)],
-                 "branches": [0] * shared, "weights": [0.0] * shared}
-        for number, sample in enumerate(row, 1):
-            query = tokenizer(self.text(sample))["input_ids"]
-            query = query[query.index(token) + 1:]
-            answer = tokenizer(sample.answer, add_special_tokens=False)["input_ids"][:self.settings.max_tokens]
-            answer = [*answer, tokenizer.eos_token_id]
-            length = len(query) + len(answer)
-            found["input_ids"] += query + answer
-            found["labels"] += [IGNORE] * len(query) + answer
-            found["position_ids"] += range(shared, shared + length)
-            found["branches"] += [number] * length
-            found["weights"] += [0.0] * len(query) + [1.0 / len(answer) if self.settings.weigh == "answers" else 1.0] * len(answer)
-        return found
+    def sample_rows(self, stage, generator):
+        """The rows of an epoch: each picture once, with an empty sample (WORDS) or its captions, or samples of the questions."""
+        most = self.settings.per_picture
+        if stage == QUESTIONS:
+            return by_picture(sample_epoch(self.groups, self.settings.parts(), most * self.captioned, generator), most)
+        numbers = torch.randperm(self.captioned, generator=generator).tolist()
+        if stage == WORDS:
+            return [[Sample(number, "", "")] for number in numbers]
+        rows = []
+        for number in numbers:
+            captions = clean_captions(self.images[number])
+            order = torch.randperm(len(captions), generator=generator)[:most].tolist()
+            rows.append([Sample(number, "", captions[i]) for i in order])
+        return rows
 
     def pieces(self, step):
-        """This process's part of a step's batch, cut for accumulation.
-
-        Every process gets as many pieces, since they compute in step; one for which no row is left repeats the first,
-        with nothing to learn.
-        """
-        rows, count = self.batches[step], self.processes.count
+        """This process's part of a step's batch, split for accumulation. A piece for which no row is left gets the batch's first row
+        with no targets."""
+        rows, found = self.batches[step], []
         views = np.random.default_rng((self.settings.seed, step)).integers(self.settings.views, size=len(rows))
-        mine, views = rows[self.processes.number::count], views[self.processes.number::count]
-        size = -(-len(rows) // (count * self.settings.accumulation))
-        found = []
-        for start in range(0, -(-len(rows) // count), size):
-            piece = mine[start:start + size]
-            view = views[start:start + size] if piece else 0
+        for piece in self.processes.pieces([*zip(rows, views)], self.settings.accumulation):
+            own, view = zip(*piece or [(rows[0], 0)])
             if step < self.word_steps:
-                numbers = [row[0].image for row in piece or rows[:1]]
+                numbers = [row[0].image for row in own]
                 shares = self.words.shares(numbers)
-                found.append({"pixel_values": self.see(numbers, view), "shares": shares if piece else torch.zeros_like(shares)})
+                found.append({"pixel_values": self.rows.see(numbers, view), "shares": shares if piece else torch.zeros_like(shares)})
                 continue
-            inputs = self.collate(piece or rows[:1], view)
+            inputs = self.rows.collate(own, view)
             if not piece:
                 inputs["labels"], inputs["weights"] = torch.full_like(inputs["labels"], IGNORE), torch.zeros_like(inputs["weights"])
             found.append(inputs)
@@ -324,7 +237,7 @@ class AlignmentTrainer:
     # ---- running ----
 
     def fit(self):
-        """Train to the end and write the folder, or until it is time to stop. Returns whether the end was reached."""
+        """Train to the end and write the folder, or stop when it is time. Returns whether the end was reached."""
         total, main = len(self.batches), self.processes.main
         todo = range(self.progress["step"], total)
         if self.settings.own_layers:
@@ -372,7 +285,7 @@ class AlignmentTrainer:
         return value
 
     def word_step(self, step, pieces):
-        """One update of the stage before the language model is asked. Returns the mean loss of a picture's words."""
+        """One update of the stage without the language model. Returns the mean loss of a picture's words."""
         pictures, value, size, tokens_seen = len(self.batches[step]), 0.0, 0.0, 0
         for inputs in pieces:
             inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
@@ -384,16 +297,12 @@ class AlignmentTrainer:
         value, size, tokens_seen = map(self.processes.add, (value, size, tokens_seen))
         self.run.about = {"stage": 0}
         self.run.update(self.settings.learning_rate * cosine(step, self.word_steps, min(50, self.word_steps // 2)), loss=value)
-        if step == self.word_steps - 1:  # directions are learnt; now tokens become as long as words
-            last = self.model.model.multi_modal_projector
-            last = last.linear_1 if self.model.config.projector_hidden_act == "linear" else last.linear_2
-            with torch.no_grad():
-                for part in last.weight, last.bias:
-                    part *= self.words.norm * tokens_seen / size
+        if step == self.word_steps - 1:  # directions are learnt; now scale tokens to the length of words
+            scale_image_tokens(self.model, self.words.norm * tokens_seen / size)
         return value
 
     def save(self):
-        """Write the complete model with its processor, and what was trained alone, in fp16; whole or not at all."""
+        """Write the complete model with its processor, and the trained parameters separately, in fp16; all or nothing."""
         trained = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in self.trained.items()}
         write_llava(*build(*self.names, self.settings), self.output, trained, self.same)
 

@@ -15,7 +15,7 @@ losses, each with a weight of its own:
   keep       sentences without pictures are to stay as far from each other as the sentence encoder puts them, so that words that
              no picture here has keep their place
 
-A run that was killed, or stopped by SIGTERM or --max_hours, goes on when the same command is given again, on a CPU bit for bit
+A run that was killed, or stopped by SIGTERM or --max_hours, resumes when the same command is given again, on a CPU bit for bit
 as if it had never stopped. `report/measure_clip.py` measures what came of it.
 
     python3 p4_clip.py --data data coco --folds 5 --of weights/clip_small.safetensors --output cache/clip_folds.safetensors
@@ -68,7 +68,7 @@ class Settings:
     weight_decay: float = 0.05
     warmup: float = option(0.05, "part of all steps")
     clip: float = option(1.0, "gradient norm")
-    average: float = option(0.99, "decay of the moving average of the weights, which is what is saved; 0: the last step's")
+    average: float = option(0.99, "decay of the moving average of the weights, which is what is saved; 0: save the last step's weights")
     dropout: float = option(0.5, "of the pictures' statistics")
     text_dropout: float = option(0.1, "of a sentence's tokens")
     anchors: float = option(0.1, "weight of that loss")
@@ -76,8 +76,7 @@ class Settings:
     selection: tuple = option(
         (500,), "pictures at the end of each train.json that are not trained on: one number, or one for each folder")
     seed: int = 0
-    save_minutes: float = option(5.0, "between states to resume from")
-    max_hours: float = option(0.0, "stop then, ready to go on; 0: no limit")
+    max_hours: float = option(0.0, "stop after so long, ready to resume; 0: no limit")
 
     def __post_init__(self):
         self.data, self.text = tuple(map(str, self.data)), tuple(map(str, self.text))
@@ -152,15 +151,15 @@ class ClipTrainer:
         self.optimizer = adamw([(others, 1.0), (text, settings.text_learning_rate / settings.learning_rate)],
                                settings.learning_rate, settings.weight_decay)
         self.average = MovingAverage(parameters, settings.average)
-        same = comparable(settings, "save_minutes", "max_hours", "cache", "runtime") | comparable(self.config) | {
+        same = comparable(settings, "max_hours", "cache", "runtime") | comparable(self.config) | {
             "number of pictures": len(self.pictures), "number of captions": len(self.sentences)}
         self.run = Run(self.state_file, same, parameters, self.optimizer, average=self.average, processes=Processes(self.device),
-                       clip=settings.clip, after=self.bound_scale, save_minutes=settings.save_minutes, max_hours=settings.max_hours,
+                       clip=settings.clip, after=self.bound_scale, max_hours=settings.max_hours,
                        log=Path(settings.output).with_suffix(".jsonl"), first={"history": []})
         self.progress = self.run.progress
 
     def fit(self):
-        """Train to the end and return what each epoch was worth; None where it was interrupted, ready to go on."""
+        """Train to the end and return what each epoch was worth; None if it was interrupted, ready to resume."""
         total = self.steps * self.settings.epochs
         trained = sum(parameter.numel() for parameter in self.model.trained_parameters().values())
         print(f"{len(self.train)} pictures with {int(self.counts[self.train].sum())} captions to train on, "
@@ -288,7 +287,7 @@ class CrossFit(ClipTrainer):
     def fit(self):
         """Write the embeddings, as clip_small.Folds reads them. Returns whether the end was reached."""
         settings = self.settings
-        same = comparable(settings, "save_minutes", "max_hours", "cache", "runtime") | {
+        same = comparable(settings, "max_hours", "cache", "runtime") | {
             "number of pictures": len(self.pictures), "number of captions": len(self.sentences), "texts": self.model.text_digest}
         runs = []
         everything = torch.randperm(len(self.pictures), generator=torch.Generator().manual_seed(settings.seed))
@@ -306,7 +305,7 @@ class CrossFit(ClipTrainer):
             total = self.steps * settings.epochs
             self.run = Run(self.state_file.with_name(f"{self.state_file.name.removesuffix('.state.pt')}.{fold + 1}.state.pt"), same,
                            parameters, self.optimizer, average=self.average, processes=Processes(self.device), clip=settings.clip,
-                           save_minutes=settings.save_minutes, max_hours=settings.max_hours)
+                           max_hours=settings.max_hours)
             runs.append(self.run)
             with self.run:
                 for step in self.run.steps(total, description=f"fold {fold + 1} of {settings.folds}"):

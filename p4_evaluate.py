@@ -17,7 +17,7 @@ hub's data sets (lmms-lab/VQAv2, lmms-lab/OK-VQA, lmms-lab/RefCOCO), with the pa
   boxes      how many boxes overlap the right one by half or more (intersection over union)
 
 Beside each number stand those of the commonest answer of other questions of the same kind, and of the same model when it is shown
-another question's picture, or a grey one, with the interval of the difference. An interrupted run goes on when the same command is given
+another question's picture, or a grey one, with the interval of the difference. An interrupted run resumes when the same command is given
 again. Every answer goes into the CSV file, the best and worst into a picture beside it, the numbers into a JSON file.
 """
 
@@ -213,13 +213,14 @@ def evaluate_questions(evaluation, measures):
     return rows, scores[first]["own picture"], table
 
 
-def evaluate_boxes(evaluation, expected):
-    """boxes. `expected`: the box of each question."""
+def evaluate_boxes(evaluation):
+    """boxes."""
     asked, form = evaluation.asked, evaluation.options.form
     answers = evaluation.all_answers()
     sizes = [(1, 1) if item.picture in evaluation.unread else load_picture(item.picture, None).size for item in asked]
     boxes = {name: [parse_box(answer, form, *size) for answer, size in zip(said, sizes)] for name, said in answers.items()}
     boxes["the whole picture"] = [(0.0, 0.0, float(width), float(height)) for width, height in sizes]
+    expected = [item.box for item in asked]
     values = {name: overlaps(found, expected) for name, found in boxes.items()}
     scores = {name: [float(value >= 0.5) for value in some] for name, some in values.items()}
     table = summarize(asked, scores, "IoU of at least 0.5")
@@ -256,7 +257,7 @@ def draw_best_and_worst(asked, rows, scores, path, number=4):
 
 
 def read_hub(task, name, split, folder):
-    """A data set of the hub in lmms-lab's form: [Asked, …], and for boxes [box, …]; its pictures are kept in `folder`.
+    """A data set of the hub in lmms-lab's form: [Asked, …]; its pictures are kept in `folder`.
 
     Raises UserError where the package `datasets` or the hub is not to be had.
     """
@@ -274,7 +275,7 @@ def read_hub(task, name, split, folder):
 def hub_rows(task, rows, folder):
     """`read_hub` of rows that are there."""
     folder.mkdir(parents=True, exist_ok=True)
-    asked, boxes = [], []
+    asked = []
     for number, row in enumerate(rows):
         name = str(row.get("question_id", number))
         picture = folder / f"{row.get('image_id', name)}.png"
@@ -283,32 +284,30 @@ def hub_rows(task, rows, folder):
         if task == "boxes":  # a row's answers are the expressions of one box: left, top, width, height
             x, y, width, height = row["bbox"]
             for i, text in enumerate([row["answer"]] if isinstance(row["answer"], str) else row["answer"]):
-                asked.append(Asked(f"{name}-{i}", picture, text))
-                boxes.append((x, y, x + width, y + height))
+                asked.append(Asked(f"{name}-{i}", picture, text, box=(x, y, x + width, y + height)))
         else:
             people = [said if isinstance(said, str) else said["answer"] for said in row["answers"]]
             asked.append(Asked(name, picture, row["question"], people, row.get("question_type") or first_words(row["question"]),
                                row.get("answer_type") or ""))
-    return asked, boxes
+    return asked
 
 
 # ---- command line ----------------------------------------------------------------------------------------------
 
 
 def read_task(task, questions, options):
-    """[Asked, …] and, for boxes, [box, …]. Raises UserError."""
+    """[Asked, …]. Raises UserError."""
     if not Path(questions).exists() and questions.count("/") == 1 and not Path(questions).suffix:
         return read_hub(task, questions, options.split, Path(options.out).with_suffix(".pictures"))
     if task == "boxes":
         if not options.annotations or not options.images:
             raise UserError("boxes needs --annotations instances.json and --images")
-        found = read_references(questions, options.annotations, options.images, options.split)
-        return [Asked(item.name, item.picture, item.text) for item in found], [item.box for item in found]
+        return read_references(questions, options.annotations, options.images, options.split)
     if task == "relations":
         if not options.images:
             raise UserError("relations needs --images, the folder of Visual Genome's pictures")
-        return read_relations(questions, picture_files(options.images)), []
-    return read_vqa(questions, options.annotations or None, options.images or None), []
+        return read_relations(questions, picture_files(options.images))
+    return read_vqa(questions, options.annotations or None, options.images or None)
 
 
 def main():
@@ -329,10 +328,9 @@ def main():
         raise UserError(f"--out is {out}: it ends in .csv")
     for path, kind in (out, "CSV"), (out.with_suffix(".json"), "JSON"), (out.with_suffix(".png"), "PNG"):
         check_output(path, kind, [arguments.questions, options.annotations or None])
-    asked, boxes = read_task(task, arguments.questions, options)
+    asked = read_task(task, arguments.questions, options)
     if options.limit and options.limit < len(asked):
-        chosen = sorted(random.Random(settings.seed).sample(range(len(asked)), options.limit))
-        asked, boxes = [asked[i] for i in chosen], [boxes[i] for i in chosen] if boxes else []
+        asked = [asked[i] for i in sorted(random.Random(settings.seed).sample(range(len(asked)), options.limit))]
     if task == "boxes" and options.prompt == Options.prompt:
         options = replace(options, prompt=FORMS[options.form][2])
     name = options.model or default_model()
@@ -340,7 +338,7 @@ def main():
     what = {"task": task, "model": str(name), "batch_size": options.batch_size, "prompt": options.prompt} | asdict(settings)
     evaluation = Evaluation(Llava(name), asked, options, settings, what)
     if task == "boxes":
-        found = evaluate_boxes(evaluation, boxes)
+        found = evaluate_boxes(evaluation)
     else:
         measures = {"exact matches": lambda answer, item: float(normalize(answer) in map(normalize, item.people))}
         if task == "vqa":

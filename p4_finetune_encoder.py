@@ -71,7 +71,6 @@ class Settings:
     keep: float = option(1.0, "weight of that loss")
     selection: tuple = option((300,), "pictures at the end of each train.json that are not trained on: one number, or one for each folder")
     seed: int = 0
-    save_minutes: float = option(5.0, "between states to resume from")
     max_hours: float = option(0.0, "stop then, ready to go on; 0: no limit")
 
     def __post_init__(self):
@@ -136,10 +135,10 @@ class EncoderTrainer:
         self.average = MovingAverage(parameters, settings.average)
         # What is usual among features is measured once, at the beginning.
         usual = {f"clip.{name}": value for name, value in self.clip.image_head.named_buffers()}
-        same = comparable(settings, "save_minutes", "max_hours", "cache") | {
+        same = comparable(settings, "max_hours", "cache") | {
             "training images": data_digest(self.images), "encoder's weights": self.teacher.weights_hash}
         self.run = Run(self.state_file, same, parameters | usual, self.optimizer, average=self.average, processes=Processes(self.device),
-                       after=self.bound_scale, save_minutes=settings.save_minutes, max_hours=settings.max_hours,
+                       after=self.bound_scale, max_hours=settings.max_hours,
                        log=self.state_file.with_name("finetune_encoder.jsonl"), first={"history": []})
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ weights were tuned for saliency. The signals, each with a weight of its own, 0 t
 
 Each picture has `--views` fixed views, for which the teacher's features are computed once; with --views 0 every step crops
 anew, and the teacher runs along, which suits a GPU. Pictures wait in memory as uint8. A run that was killed, or stopped by
-SIGTERM or --max_hours, goes on when the same command is given again, on a CPU bit for bit as if it had never stopped.
+SIGTERM or --max_hours, resumes when the same command is given again, on a CPU bit for bit as if it had never stopped.
 
 Shapes: B pictures, S pixels a side, N patches, D the teacher's width.
 """
@@ -59,14 +59,13 @@ class Settings:
     weight_decay: float = 0.05
     warmup: float = option(0.05, "part of all steps")
     clip: float = option(1.0, "gradient norm")
-    average: float = option(0.998, "decay of the moving average of the weights, which is what is saved; 0: the last step's")
+    average: float = option(0.998, "decay of the moving average of the weights, which is what is saved; 0: save the last step's weights")
     distillation: float = option(1.0, "weight of that loss")
     contrast: float = option(0.5, "weight of that loss")
     caption: float = option(0.25, "weight of that loss")
     selection: int = option(500, "images at the end of train.json that are not trained on")
     seed: int = 0
-    save_minutes: float = option(5.0, "between states to resume from")
-    max_hours: float = option(0.0, "stop then, ready to go on; 0: no limit")
+    max_hours: float = option(0.0, "stop after so long, ready to resume; 0: no limit")
 
     def __post_init__(self):
         try:
@@ -160,14 +159,14 @@ class VitTrainer:
             lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
         self.average = MovingAverage(dict(self.student.named_parameters()), settings.average)
         parameters = dict(self.student.named_parameters()) | {f"captioner.{name}": value for name, value in parts.items()}
-        same = comparable(settings, "save_minutes", "max_hours", "cache") | {"number of pictures": self.count}
+        same = comparable(settings, "max_hours", "cache") | {"number of pictures": self.count}
         self.run = Run(self.state_file, same, parameters, self.optimizer, average=self.average, processes=Processes(self.device),
-                       clip=settings.clip, after=self.bound_scale, save_minutes=settings.save_minutes, max_hours=settings.max_hours,
+                       clip=settings.clip, after=self.bound_scale, max_hours=settings.max_hours,
                        log=Path(settings.output).with_suffix(".jsonl"), first={"history": []})
         self.progress = self.run.progress
 
     def fit(self):
-        """Train to the end and return what each epoch was worth; None where it was interrupted, ready to go on."""
+        """Train to the end and return what each epoch was worth; None if it was interrupted, ready to resume."""
         progress, size = self.progress, None
         with self.run:
             for step in self.run.steps(self.total):

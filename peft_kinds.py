@@ -1,8 +1,8 @@
-"""Parameter-efficient fine-tuning: a class a kind. What a kind adds to the decoder is trained, what was pretrained is not.
+"""Parameter-efficient fine-tuning: one class per kind. What a kind adds to the decoder is trained; pretrained weights stay frozen.
 
-A kind has `Options`, which checkpoints and command lines take up, and puts modules at places of the decoder: `at` a place within a layer,
-or before the text. A parameter that it adds is marked with the kind's name, so that everybody knows what is trained. Another kind
-is another class, and its name in KINDS.
+A kind declares `Options`, which become options of the command line and fields of the checkpoint, and adds modules to the decoder: `at` a place
+within a layer, or before the text. The parameters it adds are marked with the kind's name, which tells what is trained. To add a kind,
+write its class and add it to KINDS.
 
 Shapes: R rows, T text tokens, C width, P learned positions.
 """
@@ -16,44 +16,44 @@ from torch import nn
 
 from cli import UserError, option
 
-SUBLAYERS = "attn", "cross", "mlp"  # places behind a layer's sublayers
+SUBLAYERS = "attn", "cross", "mlp"  # places after a layer's sublayers
 LORA_TARGETS = "q", "k", "v", "attn_proj", "mlp", "wte", "wpe", "head"
-ACTIVATIONS = "key", "value", "inner"  # places within: on keys and values (R, T, C), and in the MLP (R, T, 4 C)
+ACTIVATIONS = "key", "value", "inner"  # places within sublayers: keys and values (R, T, C), and inside the MLP (R, T, 4 C)
 
 
 def mark(module, kind):
-    """Note that these parameters are added to what was pretrained, and trained. Returns the module."""
+    """Mark a module's parameters as added to the pretrained model by this kind, and hence trained. Returns the module."""
     for parameter in module.parameters():
         parameter.added = kind
     return module
 
 
 class Kind:
-    """What a kind need not say of itself: that it puts nothing within a layer, and that no value of its options is wrong."""
+    """Defaults of a kind: nothing is added within layers, and all values of its options are valid."""
 
     @classmethod
     def at(cls, config, place, width):
-        """What it puts at a place, on activations of this width: a module, or None."""
+        """The module to apply at a place, to activations of this width, or None."""
 
     @staticmethod
     def check(config):
-        """Raise UserError for options that cannot be."""
+        """Raise UserError for invalid options."""
 
 
 class LoRA(Kind):
     """Low-rank updates of linear layers and embeddings (Hu et al. 2021, https://arxiv.org/abs/2106.09685): loralib's layers.
 
-    Merging is left to `Decoder.merge_lora`: loralib's own merges at every eval() and subtracts at train(), which drifts and would make
-    a resumed run differ.
+    Merging is left to `Decoder.merge_lora`: loralib merges at every eval() and subtracts at train(), which accumulates rounding errors, so
+    that a resumed run would differ.
     """
 
     name = "LoRA"
     @dataclass
     class Options:
-        lora_rank: int = option(16, "of LoRA; 0: none")
-        lora_alpha: float = option(32.0, "LoRA's update counts lora_alpha / lora_rank")
-        lora_dropout: float = option(0.0, "of what LoRA's update sees")
-        lora_targets: tuple = option(("q", "k", "v", "attn_proj", "mlp"), f"of {' '.join(LORA_TARGETS)}")
+        lora_rank: int = option(16, "rank of LoRA; 0: none")
+        lora_alpha: float = option(32.0, "LoRA's update is scaled by lora_alpha / lora_rank")
+        lora_dropout: float = option(0.0, "of the input of LoRA's update")
+        lora_targets: tuple = option(("q", "k", "v", "attn_proj", "mlp"), f"layers with LoRA, of {' '.join(LORA_TARGETS)}")
 
     @staticmethod
     def check(config):
@@ -73,7 +73,7 @@ class LoRA(Kind):
 
     @classmethod
     def linear(cls, config, n_in, n_out, target, bias=True):
-        """A linear layer; with its low-rank update where `target` is one of the targets."""
+        """A linear layer, with a low-rank update if `target` is one of the targets."""
         if not cls.updates(config, target):
             return nn.Linear(n_in, n_out, bias)
         return cls.mark(loralib.Linear(n_in, n_out, bias=bias, r=config.lora_rank, lora_alpha=config.lora_alpha,
@@ -81,7 +81,7 @@ class LoRA(Kind):
 
     @classmethod
     def qkv_linear(cls, config, width):
-        """GPT-2's fused projection to queries, keys and values; with updates of those among the targets."""
+        """GPT-2's fused projection to queries, keys and values, with updates for those among the targets."""
         enabled = [cls.updates(config, target) for target in "qkv"]
         if not any(enabled):
             return nn.Linear(width, 3 * width)
@@ -102,8 +102,8 @@ class Adapter(Kind, nn.Module):
 
     @dataclass
     class Options:
-        adapter_dim: int = option(0, "bottleneck of the adapters; 0: none")
-        adapter_places: tuple = option(SUBLAYERS, f"after which sublayers adapters stand, of {' '.join(SUBLAYERS)}")
+        adapter_dim: int = option(0, "bottleneck width of adapters; 0: none")
+        adapter_places: tuple = option(SUBLAYERS, f"sublayers followed by an adapter, of {' '.join(SUBLAYERS)}")
 
     def __init__(self, width, dim):
         super().__init__()
@@ -129,16 +129,16 @@ class Adapter(Kind, nn.Module):
 class Prefix(Kind, nn.Module):
     """Keys and values of P learned positions in every layer (prefix-tuning: Li and Liang 2021, https://arxiv.org/abs/2101.00190).
 
-    With `prefix_hidden` they are the output of an MLP, as in the paper, which trains more steadily; the MLP is needed for training
-    alone.
+    With `prefix_hidden` they are the output of an MLP, as in the paper, which makes training more stable; the MLP is not needed
+    afterwards.
     """
 
     name = "prefix"
 
     @dataclass
     class Options:
-        prefix_length: int = option(0, "of prefix-tuning: learned keys and values in every layer; 0: none")
-        prefix_hidden: int = option(0, "width of the MLP behind the prefix, for training alone; 0: none")
+        prefix_length: int = option(0, "positions of prefix-tuning: learned keys and values in every layer; 0: none")
+        prefix_hidden: int = option(0, "width of the MLP that computes the prefix in training; 0: none")
 
     def __init__(self, config, n_layer, width):
         super().__init__()
@@ -162,7 +162,7 @@ class Prefix(Kind, nn.Module):
         return self.mlp(self.tokens.weight).view(length, layers, 2, width).permute(1, 2, 0, 3)
 
     def saved(self):
-        """What a checkpoint keeps: the MLP's output, not the MLP."""
+        """What a checkpoint stores: the MLP's output, not the MLP."""
         with torch.no_grad():
             return {"values": self().detach().contiguous()}
 
@@ -174,18 +174,18 @@ class Prompt(Kind, nn.Embedding):
 
     @dataclass
     class Options:
-        prompt_length: int = option(0, "of prompt tuning: learned embeddings before the text; 0: none")
+        prompt_length: int = option(0, "positions of prompt tuning: learned embeddings before the text; 0: none")
 
 
 class IA3(Kind, nn.Module):
-    """Learned factors of keys, values and the MLP's inner activations, starting at one (Liu et al. 2022,
+    """Learned factors for keys, values and the MLP's inner activations, starting at one (Liu et al. 2022,
     https://arxiv.org/abs/2205.05638): a hundredth of LoRA's parameters."""
 
     name = "IA3"
 
     @dataclass
     class Options:
-        ia3: bool = option(False, "learn factors of keys, values and the MLP's inner activations")
+        ia3: bool = option(False, "IA3: learned factors for keys, values and the MLP's inner activations")
 
     def __init__(self, width):
         super().__init__()
@@ -204,7 +204,7 @@ KINDS = LoRA, Adapter, Prefix, Prompt, IA3
 
 @dataclass
 class PeftConfig(*(kind.Options for kind in reversed(KINDS))):
-    """The options of all kinds; by default the embedded captioner's."""
+    """The options of all kinds; the defaults are the embedded captioner's."""
 
     def __post_init__(self):
         for field in fields(PeftConfig):
@@ -218,7 +218,7 @@ class PeftConfig(*(kind.Options for kind in reversed(KINDS))):
 
     @classmethod
     def off(cls, **options):
-        """Nothing is added but what these options say."""
+        """Only what these options add; nothing by default."""
         return cls(**{"lora_rank": 0} | options)
 
 
@@ -228,6 +228,6 @@ def known(what, names, choices):
 
 
 def at(config, place, width):
-    """What the kinds put at a place of a layer, on activations of this width: a module, the identity where none puts anything."""
+    """The module that the kinds apply at a place of a layer, to activations of this width; the identity if none does."""
     modules = [mark(module, kind.name) for kind in KINDS if (module := kind.at(config, place, width)) is not None]
     return modules[0] if len(modules) == 1 else nn.Sequential(*modules) if modules else nn.Identity()

@@ -1,7 +1,7 @@
-"""Frozen networks on a CPU through OpenVINO: what PyTorch computes, sooner, and at the next start without PyTorch's network.
+"""Frozen networks on a CPU through OpenVINO: the same outputs as PyTorch's, faster, and later starts do not build PyTorch's network.
 
-A network is traced and compiled once and kept in weights/openvino, under a name that its weights and all versions decide; what is damaged
-there, or of another version, is made anew. PyTorch does the work where OpenVINO is not installed, or `--runtime torch` says so.
+A network is traced and compiled once and stored in weights/openvino, under a name derived from its weights and all versions; damaged or
+outdated files are rebuilt. PyTorch is used if OpenVINO is not installed, or with `--runtime torch`.
 """
 
 import ctypes
@@ -201,7 +201,7 @@ class Classifier(nn.Module):
 
 
 class CompiledEncoder(nn.Module):
-    """An ImageEncoder or a JoinedEncoder through OpenVINO: its outputs to 1e-4, its attributes, whatever the batch the same bits.
+    """An ImageEncoder or a JoinedEncoder through OpenVINO: its attributes, and its outputs to 1e-4, independent of the batch to the bit.
 
     Args:
         of: what decides it, as JSON has it; see Network.

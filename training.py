@@ -1,4 +1,4 @@
-"""One training loop for every script that trains: progress, log, state on disk, interruption; optimizer, schedule, moving average."""
+"""The training loop that all training scripts share: progress, log, saved state, interruption; optimizer, schedule, moving average."""
 
 import contextlib
 import hashlib
@@ -21,44 +21,44 @@ from devices import Processes
 from files import check_writable
 
 LOG_STEPS = 20  # updates between lines of the log
+SAVE_MINUTES = 5  # between saved states; a killed run loses at most that much, and saving takes about a second
 
 
 class Run:
-    """One training: the place that it has come to, its state on disk, its log, and whether it is time to stop.
+    """One training run: its progress, its saved state, its log, and whether it is time to stop.
 
         run = Run(state_file, same, parameters, optimizer)
         with run:
             for step in run.steps(total):
-                loss = …                                   # leaves gradients
+                loss = …                                   # and its gradients
                 run.update(learning_rate, loss=loss.item())
         if not run.stopped:
             run.finish(["loss"])
 
-    Each of several processes has one; the main one writes.
+    With several processes each has a Run; only the main process writes.
 
     Args:
-        state_file: where it is kept what to go on from.
-        same: plain values that a run which goes on must have in common with the one that was interrupted.
+        state_file: the file of the state to resume from.
+        same: plain values that a resumed run must share with the interrupted one.
         parameters: {name: parameter} that are trained.
-        optimizer: theirs.
-        average: a MovingAverage of theirs, kept too.
-        processes: Processes; None: this one alone.
-        scaler: of fp16.
-        clip: norm that gradients are clipped to; 0: as they are.
-        after: called after each step of the optimizer, before the average.
-        save_minutes, max_hours: between states; until it stops by itself, 0: never.
-        log: file of its log; its folder for TensorBoard, or "".
-        first: what `progress` holds at the very beginning, beside the number of updates (`step`) and of seconds.
-    Attributes: `progress`, a dict of plain values, which is kept; `about`, what each line of the log is to say besides; `stopped`, whether
-    it was time before the end. Raises UserError where the state is of another run.
+        optimizer: of these parameters.
+        average: a MovingAverage of these parameters, saved with them.
+        processes: Processes; None: this one only.
+        scaler: GradScaler for fp16.
+        clip: maximum gradient norm; 0: no clipping.
+        after: called after each optimizer step, before the average is updated.
+        max_hours: stop after so long; 0: never.
+        log, tensorboard: file of the log; folder for TensorBoard, or "".
+        first: initial values of `progress`, beside the numbers of updates (`step`) and seconds.
+    Attributes: `progress`, a dict of plain values, saved with the state; `about`, values to add to each line of the log; `stopped`, whether
+    the run stopped before its end. Raises UserError if the state is of another run.
     """
 
     def __init__(self, state_file, same, parameters, optimizer, *, average=None, processes=None, scaler=None, clip=1.0, after=None,
-                 save_minutes=5.0, max_hours=0.0, log=None, tensorboard="", first=None):
+                 max_hours=0.0, log=None, tensorboard="", first=None):
         self.state_file, self.same, self.parameters, self.optimizer = state_file, same, parameters, optimizer
         self.average, self.processes, self.scaler = average, processes or Processes("cpu"), scaler
-        self.clip, self.after, self.save_minutes = clip, after, save_minutes
-        self.max_hours, self.stopped = max_hours, False
+        self.clip, self.after, self.max_hours, self.stopped = clip, after, max_hours, False
         self.kept = parameters | ({f"average.{name}": value for name, value in average.values.items()} if average else {})
         self.progress = {"step": 0, "seconds": 0.0, **(first or {})}
         found = load_state(state_file, same, optimizer, self.kept, self.processes.device, scaler)
@@ -84,39 +84,39 @@ class Run:
 
     @property
     def seconds(self):
-        """That training took so far, over all its parts."""
+        """Training time so far, over all sessions of the run."""
         return self.before + time.monotonic() - self.started
 
     @contextlib.contextmanager
     def paused(self):
-        """Within, time does not count."""
+        """A context in which time is not counted."""
         before, started = self.seconds, time.monotonic()
         yield
         self.before, self.started = before, time.monotonic()
         self.since += self.started - started
 
     def steps(self, end, start=0, description="training", where=""):
-        """Numbers of the updates that are left up to `end`, with a progress bar that counts from `start`. Each must be followed by an
-        `update`. Where it is time, the state is saved, a line says so, and `where`, and no more come."""
+        """Yield the numbers of the remaining updates up to `end`, with a progress bar that counts from `start`. Each must be followed by an
+        `update`. When it is time to stop, save the state, print a line that mentions `where`, and end."""
         with tqdm(total=end - start, initial=self.progress["step"] - start, desc=description, unit="batch",
                   disable=not self.processes.main) as self.bar:
             while self.progress["step"] < end and not self.stopped:
                 yield self.progress["step"]
                 self.bar.update()
                 self.stopped = bool(self.processes.add(bool(self.interruption)))
-                if self.stopped or time.monotonic() - self.saved > 60 * self.save_minutes:
+                if self.stopped or time.monotonic() - self.saved > 60 * SAVE_MINUTES:
                     self.save()
         if self.stopped and self.processes.main:
             print(f"stopped{where} after {self.progress['step'] - start} of {end - start} batches: the same command goes on from there",
                   flush=True)
 
     def update(self, learning_rate, items=0, **values):
-        """Make a step of the gradients that are there, summed over the processes, at this learning rate times each group's factor.
+        """Update the parameters with the gradients, summed over the processes, at this learning rate times each group's factor.
 
         Args:
-            items: how many images, or captions, it learnt from, for the log.
-            values: of losses and the like; the log has their means. Raises UserError, without an update, where one, or the gradient, is
-                not finite.
+            items: number of images, or captions, in the update, for the log.
+            values: losses and the like; the log gets their means. Raises UserError, without an update, if one of them or the gradient
+                is not finite.
         """
         for name, value in values.items():
             self.values.setdefault(name, []).append(check_finite(value, name))
@@ -134,7 +134,7 @@ class Run:
             self.bar.set_postfix({name: f"{value:.3f}" for name, value in self.means.items()})
 
     def note(self):
-        """Write a line of the log with the means of what the updates since the last line gave, unless there were none."""
+        """Write a line of the log with the means of the values since the last line, if there were updates."""
         if not self.values:
             return
         values, means = self.last, {name: sum(some) / len(some) for name, some in self.values.items()}
@@ -146,19 +146,19 @@ class Run:
             self.write(**self.about, **means, **values, seconds=self.progress["seconds"])
 
     def write(self, **values):
-        """Write a line of the log, at this number of updates."""
+        """Write a line of the log, with the current number of updates."""
         if self.log:
             self.log.write(self.progress["step"], **values)
 
     def save(self):
-        """Write the state to go on from."""
+        """Write the state to resume from."""
         self.progress["seconds"] = self.seconds
         if self.processes.main:
             save_state(self.state_file, self.same, self.optimizer, self.kept, self.progress, self.scaler)
         self.saved = time.monotonic()
 
     def finish(self, curves):
-        """Draw these values of the log, and delete the state: what came of the run is written."""
+        """Plot these values of the log and delete the state. To be called once the result is written."""
         if self.processes.main:
             if self.log:
                 self.log.close(curves)
@@ -167,10 +167,10 @@ class Run:
 
 
 class Interruption:
-    """Whether it is time to stop: after SIGTERM, as a cluster sends it before it kills, or `hours`. A context manager."""
+    """Whether it is time to stop: after SIGTERM, which clusters send before they kill, or after `hours`. A context manager."""
 
     def __init__(self, hours=0.0, since=None):
-        """`since`: when the hours began, of time.monotonic(); default: now."""
+        """`since`: start of the hours, as time.monotonic() gives it; default: now."""
         self.end = (time.monotonic() if since is None else since) + 3600 * hours if hours else math.inf
         self.signalled = False
 
@@ -191,12 +191,12 @@ class Interruption:
 
 
 class TrainingLog:
-    """What happened in a run: lines of JSON beside its output, TensorBoard, and in the end a picture of the curves.
+    """The log of a run: lines of JSON beside its output, TensorBoard, and finally a plot of the curves.
 
     Args:
-        path: of the lines; the picture has its name and .png.
-        updates: steps already taken; what the file holds of later ones, of a run that was killed, is dropped.
-        tensorboard: a folder, or "" for none. Raises UserError where the package is missing.
+        path: of the lines; the plot gets the same name with .png.
+        updates: updates made so far; lines of later ones, left by a run that was killed, are dropped.
+        tensorboard: a folder, or "" for none. Raises UserError if the package is missing.
     """
 
     def __init__(self, path, updates=0, tensorboard=""):
@@ -209,7 +209,7 @@ class TrainingLog:
 
     @staticmethod
     def find_tensorboard():
-        """Its writer's class. Raises UserError where the package is missing."""
+        """TensorBoard's SummaryWriter. Raises UserError if the package is missing."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -226,8 +226,8 @@ class TrainingLog:
         return f"{json.dumps(entry, ensure_ascii=False, allow_nan=False)}\n"
 
     def write(self, update, **values):
-        """Add one line; numbers among the values are TensorBoard's scalars, a dict is its text. What is not finite,
-        which JSON cannot say, is null."""
+        """Add one line; numbers also go to TensorBoard as scalars, dicts as text. Values that are not finite, which JSON lacks,
+        become null."""
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                   for name, value in values.items()}
         self.entries.append({"update": update} | finite)
@@ -240,14 +240,14 @@ class TrainingLog:
                 self.board.add_scalar(name, value, update)
 
     def close(self, curves):
-        """Draw the picture: these values of the lines."""
+        """Plot these values of the lines."""
         if self.board:
             self.board.close()
         self.draw(curves)
 
     def draw(self, curves):
-        """Draw these values over the updates, one panel each that has any."""
-        from matplotlib.figure import Figure  # only here, and without a window
+        """Plot these values over the updates, a panel for each that occurs."""
+        from matplotlib.figure import Figure  # imported here only, and used without a window
 
         series = {name: [(entry["update"], entry[name]) for entry in self.entries if entry.get(name) is not None]
                   for name in curves}
@@ -263,9 +263,9 @@ class TrainingLog:
 
 
 def adamw(groups, learning_rate, weight_decay):
-    """AdamW that decays matrices only: not biases and norms.
+    """AdamW with weight decay for matrices only, not for biases and norms.
 
-    `groups`: pairs of parameters and what their learning rate is to be multiplied by.
+    `groups`: pairs of parameters and the factor of their learning rate.
     """
     split = []
     for parameters, factor in groups:
@@ -277,17 +277,17 @@ def adamw(groups, learning_rate, weight_decay):
 
 
 def cosine(step, total, warmup):
-    """Factor of the learning rate at `step` of `total`: a linear warm-up, then half a cosine down to 0."""
+    """Factor of the learning rate at `step` of `total`: linear warm-up, then half a cosine down to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def step_optimizer(optimizer, learning_rate, clip, scaler=None):
-    """One update at this learning rate, times each group's factor, with gradients clipped to norm `clip`; 0: as they are.
+    """One update at this learning rate, times each group's factor, with gradients clipped to norm `clip`; 0: no clipping.
 
-    Parameters without gradients stay as they are. `scaler`: of fp16, which leaves out an update whose gradients
-    overflowed. Returns the norm before clipping. Raises UserError, without an update, where it is not finite.
+    Parameters without gradients are not changed. `scaler`: GradScaler for fp16, which skips an update whose gradients
+    overflowed. Returns the norm before clipping. Raises UserError, without an update, if it is not finite.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if scaler:
@@ -307,20 +307,20 @@ def step_optimizer(optimizer, learning_rate, clip, scaler=None):
 
 
 def check_finite(value, what):
-    """The value, a loss or a gradient's norm. Raises UserError where it is not finite."""
+    """Return the value, a loss or a gradient's norm. Raises UserError if it is not finite."""
     if not math.isfinite(value):
         raise UserError(f"the {what} is {value}: training has come apart and stops here. What was saved before is good as it was; "
-                        "a lower learning rate, or more --warmup, helps")
+                        "a lower learning rate helps")
     return value
 
 
 class MovingAverage:
-    """Exponential moving average of parameters over the steps, which generalises better than the last step alone
-    (Izmailov et al. 2018, https://arxiv.org/abs/1803.05407; here with the decay of Tarvainen & Valpola 2017).
+    """Exponential moving average of parameters over the steps, which generalises better than the last step's weights
+    (Izmailov et al. 2018, https://arxiv.org/abs/1803.05407; here exponential, as in Tarvainen & Valpola 2017).
 
     Args:
         parameters: {name: parameter}.
-        decay: of the average at each step, less over the first ones; 0: the parameters themselves.
+        decay: of the average per step, smaller at the first steps; 0: no average, the parameters themselves.
     """
 
     def __init__(self, parameters, decay):
@@ -335,7 +335,7 @@ class MovingAverage:
 
     @contextlib.contextmanager
     def in_place(self):
-        """Within, the parameters hold the average."""
+        """A context in which the parameters hold the average."""
         pairs = [(self.parameters[name].data, value) for name, value in self.values.items()]
         self._swap(pairs)
         try:
@@ -352,15 +352,15 @@ class MovingAverage:
 
 
 def comparable(settings, *without):
-    """A dataclass's fields but those `without`, as plain values: what a run that goes on must have in common."""
+    """A dataclass's fields except those `without`, as plain values, for `Run`'s `same`."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()
             if name not in without}
 
 
 def save_state(path, settings, optimizer, parameters, progress, scaler=None):
-    """Everything that a run needs to go on as if it had never stopped, written whole.
+    """Save everything that a run needs to continue as if it had never stopped, atomically.
 
-    `settings` are compared by load_state; `progress` is a dict of plain values, the position among them.
+    `settings` are compared by load_state; `progress` is a dict of plain values, the number of updates among them.
     """
     state = {"settings": settings, "optimizer": optimizer.state_dict(), "progress": progress,
              "scaler": scaler.state_dict() if scaler else {},
@@ -380,12 +380,12 @@ def save_state(path, settings, optimizer, parameters, progress, scaler=None):
                         "again, which goes on from where it was saved before") from None
 
 
-LOCKS = {}  # open files, each the lock of an output
+LOCKS = {}  # open lock files, one per output
 DAMAGED = "{}, of an unfinished run, is damaged: delete it, or name another output"
 
 
 def load_state(path, settings, optimizer, parameters, device, scaler=None):
-    """Restore what save_state wrote and return its `progress`, or None if there is nothing to go on from."""
+    """Restore what save_state wrote and return its `progress`, or None if there is no state."""
     if not Path(path).exists():
         return None
     try:
@@ -393,7 +393,7 @@ def load_state(path, settings, optimizer, parameters, device, scaler=None):
         before = state["settings"]
         if not isinstance(before, dict):
             raise TypeError
-    except Exception:  # there is nothing that torch does not raise for some damaged file
+    except Exception:  # for damaged files torch raises almost anything
         raise UserError(DAMAGED.format(path)) from None
     if missing := settings.keys() - before.keys():
         raise UserError(f"{path} is of an unfinished run of an older form, which knew no {min(missing)}: delete it, or name another output")
@@ -421,8 +421,8 @@ def load_state(path, settings, optimizer, parameters, device, scaler=None):
 
 
 def prepare_output(output, main=True):
-    """Check that `output` can be written, that no finished run wrote it, and that no other run does, of which only the main
-    process has to make sure; return the state file beside it."""
+    """Check that `output` can be written, does not exist from a finished run, and is not being written by another run (which only the
+    main process checks); return the path of the state file beside it."""
     output = Path(output)
     state_file = output.with_suffix(".state.pt")
     if output.suffix != ".safetensors":
@@ -440,7 +440,7 @@ def prepare_output(output, main=True):
 
 
 def hold(output):
-    """Keep other processes of this user and machine from writing `output` until this one ends. Raises UserError where one does."""
+    """Lock `output` against other processes of this user on this machine until this one ends. Raises UserError if it is locked."""
     name = hashlib.sha256(os.fsencode(output.resolve())).hexdigest()[:16]
     path = Path(tempfile.gettempdir()) / f"training-{os.getuid()}-{name}.lock"
     if path in LOCKS:

@@ -54,7 +54,8 @@ def accuracy(answer, people, always=False):
 
 @dataclass
 class Asked:
-    """A question about a picture. `people`: their answers; `kind` and `answer_kind`: of question and answer, for tables."""
+    """A question about a picture, or a text about one thing in it. `people`: their answers; `kind` and `answer_kind`: of question and
+    answer, for tables; `box`: the thing's, left, top, right, bottom."""
 
     name: str
     picture: Path
@@ -62,6 +63,7 @@ class Asked:
     people: list = field(default_factory=list)
     kind: str = ""
     answer_kind: str = ""
+    box: tuple = None
 
     @property
     def commonest(self):

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from cli import ArgumentParser, UserError, run
 from clip_model import load_clip
 from dataset import clean_captions, read_captions
-from devices import pick_device
+from devices import memory_in_use, pick_device
 from files import write_json
 from picture_index import PictureIndex
 
@@ -102,11 +102,6 @@ def size_of(folder):
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def memory():
-    """Bytes that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def measure(work, data, count):
     work.mkdir(parents=True, exist_ok=True)
     clip = load_clip("clip_small", pick_device())
@@ -129,7 +124,7 @@ def measure(work, data, count):
     seconds = time.monotonic() - began
     if status:
         raise UserError("the second run failed")
-    before = memory()
+    before = memory_in_use("cpu")
     made_up = MadeUp(*torch.load(work / "real.pt"))
     opening = time.monotonic()
     index = PictureIndex(work / "search.db", made_up)
@@ -150,7 +145,7 @@ def measure(work, data, count):
     found = {"pictures": count, "killed after, s": first, "kept by the kill": kept, "the second run, s": seconds,
              "pictures a second": new / seconds, "its most memory, GB": usage.ru_maxrss * 1024 / 1e9,
              "entries": len(index), "missing": count - len(seen), "wrong": int(wrong), "opening, s": opening,
-             "query, median s": median(taken), "query, slowest s": max(taken), "memory with it open, GB": (memory() - before) / 1e9,
+             "query, median s": median(taken), "query, slowest s": max(taken), "memory with it open, GB": (memory_in_use("cpu") - before) / 1e9,
              "disk, GB": size_of(work / "search.db") / 1e9}
     index.close()
     return found

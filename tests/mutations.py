@@ -238,13 +238,15 @@ def small_training(output):
     """Train in the current folder, saving after every step."""
     import encoder
     import p2_train
+    import training
 
+    training.SAVE_MINUTES = 0
     torch.set_num_threads(1)
     load = encoder.ImageEncoder._load
     encoder.ImageEncoder._load = lambda self, name, config, size, weights: (
         torch.manual_seed(0), load(self, name, config, size, "random"))[1]
     p2_train.train(CaptionerConfig(encoder="test_vit", image_size=32, projection_dim=64, lora_rank=2), p2_train.Settings(
-        decoder="decoder.safetensors", output=output, views=1, epochs=6, scst_epochs=0, batch_size=3, selection=0, save_minutes=0.0), "cpu")
+        decoder="decoder.safetensors", output=output, views=1, epochs=6, scst_epochs=0, batch_size=3, selection=0), "cpu")
 
 
 def main():

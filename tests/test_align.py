@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import encoder
+import llava_data
 import llava_training
-import p4_align
 import training
 import word_targets
 from attention import llava_attention
@@ -89,7 +89,7 @@ def data(tmp_path, monkeypatch):
 
 def settings(**changes):
     return Settings(**{"batch_size": 4, "stage1_epochs": 2, "stage2_epochs": 2, "instructions": "questions.json",
-                       "mix": ("qa=0.5", "caption=0.5"), "save_minutes": 1e9} | changes)
+                       "mix": ("qa=0.5", "caption=0.5")} | changes)
 
 
 def trainer(towers, output="llava", **changes):
@@ -147,7 +147,7 @@ def test_a_fresh_projection_fits_what_it_stands_between(towers, data, projection
         last.bias += torch.linspace(-9, 9, 32)
         last.weight[3] *= 50
     run = trainer(towers)
-    pixels = run.collate(run.batches[0])["pixel_values"]
+    pixels = run.rows.collate(run.batches[0])["pixel_values"]
     seen = []
     projector = model.model.multi_modal_projector
     projector.linear_1.register_forward_hook(lambda layer, inputs, output: seen.append(output))
@@ -170,7 +170,7 @@ def loss_one_by_one(run, rows):
     tokenizer, total = run.processor.tokenizer, 0.0
     for sample in (sample for row in rows for sample in row):
         picture = Image.open(run.images[sample.image].path).convert("RGB")
-        asked = run.processor(images=[picture], text=[run.text(sample)], return_tensors="pt")
+        asked = run.processor(images=[picture], text=[run.rows.text(sample)], return_tensors="pt")
         answer = tokenizer(sample.answer + "</s>", add_special_tokens=False, return_tensors="pt")["input_ids"]
         ids = torch.cat([asked["input_ids"], answer], 1)
         logits = run.model(input_ids=ids, pixel_values=asked["pixel_values"]).logits[0, -answer.shape[1] - 1:-1]
@@ -180,7 +180,7 @@ def loss_one_by_one(run, rows):
 
 def test_answers_alone_count_in_the_loss(towers, data):
     run = trainer(towers)
-    inputs = run.collate(ROWS)
+    inputs = run.rows.collate(ROWS)
     for ids, labels, branches, row in zip(inputs["input_ids"], inputs["labels"], inputs["branches"], ROWS):
         for number, sample in enumerate(row, 1):
             learned = labels[branches == number]
@@ -206,11 +206,11 @@ def test_branches_see_their_picture_and_no_other_branch(towers, data, attention)
     Gemma3ForCausalLM(config).save_pretrained(data / "gemma")
     run = AlignmentTrainer(towers / "vision", data / "gemma", "out", settings())
     run.model.set_attn_implementation(attention)
-    found = answer_loss(run.model, run.collate(ROWS)).item()
+    found = answer_loss(run.model, run.rows.collate(ROWS)).item()
     assert found == pytest.approx(loss_one_by_one(run, ROWS), rel=1e-5)
     other = [ROWS[0], [ROWS[1][0], Sample(2, "Is it?", "A pink dog."), ROWS[1][2]]]  # changes that branch's loss alone
     expected = found - loss_one_by_one(run, [[ROWS[1][1]]]) + loss_one_by_one(run, [[other[1][1]]])
-    assert answer_loss(run.model, run.collate(other)).item() == pytest.approx(expected, rel=1e-5)
+    assert answer_loss(run.model, run.rows.collate(other)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_sampled_head_gives_the_softmax_over_all():
@@ -228,13 +228,13 @@ def test_a_sampled_head_gives_the_softmax_over_all():
 
 
 def test_the_vocabularys_likely_part_holds_every_answer(towers, data, monkeypatch):
-    monkeypatch.setattr(p4_align, "COMMON_TOKENS", 50)
+    monkeypatch.setattr(llava_data, "COMMON_TOKENS", 50)
     run = trainer(towers, head_sample=20)
     likely, others = set(run.likely.tolist()), set(run.others.tolist())
     assert not likely & others and len(likely | others) == run.model.lm_head.weight.shape[0]
     assert {*range(50)} <= likely and others
     for batch in run.batches:
-        labels = run.collate(batch)["labels"]
+        labels = run.rows.collate(batch)["labels"]
         assert set(labels[labels != IGNORE].tolist()) <= likely
     assert run.fit()
 
@@ -244,7 +244,7 @@ def test_p1_asks_in_the_words_of_the_training(towers, data):
     run.fit()
     llava, query = Llava(data / "llava"), "What colour is the dog?"
     picture = Image.open(data / "data" / "images" / "train" / "red.png").convert("RGB")
-    ids = run.collate([[Sample(0, query, "Red.")]])
+    ids = run.rows.collate([[Sample(0, query, "Red.")]])
     asked = llava.inputs([picture], [query])
     length = asked["input_ids"].shape[1]
     assert asked["input_ids"][0].tolist() == ids["input_ids"][0, :length].tolist()
@@ -342,7 +342,7 @@ def test_a_run_starts_from_what_an_earlier_one_trained(towers, data):
     trained = load_file(file)
     assert all(torch.equal(value.detach(), trained[name].float()) for name, value in known.trained.items())
     captions = [[Sample(number, "", CAPTIONS[name])] for number, name in enumerate(COLOURS)]
-    losses = [answer_loss(run.model, run.collate(captions)).item() for run in (first, known, fresh)]
+    losses = [answer_loss(run.model, run.rows.collate(captions)).item() for run in (first, known, fresh)]
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] < losses[2] / 2
     assert known.fit()
     further = load_file(data / "second" / "trained.safetensors")
@@ -508,9 +508,9 @@ def test_encoders_that_do_not_fit_are_refused(towers, data, cnn, name, changes, 
 def test_answers_weigh_alike(towers, data):
     run = trainer(towers, weigh="answers")
     one, two = ([[sample]] for sample in (Sample(0, "Is it?", "Yes."), Sample(0, "", CAPTIONS["red"])))
-    inputs = run.collate([one[0] + two[0]])
+    inputs = run.rows.collate([one[0] + two[0]])
     assert inputs["weights"].sum().item() == pytest.approx(2)
-    means = [loss_one_by_one(run, rows) / (run.collate(rows)["labels"] != IGNORE).sum().item() for rows in (one, two)]
+    means = [loss_one_by_one(run, rows) / (run.rows.collate(rows)["labels"] != IGNORE).sum().item() for rows in (one, two)]
     assert answer_loss(run.model, inputs).item() == pytest.approx(sum(means), rel=1e-5)
 
 
@@ -573,7 +573,7 @@ def test_image_tokens_become_words_and_the_run_goes_on(towers, data, cnn, monkey
     def watched(number, pieces):
         losses.append(step(number, pieces))
         with torch.no_grad():
-            sizes.append(image_tokens(whole.model, whole.see([0, 1, 2])).norm(dim=-1).mean().item())
+            sizes.append(image_tokens(whole.model, whole.rows.see([0, 1, 2])).norm(dim=-1).mean().item())
         return losses[-1]
 
     whole.word_step = watched
@@ -590,7 +590,7 @@ def test_image_tokens_become_words_and_the_run_goes_on(towers, data, cnn, monkey
 
 def test_own_layers_are_dropped_out_in_training_alone_and_begin_where_features_do(towers, data, cnn):
     run = AlignmentTrainer(cnn, towers / "language", "llava", settings(side=2, own_layers=2, own_width=64, own_dropout=0.5))
-    tower, pixels = run.model.model.vision_tower, run.see([*range(8)])
+    tower, pixels = run.model.model.vision_tower, run.rows.see([*range(8)])
     with torch.no_grad():
         states = tower(pixels).hidden_states
         assert [state.shape for state in states] == [(8, 4, 64)] * 3
@@ -611,8 +611,8 @@ def test_cached_features_train_as_pictures_do(towers, data, cnn):
     Image.effect_noise((90, 70), 90).convert("RGB").save(data / "data" / "images" / "train" / f"{[*CAPTIONS][2]}.png")
     runs = [AlignmentTrainer(cnn, towers / "language", name, settings(side=2, cache=cache, views=2))
             for name, cache in (("live", ""), ("kept", "features"))]
-    one, two = (run.collate([[Sample(1, "", CAPTIONS["green"])], [Sample(2, "Is it?", "Yes.")]], [0, 1]) for run in runs)
-    assert not torch.equal(two["pixel_values"][1], runs[1].see([2], [0])[0])
+    one, two = (run.rows.collate([[Sample(1, "", CAPTIONS["green"])], [Sample(2, "Is it?", "Yes.")]], [0, 1]) for run in runs)
+    assert not torch.equal(two["pixel_values"][1], runs[1].rows.see([2], [0])[0])
     assert one["pixel_values"].shape == (2, 3, 288, 288) and two["pixel_values"].shape[1] == runs[1].model.model.vision_tower.encoder.num_tokens
     assert all(torch.equal(one[name], two[name]) for name in one if name != "pixel_values")
     losses = [answer_loss(run.model, inputs).item() for run, inputs in zip(runs, (one, two))]
@@ -785,7 +785,7 @@ def test_a_kept_unused_token_stands_for_patches_and_a_chat_template_is_followed(
     assert run.processor.image_token == "<unused0>" and "<image>" not in run.processor.tokenizer.get_vocab()
     assert run.fit()
     llava, picture = Llava(data / "llava"), Image.open(run.images[0].path).convert("RGB")
-    taught = run.collate([[Sample(0, "What colour is the dog?", "Red.")]])
+    taught = run.rows.collate([[Sample(0, "What colour is the dog?", "Red.")]])
     asked = llava.inputs([picture], ["What colour is the dog?"])["input_ids"][0].tolist()
     assert asked == taught["input_ids"][0, :len(asked)].tolist() and taught["labels"][0, len(asked)] != IGNORE
     text = tokenizer.decode(asked)

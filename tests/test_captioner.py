@@ -17,6 +17,7 @@ from dataset import collate
 from decoder import Decoder, DecoderConfig
 from files import content_hash
 from generation import GenerationConfig
+from objectives import draw
 from tokenizer import END_OF_TEXT, BPETokenizer
 
 KINDS = {
@@ -162,7 +163,7 @@ def test_impossible_dropout_is_refused(name, value):
 
 def self_critical_loss(model, features, reward, temperature=1.0, **options):
     """One step's loss, and the mean reward of the captions drawn."""
-    *batch, advantages, rewards = model.draw(features, reward, temperature=temperature, **options)
+    *batch, advantages, rewards = draw(model, features, reward, temperature=temperature, **options)
     return model.loss(features, *batch, temperature=temperature, weights=advantages), rewards.mean().item()
 
 

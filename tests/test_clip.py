@@ -29,7 +29,7 @@ CONFIG = ClipConfig(encoder=CNN, image_size=64, width=32, attention_heads=2, cel
 
 
 def settings(**changes):
-    return Settings(**{"epochs": 3, "batch_size": 8, "selection": (4,), "views": 2, "save_minutes": 1e9, "learning_rate": 3e-3,
+    return Settings(**{"epochs": 3, "batch_size": 8, "selection": (4,), "views": 2, "learning_rate": 3e-3,
                        "captions": 2} | changes)
 
 
@@ -192,7 +192,8 @@ def test_resumed_training_equals_training_without_interruption(place, monkeypatc
         return original(*arguments)
 
     monkeypatch.setattr(training, "step_optimizer", step)
-    parts = replace(options, output="parts.safetensors", save_minutes=0.0)
+    parts = replace(options, output="parts.safetensors")
+    monkeypatch.setattr(training, "SAVE_MINUTES", 0)
     with pytest.raises(KeyboardInterrupt):
         ClipTrainer(CONFIG, parts, "cpu").fit()
     monkeypatch.setattr(training, "step_optimizer", original)

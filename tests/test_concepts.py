@@ -421,7 +421,8 @@ def test_captions_without_pictures_are_read_once_and_not_those_of_the_selection(
 def test_training_with_text_resumes_exactly_and_changes_what_is_learnt(place, monkeypatch):
     p2_train.train(CONFIG, settings(output="whole.safetensors"), "cpu")
     original = interrupt_after(monkeypatch, 5)
-    stopped = settings(output="stopped.safetensors", save_minutes=0.0)
+    stopped = settings(output="stopped.safetensors")
+    monkeypatch.setattr(training, "SAVE_MINUTES", 0)
     with pytest.raises(Interrupted):
         p2_train.train(CONFIG, stopped, "cpu")
     monkeypatch.setattr(training, "step_optimizer", original)
@@ -438,7 +439,7 @@ def test_a_step_adds_the_gradients_of_both(place):
                                settings(output="o.safetensors", text_weight=0.5, label_smoothing=0.0), "cpu")
     model = trainer.model.eval()
     piece = trainer.local_batch([0, 1], np.zeros(20, int))
-    text = trainer.local_texts([0, 2], 0, 0)
+    text = trainer.text_cross_entropy.local_batch([0, 2], np.random.default_rng([0, 0, 0]))
     trainer.text_cross_entropy(*text)
     trainer.cross_entropy([0, 1], piece, 0)
     found = {name: parameter.grad.clone() for name, parameter in trainer.trained.items() if parameter.grad is not None}
@@ -460,9 +461,9 @@ def test_our_clip_rewards_captions_beside_cider(place, judged):
     features = torch.tensor([[3.0, 0.0]])
     captions, numbers = ["a red picture", "a zebra", "a red zebra", "", "red"], np.zeros(5, int)
     rewards = trainer.reward(numbers, features, captions, [True] * 5)
-    cider = trainer.scorer.score(numbers, captions, [True] * 5)
+    cider = trainer.reward.scorer.score(numbers, captions, [True] * 5)
     assert (rewards.numpy() - cider).tolist() == pytest.approx([-2, 2, 2, -2, -2]) and cider[0] > cider[1]
-    trainer.settings.scst_clip = 0.0
+    trainer.reward.clip = 0.0
     assert trainer.reward(numbers, features, captions, [True] * 5).tolist() == pytest.approx(cider.tolist())
 
 
@@ -471,7 +472,7 @@ def test_what_is_made_up_costs_its_price(place):
     trainer.images[0] = replace(trainer.images[0], captions=["A dog on a couch."])
     captions = ["a dog", "a dog and a cat", "two cats, a horse and a cat", "a puppy on a sofa", ""]
     numbers = np.zeros(5, int)
-    cider = trainer.scorer.score(numbers, captions, [True] * 5)
+    cider = trainer.reward.scorer.score(numbers, captions, [True] * 5)
     assert (trainer.reward(numbers, None, captions, [True] * 5).numpy() - cider).tolist() == pytest.approx([0, -0.5, -1, 0, 0])
 
 
@@ -508,11 +509,21 @@ def test_the_meaning_of_a_caption_without_a_picture_is_as_far_from_it_as_a_pictu
     config = settings(folds="folds.safetensors", output="o.safetensors")
     trainer = p2_train.CaptionerTrainer(replace(CONFIG, meaning=1), config, "cpu")
     assert trainer.text.seen.meaning.shape == (20, 2)
-    trainer.slope, trainer.model.centres[:] = 0.5, 0
+    trainer.text_cross_entropy.slope, trainer.model.centres[:] = 0.5, 0
     residuals = torch.tensor([[0.0, 0.5], [0.5, 0.0]])
-    torch.testing.assert_close(trainer.meanings(["red", "two zebras"], residuals), torch.tensor([[0.5, 0.5], [0.5, 0.5]]) * 2**0.5)
-    *_, concepts, captions, _ = trainer.local_texts([0, 2], 0, 0)
+    torch.testing.assert_close(trainer.text_cross_entropy.meanings(["red", "two zebras"], residuals), torch.tensor([[0.5, 0.5], [0.5, 0.5]]) * 2**0.5)
+    *_, concepts, captions, _ = trainer.text_cross_entropy.local_batch([0, 2], np.random.default_rng([0, 0, 0]))
     assert concepts.meaning.shape == (2, 2) and all(any(torch.equal(row, other) for other in trainer.text.seen.meaning) for row in concepts.meaning)
+
+
+def test_a_run_goes_on_with_its_folds_wherever_they_lie(place, judged):
+    embeddings, config = write_folds(), replace(CONFIG, meaning=1)
+    p2_train.CaptionerTrainer(config, settings(folds="folds.safetensors", output="o.safetensors"), "cpu").run.save()
+    Path("folds.safetensors").rename("moved.safetensors")
+    assert p2_train.CaptionerTrainer(config, settings(folds="moved.safetensors", output="o.safetensors"), "cpu").run.resumed
+    Folds.save("moved.safetensors", embeddings * 2, fingerprints(Folder("data").paths()), FakeJudge.text_digest, {})
+    with pytest.raises(UserError, match="an unfinished run with another folds"):
+        p2_train.CaptionerTrainer(config, settings(folds="moved.safetensors", output="o.safetensors"), "cpu")
 
 
 def test_folds_that_lack_something_are_refused(place, judged):

@@ -41,7 +41,7 @@ def weights(tmp_path, monkeypatch):
     """An empty weights/ of this test's own."""
     folder = tmp_path / "weights"
     folder.mkdir()
-    monkeypatch.setattr(hw3_download, "WEIGHTS", folder)
+    monkeypatch.setattr(hw3_download, "WEIGHTS_FOLDER", folder)
     return folder
 
 

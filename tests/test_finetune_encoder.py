@@ -12,8 +12,8 @@ from p4_finetune_encoder import EncoderTrainer, Settings
 
 
 def settings(**changes):
-    return Settings(**{"encoder": CNN, "image_size": 64, "decoder": "decoder.safetensors", "epochs": 2, "batch_size": 10, "selection": (4,),
-                       "save_minutes": 1e9} | changes)
+    return Settings(**{"encoder": CNN, "image_size": 64, "decoder": "decoder.safetensors", "epochs": 2, "batch_size": 10,
+                       "selection": (4,)} | changes)
 
 
 def weights(folder="checkpoints"):

@@ -32,7 +32,7 @@ CONFIG = CaptionerConfig(encoder=VIT, image_size=32, projection_dim=64, lora_ran
 
 def settings(**changes):
     return p2_train.Settings(**{"decoder": "decoder.safetensors", "epochs": 2, "batch_size": 5, "selection": 4, "views": 2,
-                                "learning_rate": 3e-3, "save_minutes": 1e9, "scst_epochs": 1, "scst_temperature": 1.0,
+                                "learning_rate": 3e-3, "scst_epochs": 1,
                                 "average": 0.5} | changes)
 
 
@@ -147,9 +147,9 @@ def test_a_loss_is_averaged_over_the_tokens_of_the_whole_batch(workplace):
     pieces = [([i], *trainer.data.batch([i], np.zeros(1, int))) for i in (0, 1, 2)]
     assert trainer.cross_entropy([0, 1, 2], pieces, 0) == pytest.approx(expected.item(), rel=1e-5)
     # Targets that are not scored count for nothing.
-    assert trainer.targets == [sum(len(row) + 1 for row in rows) for rows in trainer.data.rows]
+    assert trainer.cross_entropy.targets == [sum(len(row) + 1 for row in rows) for rows in trainer.data.rows]
     known = torch.tensor([token for token in trainer.model.token_ids.tolist() if token != trainer.data.rows[0][0][1]])
-    assert dataset.count_targets(trainer.data.rows, known)[0] == trainer.targets[0] - sum(
+    assert dataset.count_targets(trainer.data.rows, known)[0] == trainer.cross_entropy.targets[0] - sum(
         row.count(trainer.data.rows[0][0][1]) for row in trainer.data.rows[0])
 
 
@@ -181,7 +181,7 @@ def test_mixed_precision_trains_nearly_alike_and_resumes(workplace, every_step, 
 
 
 def test_mistakes_show_before_anything_is_encoded(workplace, monkeypatch):
-    monkeypatch.setattr(p2_train, "FeatureCache", None)
+    monkeypatch.setattr(p2_train, "features_of", None)
     with pytest.raises(UserError, match="precision is int8"):
         p2_train.train(CONFIG, settings(precision="int8"), "cpu")
     with pytest.raises(UserError, match="accelerate launch"):
@@ -240,6 +240,7 @@ def test_work_is_done_ahead_and_in_order():
 
 # ---- interruption ----------------------------------------------------------------------------------------------
 
+OFTEN = "\nimport training; training.LOG_STEPS, training.SAVE_MINUTES = 1, 0.005"
 SLOW = "\n".join([EVERY_STEP, "import time", "original = training.step_optimizer",
                   "training.step_optimizer = lambda *arguments: (time.sleep(0.3), original(*arguments))[1]"])
 
@@ -247,18 +248,18 @@ SLOW = "\n".join([EVERY_STEP, "import time", "original = training.step_optimizer
 def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(workplace):
     """By SIGKILL in the first epoch, by SIGTERM in the second."""
     dropout = ["--dropout=0.1", "--projection_dropout=0.3", "--patch_dropout=0.3"]
-    whole, killed = (settings(output=f"checkpoints/{name}.safetensors", save_minutes=0.005, scst_epochs=0, selection=0)
+    whole, killed = (settings(output=f"checkpoints/{name}.safetensors", scst_epochs=0, selection=0)
                      for name in ("whole", "killed"))
-    finish(start(*options(whole), *dropout, before=EVERY_STEP))
+    finish(start(*options(whole), *dropout, before=OFTEN))
     log, state = (workplace / "checkpoints" / f"killed.{suffix}" for suffix in ("jsonl", "state.pt"))
     for how, updates in ((signal.SIGKILL, 3), (signal.SIGTERM, 6)):
-        (process,) = start(*options(killed), *dropout, before=SLOW)
+        (process,) = start(*options(killed), *dropout, before=SLOW + OFTEN)
         while process.poll() is None and not (log.exists() and f'"update": {updates}' in log.read_text()):
             time.sleep(0.05)
         process.send_signal(how)
         out, err = finish([process], 0 if how == signal.SIGTERM else -signal.SIGKILL)
         assert ("stopped in epoch 2" in out) == (how == signal.SIGTERM) and state.exists()
-    finish(start(*options(killed), *dropout, before=EVERY_STEP))
+    finish(start(*options(killed), *dropout, before=OFTEN))
     first, second = load_file("checkpoints/whole.safetensors"), load_file("checkpoints/killed.safetensors")
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert values("checkpoints/whole.jsonl") == values("checkpoints/killed.jsonl")  # and no line is there twice
@@ -299,7 +300,7 @@ signal.raise_signal(signal.SIGTERM)
 
 @pytest.mark.curves
 def test_a_run_leaves_a_log_curves_samples_and_tensorboard_files(workplace, every_step, capsys):
-    p2_train.train(CONFIG, settings(samples=2, tensorboard="board"), "cpu")
+    p2_train.train(CONFIG, settings(tensorboard="board"), "cpu")
     log = lines("checkpoints/captioner.jsonl")
     steps = [entry for entry in log if "learning rate" in entry]
     assert [entry["update"] for entry in steps] == list(range(1, 13))
@@ -307,7 +308,7 @@ def test_a_run_leaves_a_log_curves_samples_and_tensorboard_files(workplace, ever
     assert all(entry["gradient norm"] > 0 and entry["images per second"] > 0 for entry in steps)
     epochs = [entry for entry in log if "CIDEr" in entry]
     assert [entry["update"] for entry in epochs] == [4, 8, 12] and epochs[0]["memory"] > 1e6
-    assert [*epochs[2]["captions"]] == ["20.png", "21.png"]
+    assert [*epochs[2]["captions"]] == ["20.png", "21.png", "22.png"]
     out = capsys.readouterr().out
     assert all(f"    {name}: {caption}" in out for name, caption in epochs[2]["captions"].items())
     with open("checkpoints/captioner.png", "rb") as file:

@@ -34,7 +34,7 @@ CONFIG = CaptionerConfig(encoder=VIT, image_size=32, projection_layers=1, projec
 
 def settings(**changes):
     return p2_train.Settings(**{"decoder": "decoder.safetensors", "epochs": 4, "batch_size": 5, "selection": 4,
-                                "learning_rate": 3e-3, "save_minutes": 1e9, "views": 2, "scst_epochs": 0} | changes)
+                                "learning_rate": 3e-3, "views": 2, "scst_epochs": 0} | changes)
 
 
 class Interrupted(Exception):
@@ -63,7 +63,8 @@ def test_resumed_training_equals_training_without_interruption(workplace, monkey
     stages = dict(fusion_epochs=fusion_epochs, epochs=4 - fusion_epochs - scst_epochs, scst_epochs=scst_epochs,
                   fusion_learning_rate=1e-3)
     history = p2_train.train(CONFIG, settings(output="checkpoints/whole.safetensors", **stages), "cpu")
-    stopped = settings(output="checkpoints/stopped.safetensors", save_minutes=save_minutes, **stages)
+    stopped = settings(output="checkpoints/stopped.safetensors", **stages)
+    monkeypatch.setattr(training, "SAVE_MINUTES", save_minutes)
     original = interrupt_after(monkeypatch, steps)
     with pytest.raises(Interrupted):
         p2_train.train(CONFIG, stopped, "cpu")
@@ -310,7 +311,7 @@ def test_a_decoder_goes_on_from_another_and_keeps_what_it_knew(tmp_path):
 def test_pretrained_decoder_learns_resumes_and_loads_in_hugging_face(tmp_path, monkeypatch):
     (tmp_path / "captions.txt").write_text("A red picture.\nA green picture .\na blue picture\n" * 30 + "A zebra.\n")
     options = dict(n_layer=1, n_embd=64, n_positions=32, epochs=150, batch_size=2, learning_rate=1e-2, dropout=0.1,
-                   min_count=1, save_minutes=1e9)
+                   min_count=1)
 
     def run(name):
         return p2_pretrain_decoder.train(p2_pretrain_decoder.Settings(output=str(tmp_path / name), **options),

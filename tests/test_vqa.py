@@ -109,11 +109,11 @@ def test_relations_are_asked_for(place):
 
 def test_the_hubs_rows_are_read(tmp_path):
     picture = Image.new("RGB", (20, 10))
-    asked, _ = hub_rows("vqa", [{"question_id": 3, "image": picture, "question": "Is it?", "answers": [{"answer": "yes"}, {"answer": "no"}]},
-                                {"question_id": 4, "image": picture, "question": "Why?", "answers": ["so", "so"]}], tmp_path / "hub")
+    asked = hub_rows("vqa", [{"question_id": 3, "image": picture, "question": "Is it?", "answers": [{"answer": "yes"}, {"answer": "no"}]},
+                             {"question_id": 4, "image": picture, "question": "Why?", "answers": ["so", "so"]}], tmp_path / "hub")
     assert [(item.name, item.people, item.picture.exists()) for item in asked] == [("3", ["yes", "no"], True), ("4", ["so", "so"], True)]
-    asked, boxes = hub_rows("boxes", [{"question_id": "5", "image": picture, "bbox": [1, 2, 3, 4], "answer": ["left", "dark"]}], tmp_path / "hub")
-    assert [(item.name, item.query) for item in asked] == [("5-0", "left"), ("5-1", "dark")] and boxes == [(1, 2, 4, 6)] * 2
+    asked = hub_rows("boxes", [{"question_id": "5", "image": picture, "bbox": [1, 2, 3, 4], "answer": ["left", "dark"]}], tmp_path / "hub")
+    assert [(item.name, item.query) for item in asked] == [("5-0", "left"), ("5-1", "dark")] and [item.box for item in asked] == [(1, 2, 4, 6)] * 2
 
 
 # ---- boxes -----------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_referring_expressions_are_read_without_running_code(place):
     Path("instances.json").write_text(json.dumps({"annotations": [{"id": 9, "bbox": [1, 2, 30, 40]}],
                                                   "images": [{"id": 1, "file_name": "COCO_val2014_000000000001.jpg"}]}))
     found = read_references("refs(unc).p", "instances.json", "pictures", "val")
-    assert [(item.name, item.text, item.box) for item in found] == [("4-0", "left one", (1, 2, 31, 42)), ("4-1", "dark", (1, 2, 31, 42))]
+    assert [(item.name, item.query, item.box) for item in found] == [("4-0", "left one", (1, 2, 31, 42)), ("4-1", "dark", (1, 2, 31, 42))]
     assert len(read_references("refs(unc).p", "instances.json", "pictures")) == 3
     with pytest.raises(UserError, match="no expressions of the split train"):
         read_references("refs(unc).p", "instances.json", "pictures", "train")

@@ -115,10 +115,18 @@ def write_json(path, value):
 
 
 def read_json(path, what):
-    """Read the JSON file `path`; `what` names it in the one-line errors ("captions file")."""
+    """Read the JSON file `path`; `what` names it in the one-line errors ("captions file"). An object that has a key twice, of which JSON
+    would keep the last, is refused."""
+    def unique(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise UserError(f"the {what} {path} has {next(key for key in keys if keys.count(key) > 1)!r} twice in one object: which is meant?")
+        return found
+
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
+            return json.load(file, object_pairs_hook=unique)
     except FileNotFoundError:
         raise UserError(f"the {what} {path} does not exist") from None
     except OSError as error:

@@ -361,6 +361,9 @@ def test_phones_pictures_are_read_and_others_named(tmp_path, capsys, monkeypatch
 def test_json_of_every_kind_is_read_or_refused_in_a_line(tmp_path):
     (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf" + b'{"a": "b"}')
     assert read_json(tmp_path / "bom.json", "file") == {"a": "b"}
+    (tmp_path / "twice.json").write_text('[{"a": "one", "b": {"c": 1, "a": 2}, "a": "other"}]')
+    with pytest.raises(UserError, match="has 'a' twice in one object"):
+        read_json(tmp_path / "twice.json", "file")
     (tmp_path / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
     for name, content in (("object", {"images": [], "annotations": {"a": 1}}), ("strings", {"images": [], "annotations": ["a"]}),
                           ("list", [1]), ("long", {"images": [{"id": 1, "file_name": "x" * 300}], "annotations": []})):

@@ -1,6 +1,7 @@
 """Training and captioning at scale: several processes, accumulation, precision, interruption, logs, configs."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -253,9 +254,9 @@ def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(workplace):
     log, state = (workplace / "checkpoints" / f"killed.{suffix}" for suffix in ("jsonl", "state.pt"))
     for how, updates in ((signal.SIGKILL, 3), (signal.SIGTERM, 6)):
         (process,) = start(*options(killed), *dropout, before=SLOW)
-        while process.poll() is None and not (log.exists() and f'"update": {updates}' in log.read_text()):
+        while process.is_alive() and not (log.exists() and f'"update": {updates}' in log.read_text()):
             time.sleep(0.05)
-        process.send_signal(how)
+        os.kill(process.pid, how)
         out, err = finish([process], 0 if how == signal.SIGTERM else -signal.SIGKILL)
         assert ("stopped in epoch 2" in out) == (how == signal.SIGTERM) and state.exists()
     finish(start(*options(killed), *dropout, before=EVERY_STEP))
@@ -297,7 +298,7 @@ signal.raise_signal(signal.SIGTERM)
 # ---- logs ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.curves
+@pytest.mark.whole
 def test_a_run_leaves_a_log_curves_samples_and_tensorboard_files(workplace, every_step, capsys):
     p2_train.train(CONFIG, settings(samples=2, tensorboard="board"), "cpu")
     log = lines("checkpoints/captioner.jsonl")
@@ -319,7 +320,7 @@ def test_a_run_leaves_a_log_curves_samples_and_tensorboard_files(workplace, ever
     assert [event.value for event in board.Scalars("loss")] == pytest.approx([entry["loss"] for entry in steps[:8]])
 
 
-@pytest.mark.curves
+@pytest.mark.whole
 def test_a_log_drops_what_a_killed_run_wrote_after_its_last_state(tmp_path):
     log = TrainingLog(tmp_path / "run.jsonl")
     for update in 1, 2, 3:

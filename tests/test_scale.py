@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, VIT, finish, start
+from conftest import ROOT, VIT, finish, quick_tokens, start
 from safetensors.torch import load_file
 
 import dataset
@@ -157,7 +157,7 @@ def test_a_loss_is_averaged_over_the_tokens_of_the_whole_batch(workplace):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_trains_nearly_alike_and_resumes(workplace, every_step, monkeypatch, precision):
     def run(name, **changes):
-        return settings(output=f"checkpoints/{name}.safetensors", scst_epochs=0, **changes)
+        return settings(output=f"checkpoints/{name}.safetensors", epochs=5, scst_epochs=0, **changes)
 
     p2_train.train(CONFIG, run("full"), "cpu")
     p2_train.train(CONFIG, run("half", precision=precision), "cpu")
@@ -444,6 +444,14 @@ def test_the_comparison_trains_scores_and_goes_on(workplace, monkeypatch, capsys
     monkeypatch.setattr(encoder, "WEIGHTS_FOLDER", ROOT / "weights")
     monkeypatch.setattr(compare, "STUDIES", {"peft": {
         name: compare.HYBRID | {"image_size": 32, "lora_rank": rank} for name, rank in (("none", 0), ("lora4", 4))}})
+
+    def train(command):
+        assert command[:2] == [sys.executable, str(ROOT / "p2_train.py")]
+        finish(start(*command[2:], before=f"encoder.WEIGHTS_FOLDER = Path({str(ROOT / 'weights')!r})"))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(compare.subprocess, "run", train)
+    monkeypatch.setattr(compare, "tokenize", quick_tokens)
     data = workplace / "data"
     shutil.copy(data / "train.json", data / "val.json")
     (data / "images" / "val").symlink_to(data / "images" / "train")

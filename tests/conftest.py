@@ -74,6 +74,14 @@ def train_in_haste(request, monkeypatch):
         hasten(monkeypatch.setattr)
 
 
+@pytest.fixture
+def without_meteor(monkeypatch):
+    """METEOR takes ten seconds to start, and has tests of its own in test_evaluate.py."""
+    import metrics
+
+    monkeypatch.setattr(metrics, "meteor", lambda references, systems: [metrics.rouge_l(references, one) for one in systems])
+
+
 @pytest.fixture(scope="session")
 def flickr8k():
     """The folder that holds Flickr8k in the course's layout; a test that wants it is skipped where there is none."""

@@ -367,12 +367,6 @@ def reported(tmp_path):
     return references
 
 
-@pytest.fixture
-def without_meteor(monkeypatch):
-    """METEOR takes ten seconds to start, and has a test of its own."""
-    monkeypatch.setattr(metrics, "meteor", lambda references, systems: [metrics.rouge_l(references, one) for one in systems])
-
-
 def evaluate_main(monkeypatch, *arguments):
     """Run p2_evaluate.py here: its exit status."""
     monkeypatch.setattr(sys, "argv", ["p2_evaluate.py", *map(str, arguments)])

@@ -1,5 +1,6 @@
 """GPT-2's byte-level BPE (Radford et al. 2019), from `encoder.json` and `vocab.bpe` on the `tokenizers` library."""
 
+from functools import cache
 from operator import index
 from pathlib import Path
 
@@ -23,24 +24,7 @@ class BPETokenizer:
         vocab_file=Path(__file__).with_name("vocab.bpe"),
     ):
         """Read the vocabulary (`encoder_file`, token to id) and the merges (`vocab_file`); UserError if either is bad."""
-        vocab = read_json(encoder_file, "tokenizer file")
-        try:
-            lines = Path(vocab_file).read_text(encoding="utf-8").split("\n")
-            merges = [tuple(line.split(" ")) for line in lines[1:] if line]  # the first line is a version
-        except FileNotFoundError:
-            raise UserError(f"the tokenizer file {vocab_file} does not exist") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the tokenizer file {vocab_file}: {error}") from None
-        # A shortened list of merges would load and quietly give other ids, so count: bytes, merges, end of text.
-        whole = isinstance(vocab, dict) and len(vocab) == VOCAB_SIZE and vocab.get(SPECIAL) == END_OF_TEXT
-        if not whole or 256 + len(merges) + 1 != VOCAB_SIZE:
-            raise UserError(f"{encoder_file} and {vocab_file} are not GPT-2's vocabulary and merges")
-        try:
-            self._bpe = Tokenizer(BPE(vocab, merges))
-        except Exception as error:  # what the library raises
-            raise UserError(f"{encoder_file} and {vocab_file} do not fit together: {error}") from None
-        self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        self._bpe.decoder = decoders.ByteLevel()
+        self._bpe = read_bpe(encoder_file, vocab_file)
         self.eos_id = END_OF_TEXT
 
     def __len__(self):
@@ -74,6 +58,30 @@ class BPETokenizer:
             if not 0 <= token < VOCAB_SIZE:  # the library would skip it in silence
                 raise ValueError(f"{token} is no token id: they run from 0 to {VOCAB_SIZE - 1}")
         return self._bpe.decode(tokens, skip_special_tokens=False)
+
+
+@cache
+def read_bpe(encoder_file, vocab_file):
+    """The library's tokenizer of these two files, which takes a while to read, once for all. UserError if either is bad."""
+    vocab = read_json(encoder_file, "tokenizer file")
+    try:
+        lines = Path(vocab_file).read_text(encoding="utf-8").split("\n")
+        merges = [tuple(line.split(" ")) for line in lines[1:] if line]  # the first line is a version
+    except FileNotFoundError:
+        raise UserError(f"the tokenizer file {vocab_file} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the tokenizer file {vocab_file}: {error}") from None
+    # A shortened list of merges would load and quietly give other ids, so count: bytes, merges, end of text.
+    whole = isinstance(vocab, dict) and len(vocab) == VOCAB_SIZE and vocab.get(SPECIAL) == END_OF_TEXT
+    if not whole or 256 + len(merges) + 1 != VOCAB_SIZE:
+        raise UserError(f"{encoder_file} and {vocab_file} are not GPT-2's vocabulary and merges")
+    try:
+        bpe = Tokenizer(BPE(vocab, merges))
+    except Exception as error:  # what the library raises
+        raise UserError(f"{encoder_file} and {vocab_file} do not fit together: {error}") from None
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return bpe
 
 
 def well_formed(text):

@@ -4,9 +4,9 @@ scripts started as processes."""
 import functools
 import gc
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,18 +20,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: more threads
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = str(ROOT), str(ROOT / "report")
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (30, 40, 200), "yellow": (220, 210, 40)}
-VIT, CNN = "vit_tiny_patch16_224", "test_efficientnet"
+VIT, CNN = "test_vit", "test_efficientnet"
 WORDS = "[PAD] [UNK] [CLS] [SEP] a an the red green blue yellow picture colour photo of tench fish dog cat is . there".split()
 DRIVER = """
-import sys
 from pathlib import Path
-sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 import encoder, runtime
 runtime.PREFERRED = "torch"
 encoder.WEIGHTS_FOLDER = Path.cwd()
-import cli, {module}
+import cli, conftest, {module}
+conftest.hasten(setattr)
 {before}
 cli.run({module}.main)
 """
@@ -53,22 +52,34 @@ def forget():
     gc.collect()
 
 
-@functools.cache
-def tokens_of(captions):
-    """metrics.tokenize of captions as JSON, once for each."""
-    import metrics
+def quick_tokens(captions):
+    """metrics.tokenize without Java; test_cider.py compares them."""
+    from cider import ptb_tokens
 
-    return metrics.tokenize(json.loads(captions))
+    return {key: [" ".join(ptb_tokens(caption)) for caption in group] for key, group in captions.items()}
+
+
+def hasten(put):
+    """Leave out of trainings what takes longer than they do: a start of Java for each epoch, and the curves. `put` as setattr."""
+    for name in {"p2_train", "p2_tune"} & sys.modules.keys():
+        put(sys.modules[name], "tokenize", quick_tokens)
+    if "training" in sys.modules:
+        put(sys.modules["training"].TrainingLog, "draw", lambda self, curves: None)
 
 
 @pytest.fixture(autouse=True)
 def train_in_haste(request, monkeypatch):
-    """Dozens of tiny trainings here repeat each other's captions, each of which would start Java again, and draw their curves, which
-    none but tests that are marked `curves` looks at."""
-    if "p2_train" in sys.modules:
-        monkeypatch.setattr(sys.modules["p2_train"], "tokenize", lambda captions: dict(tokens_of(json.dumps(captions))))
-    if "training" in sys.modules and not request.node.get_closest_marker("curves"):
-        monkeypatch.setattr(sys.modules["training"].TrainingLog, "draw", lambda self, curves: None)
+    """Dozens of tiny trainings leave out what none but tests that are marked `whole` looks at."""
+    if not request.node.get_closest_marker("whole"):
+        hasten(monkeypatch.setattr)
+
+
+@pytest.fixture
+def without_meteor(monkeypatch):
+    """METEOR takes ten seconds to start, and has tests of its own in test_evaluate.py."""
+    import metrics
+
+    monkeypatch.setattr(metrics, "meteor", lambda references, systems: [metrics.rouge_l(references, one) for one in systems])
 
 
 @pytest.fixture(scope="session")
@@ -166,25 +177,51 @@ def stopping(when):
     return type("Stopping", (Interruption,), {"__bool__": lambda self: when()})
 
 
+@functools.cache
+def forge():
+    """A process that has imported what takes seconds to import, and of which `start` gets its processes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "timm", "p2_train", "p2_infer", "p4_align"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(ROOT / "tests"))
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def act(script, arguments, environment, outputs):
+    """Be that script, with its output in files."""
+    os.environ.update(environment)
+    for number, file in enumerate(outputs, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = ["driver.py", *arguments]
+    exec(script, {"__name__": "__main__"})
+
+
 def start(*arguments, processes=1, module="p2_train", before=""):
     """Start a script in the current folder, with the folder's encoder weights: [process, …], as a launcher does."""
-    with open("driver.py", "w") as file:
-        file.write(DRIVER.format(root=str(ROOT), module=module, before=before))
+    script = DRIVER.format(module=module, before=before)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes),
-              "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [subprocess.Popen([sys.executable, "driver.py", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else shared)
-            for rank in range(processes)]
+    launched = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = []
+    for rank in range(processes):
+        environment = launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        process = forge().Process(target=act, args=(script, arguments, environment, [f"process{rank}.out", f"process{rank}.err"]))
+        process.start()
+        started.append(process)
+    return started
 
 
 def finish(processes, status=0):
     """What they wrote to stdout and to stderr, after an end with this status; the others' is 0."""
-    ends = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [status] + [0] * (len(processes) - 1), [err[-3000:] for _, err in ends]
-    return tuple("".join(texts) for texts in zip(*ends))
+    for process in processes:
+        process.join(timeout=300)
+    texts = [[Path(f"process{rank}.{name}").read_text() for name in ("out", "err")] for rank in range(len(processes))]
+    assert [process.exitcode for process in processes] == [status] + [0] * (len(processes) - 1), [err[-3000:] for _, err in texts]
+    return tuple("".join(some) for some in zip(*texts))
 
 
 def make_llava(folder, strategy, text=None):

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,14 +18,16 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
+from conftest import VIT, finish, start
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dataset
 import p1_clip_classify
 import p2_evaluate
-from captioner import Captioner, CaptionerConfig
+from captioner import Captioner
 from cli import UserError
 from clip_small import ClipSmall
 from dataset import read_captions
@@ -35,12 +36,10 @@ from files import read_json
 from images import FORMATS, ImageError, load_image
 from training import adamw, load_state, save_state
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
-
 SLOWEST = 10.0  # seconds a file
 MOST_MEMORY = 2e9  # bytes above what was in use before
+TRAINING = ("--encoder", VIT, "--image_size=32", "--projection_dim=64", "--lora_rank=2", "--decoder=decoder.safetensors", "--views=1",
+            "--epochs=6", "--scst_epochs=0", "--batch_size=3", "--selection=0")
 
 
 def mutate(data, random):
@@ -187,32 +186,33 @@ def try_all(kind, count, seed=0):
 
 
 def kills(count, seed=0):
-    """Kill a small training again and again: it must end with the bytes of one that was left alone. Returns (kills, lines of what
-    went wrong)."""
-    random, wrong, killed = np.random.default_rng(seed), [], 0
-    script = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import mutations; mutations.small_training(sys.argv[1])"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with tempfile.TemporaryDirectory() as folder:
-        prepare_training(Path(folder))
-        start = time.monotonic()
-        subprocess.run([sys.executable, "-c", script, "whole.safetensors"], cwd=folder, env=environment, check=True, capture_output=True)
-        alone = time.monotonic() - start
-        number = 0
-        while killed < count:
-            output, number = f"{number}.safetensors", number + 1
-            while True:
-                process = subprocess.Popen([sys.executable, "-c", script, output], cwd=folder, env=environment, stdout=subprocess.DEVNULL,
-                                           stderr=subprocess.PIPE, text=True)
-                try:
-                    said = process.communicate(timeout=alone * random.uniform(0.5, 1.2) if killed < count else None)[1]
-                    break
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.communicate()
-                    killed += 1
-            ended = not process.returncode or "is there already" in said  # it was killed behind its end
-            if not ended or not same_tensors(Path(folder) / output, Path(folder) / "whole.safetensors"):
-                wrong.append(f"{output} differs after kills: {said[-300:]}")
+    """Kill a small training in the current folder again and again, which must end with the bytes of one that was left alone. Returns
+    (kills, lines of what went wrong)."""
+    random, wrong, killed, number = np.random.default_rng(seed), [], 0, 0
+    prepare_training(Path.cwd())
+
+    def begin(output):
+        process, = start(*TRAINING, f"--output={output}", before="import training; training.SAVE_MINUTES = 0")
+        return process
+
+    finish([begin("first.safetensors")])  # the one that imports
+    began = time.monotonic()
+    finish([begin("whole.safetensors")])
+    alone = time.monotonic() - began
+    while killed < count:
+        output, number = f"{number}.safetensors", number + 1
+        while True:
+            process = begin(output)
+            process.join(alone * random.uniform(0.5, 1.2) if killed < count else None)
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            killed += 1
+        said = Path("process0.err").read_text()
+        ended = not process.exitcode or "is there already" in said  # it was killed behind its end
+        if not ended or not same_tensors(output, "whole.safetensors"):
+            wrong.append(f"{output} differs after kills: {said[-300:]}")
     return killed, wrong
 
 
@@ -222,7 +222,9 @@ def same_tensors(*files):
 
 
 def prepare_training(folder):
-    """Pictures, captions and a decoder for `small_training`."""
+    """Pictures, captions, an encoder and a decoder for a training with the options `TRAINING`, which saves after every step."""
+    torch.manual_seed(0)
+    save_file(timm.create_model(VIT, img_size=32, num_classes=0).state_dict(), folder / f"{VIT}.safetensors")
     decoder = Decoder(DecoderConfig(n_positions=48, n_embd=64, n_layer=1))
     save_file({name: value.contiguous() for name, value in decoder.pretrained_state().items()}, folder / "decoder.safetensors")
     (folder / "data/images/train").mkdir(parents=True)
@@ -232,21 +234,6 @@ def prepare_training(folder):
         images.append({"id": i, "file_name": f"{i}.png"})
         annotations.append({"id": i, "image_id": i, "caption": f"a {colour} picture"})
     (folder / "data/train.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-
-
-def small_training(output):
-    """Train in the current folder, saving after every step."""
-    import encoder
-    import p2_train
-    import training
-
-    training.SAVE_MINUTES = 0
-    torch.set_num_threads(1)
-    load = encoder.ImageEncoder._load
-    encoder.ImageEncoder._load = lambda self, name, config, size, weights: (
-        torch.manual_seed(0), load(self, name, config, size, "random"))[1]
-    p2_train.train(CaptionerConfig(encoder="test_vit", image_size=32, projection_dim=64, lora_rank=2), p2_train.Settings(
-        decoder="decoder.safetensors", output=output, views=1, epochs=6, scst_epochs=0, batch_size=3, selection=0), "cpu")
 
 
 def main():
@@ -264,7 +251,9 @@ def main():
         print(f"{kind.__name__}: {counts['read']} read, {counts['refused']} refused in a line, {len(wrong)} wrong", flush=True)
         print("\n".join(wrong[:20]), end="\n" if wrong else "")
         failed |= bool(wrong)
-    killed, wrong = kills(arguments.kills, arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        killed, wrong = kills(arguments.kills, arguments.seed)
     print(f"kills: {killed}, {len(wrong)} wrong")
     print("\n".join(wrong))
     return 1 if failed or wrong else 0

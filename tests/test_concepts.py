@@ -493,7 +493,7 @@ def test_meanings_of_training_pictures_are_those_of_a_clip_that_has_not_seen_the
     assert trainer.model.centres[1].tolist() == [1, 0]  # no caption of the training pictures has a zebra
     (_, features, known, *_), = trainer.local_batch([3, 5], np.ones(20, int))
     assert torch.equal(known, embeddings[[3, 5], 1])
-    model = trainer.model
+    model = trainer.model.eval()
     torch.testing.assert_close(model.concepts(features.float(), known).meaning, model.meaning(embeddings[[3, 5], 1], 0))
     assert model.generate(features.float(), embeddings=known) == model.generate(features.float(), concepts=model.concepts(features.float(), known))
     assert trainer.fit() and "projection.meaning.weight" in load_file("o.safetensors")

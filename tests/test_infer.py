@@ -454,7 +454,9 @@ def test_interruption_is_one_line(infer, weights, monkeypatch):
 
 def test_hw3_2_captions_a_real_folder_with_the_embedded_model(place):
     folder = place / "my pictures"
-    shutil.copytree(ROOT / "samples", folder)
+    folder.mkdir()
+    for name in "cat", "coffee", "temple":
+        shutil.copy(ROOT / "samples" / f"{name}.jpg", folder)
     good = sorted(path.stem for path in folder.glob("*.jpg"))
     (folder / "a text.jpg").write_text("not a picture")
     (folder / "nothing.png").touch()
@@ -475,10 +477,10 @@ def test_hw3_2_captions_a_real_folder_with_the_embedded_model(place):
 def test_embedded_captions_are_the_same_at_any_batch_size(beam_size, monkeypatch):
     monkeypatch.setattr(encoder, "WEIGHTS_FOLDER", ROOT / "weights")
     model = Captioner.load(EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, runtime=pick_runtime("auto", "cpu"))
-    pictures = [make_view(load_image(path), view, seed=0) for path in sorted((ROOT / "samples").glob("*.jpg"))
+    pictures = [make_view(load_image(path), view, seed=0) for path in sorted((ROOT / "samples").glob("*.jpg"))[:5]
                 for view in range(2)]
     images = torch.stack([model.encoder.preprocess(picture) for picture in pictures])
     captions = {size: [caption for start in range(0, len(images), size)
                        for caption in model.caption(images[start:start + size], GenerationConfig(beam_size))]
-                for size in (1, 7, 18)}
-    assert captions[1] == captions[7] == captions[18]
+                for size in (1, 4, 10)}
+    assert captions[1] == captions[4] == captions[10]

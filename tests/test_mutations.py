@@ -20,6 +20,7 @@ def test_mutations_change_files():
     assert sum(mutated != data for mutated in changed) > 180 and len({len(mutated) for mutated in changed}) > 50
 
 
-def test_a_killed_training_ends_as_one_that_was_left_alone():
+def test_a_killed_training_ends_as_one_that_was_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     killed, wrong = mutations.kills(2)
     assert killed >= 2 and not wrong, "\n".join(wrong)

@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import measure_encoders
@@ -400,6 +401,7 @@ def test_encoders_are_measured_with_each_signal_left_out(settings, tmp_path, mon
     monkeypatch.setattr(measure_encoders, "TextEncoder", WordVectors)
     words = {"red": {"red"}, "dog": {"dog"}, "blue": {"blue"}}
     monkeypatch.setattr(measure_encoders, "KINDS", words)
+    monkeypatch.setattr(measure_encoders, "train_heads", partial(measure_encoders.train_heads, steps=150))
     trained = []
 
     def train(command):
@@ -413,7 +415,7 @@ def test_encoders_are_measured_with_each_signal_left_out(settings, tmp_path, mon
 
     monkeypatch.setattr(measure_encoders.subprocess, "run", train)
     write_cifar10(tmp_path)
-    command = ["measure_encoders.py", f"--data={data}", "--signals", f"--work={work}", f"--results={tmp_path / 'found.json'}",
+    command = ["measure_encoders.py", f"--data={data}", "--signals", "--views=1", f"--work={work}", f"--results={tmp_path / 'found.json'}",
                f"--cifar10={tmp_path}"]
     monkeypatch.setattr(sys, "argv", command)
     measure_encoders.main()

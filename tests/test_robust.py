@@ -189,7 +189,7 @@ def test_a_picture_starts_no_program(tmp_path, monkeypatch):
             load_image(file)
 
 
-def test_one_image_has_no_interval(workplace, monkeypatch, capsys):
+def test_one_image_has_no_interval(workplace, monkeypatch, capsys, without_meteor):
     Path("predictions.json").write_text('{"0": "a red picture"}')
     Path("references.json").write_text(json.dumps({"images": [{"id": 0, "file_name": "0.png"}],
                                                    "annotations": [{"id": 0, "image_id": 0, "caption": "a red picture"}]}))

@@ -129,7 +129,7 @@ def open_image(path):
 
 
 def shrink(image, side):
-    """The image box-filtered by an integer factor, so that its shorter side has at least `side` pixels; or the image itself."""
+    """A copy reduced by an integer factor, with sides of at least `side` pixels, as a mean over pixels; or the image itself."""
     factor = min(image.size) // side
     if factor < 2:
         return image

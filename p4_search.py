@@ -3,7 +3,7 @@
     python3 p4_search.py index <folder> [--captions]                 with subfolders; run again to update
     python3 p4_search.py query "two dogs in the snow" [--top 15] [--not "people"] [--folder F] [--since 2026-01] [--sheet out.png]
     python3 p4_search.py query --like picture.jpg
-    python3 p4_search.py evaluate --data <folder> [<more>]           recall, and accuracy of "nothing matches"
+    python3 p4_search.py evaluate --data <folder> [<more>]           recall, and detection that nothing matches
 
 Pictures are embedded by our own CLIP, or another `--model`, and stored in Milvus: in the folder `--index`, or on a server at
 http://host:port. With `--captions` they are also captioned, and the caption's similarity is part of the score.

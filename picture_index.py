@@ -119,7 +119,7 @@ def open_client(where):
         from pymilvus import MilvusClient
     except ImportError:
         raise UserError("searching needs packages: pip install -c constraints.txt pymilvus milvus-lite") from None
-    for name in ["milvus_lite", *logging.root.manager.loggerDict]:  # their errors are reported here
+    for name in ["milvus_lite", *logging.root.manager.loggerDict]:  # their errors are reported here, the rest is of no use
         if name.startswith(("pymilvus", "milvus_lite")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     if "://" in str(where):

@@ -183,9 +183,9 @@ def parameter_groups(student, others, layer_decay, weight_decay):
 def write_dinov2(weights, folder, size=224):
     """Write a ViT of p4_pretrain_vit.py as a folder that transformers loads as a Dinov2Model with its image processor.
 
-    The names are those of Meta's published models, which every version of transformers reads. The processor resizes the whole
-    picture to `size` × `size` pixels, as everywhere here; the position embedding is resized as in timm, since transformers does it
-    differently.
+    Parameters have the names of Meta's published models, whatever a version of transformers calls them inside. The processor resizes
+    the whole picture to `size` × `size` pixels, as everywhere here; the position embedding is resized as in timm, from which
+    transformers differs.
     """
     from transformers import BitImageProcessor, Dinov2Config
 

@@ -1,4 +1,4 @@
-"""Answers of a LLaVA to many pictures: in batches, kept as they come, so that an interrupted run goes on."""
+"""Answers of a LLaVA to many pictures: in batches, saved after each, so that an interrupted run can resume."""
 
 import json
 import sys
@@ -12,13 +12,13 @@ from llava import SIDE
 
 
 class PartFile:
-    """Answers to images so far, in lines of JSON beside the output, so that an interrupted run goes on.
+    """The answers so far, as JSON lines beside the output, so that an interrupted run can resume.
 
-    Images that could not be read are tried again: someone may have mended them.
+    Unreadable images are tried again, since they may have been repaired.
 
     Args:
-        output: the file to be written in the end. what: all that the answers depend on; others are thrown away.
-        pictures: {stem: fingerprint}; answers to other pictures of the same names are thrown away.
+        output: the final output file. what: all settings that answers depend on; answers of other settings are discarded.
+        pictures: {stem: fingerprint}; answers to other pictures with the same names are discarded.
     """
 
     def __init__(self, output, what, pictures):
@@ -38,7 +38,7 @@ class PartFile:
     def _entry(line):
         try:
             return json.loads(line)
-        except ValueError:  # the last line of a killed run can be half a line
+        except ValueError:  # a killed run may leave half a line
             return None
 
     def add(self, entries):
@@ -53,8 +53,8 @@ def answer_all(model, asked, settings, output, what, batch_size, description="an
 
     Args:
         model: a Llava. asked: {name: (path of the picture, instruction)}.
-        change: function of a picture that gives what is shown in its place.
-    Returns ({name: answer}, {name: reason} of those whose picture could not be read).
+        change: function from a picture to the one to show instead.
+    Returns ({name: answer}, {name: reason} for unreadable pictures).
     """
     names, paths = list(asked), [path for path, _ in asked.values()]
     part = PartFile(output, what, {name: fingerprint for name, (_, *fingerprint) in zip(names, fingerprints(paths))})

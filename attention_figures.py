@@ -1,4 +1,4 @@
-"""Figures of where words looked: maps over the picture, a panel a word or a row a layer; and the numbers behind them."""
+"""Figures of attention maps over the picture, with one panel per word or one row per layer; and the raw maps as a file."""
 
 import io
 
@@ -17,7 +17,7 @@ COLOURS = matplotlib.colormaps[COLOUR_MAP]
 
 
 def heat(picture, values, region, low, high):
-    """The picture under its map, in colours from `low` to `high`: uint8 (height, width, 3); grey where nothing was seen"""
+    """The map over the picture, in colours from `low` to `high`: uint8 (height, width, 3); grey where the model saw nothing"""
     pixels = upsample(values, picture.size, region)
     below = np.asarray(picture.convert("L").convert("RGB"), np.float32) / 255
     colours = COLOURS(((pixels - low) / max(high - low, 1e-12)).clip(0, 1))[..., :3]
@@ -26,7 +26,7 @@ def heat(picture, values, region, low, high):
 
 
 def limits(maps, correction):
-    """The values that the ends of the colour scale stand for. A difference from the mean counts above zero alone."""
+    """The values at the ends of the colour scale. For differences from the mean it starts at zero."""
     return 0.0 if correction == "subtract" else float(maps.min()), float(maps.max())
 
 
@@ -34,14 +34,14 @@ def plot_grid(rows, aspect, width, labels=(), bar=None):
     """Pictures in rows -> a matplotlib Figure.
 
     Args:
-        rows: lists of (title, array of pixels, or None for a gap).
-        aspect: of every picture, height over width.
-        width: of a panel, inches.
+        rows: lists of (title, array of pixels, or None for an empty panel).
+        aspect: height / width of every picture.
+        width: of a panel, in inches.
         labels: of the rows, on their left.
-        bar: (lowest, highest, name) of a colour scale that all share.
+        bar: (minimum, maximum, name) of a common colour scale.
     """
     columns = max(map(len, rows))
-    tall = width * min(max(aspect, 0.35), 1.6)  # of a panel; a picture longer than that is fitted into it
+    tall = width * min(max(aspect, 0.35), 1.6)  # height of a panel; taller pictures are fitted into it
     gap = 0.06
     titles = [0.24 * lines if lines else gap for lines in  # their height
               (max((len(text.splitlines()) for text, _ in row), default=0) for row in rows)]
@@ -49,7 +49,7 @@ def plot_grid(rows, aspect, width, labels=(), bar=None):
     whole = left + columns * (width + gap) - gap + right, len(rows) * tall + sum(titles) + gap
     figure = Figure(figsize=whole)
 
-    def axes_at(x, y, w, h):  # inches from the upper left
+    def axes_at(x, y, w, h):  # in inches from the upper left
         return figure.add_axes((x / whole[0], 1 - (y + h) / whole[1], w / whole[0], h / whole[1]))
 
     for r, row in enumerate(rows):
@@ -74,13 +74,13 @@ def plot_grid(rows, aspect, width, labels=(), bar=None):
 
 
 def plot_words(picture, attention, layer="mean", head="mean", correction="none", scale="panel", columns=7):
-    """The course's figure: the picture as <start>, then a panel a word with its map over the picture; below the word, the
-    concept that it attended to most.
+    """The course's figure: the picture as <start>, then one panel per word with its map over the picture, and the concept that it
+    attended to most below the word.
 
     Args:
         layer, head, correction: as for word_maps.
-        scale: "panel": each panel has its own colours, from its least to its most attended patch; "shared": one scale
-            for all, with its bar.
+        scale: "panel": each panel's colours range from its minimum to its maximum; "shared": one scale for all, with a
+            colour bar.
     """
     picture = thumbnail(picture, 400)  # 1.3 inches in print
     maps = word_maps(attention, layer, head, correction)
@@ -99,11 +99,11 @@ def plot_words(picture, attention, layer="mean", head="mean", correction="none",
 
 
 def plot_layers(picture, attention, head="mean", correction="none", words=None, layers=None):
-    """Several layers under each other, a column a word, each panel with its own colours.
+    """One row per layer, one column per word, each panel with its own colour scale.
 
     Args:
-        words: places of words; default: the first 7 content words.
-        layers: counted from 1; default: all, of more than 8 every n-th and the last; and their mean.
+        words: indices of words; default: the first 7 content words.
+        layers: counted from 1; default: all, or 8 evenly spaced ones if there are more, and the mean of all.
     """
     picture = thumbnail(picture, 340)
     words = attention.content_words()[:7] if words is None else words
@@ -123,17 +123,17 @@ def plot_layers(picture, attention, head="mean", correction="none", words=None, 
 
 
 def render(figure, kind, dpi=300):
-    """A figure as bytes of a "png", "jpg" or "pdf" file; print resolution unless `dpi` says otherwise."""
+    """A figure as bytes of a "png", "jpg" or "pdf" file; by default in print resolution."""
     data = io.BytesIO()
     quality = {"pil_kwargs": {"quality": 85}} if kind == "jpg" else {}
-    with matplotlib.rc_context({"pdf.fonttype": 42}):  # letters as letters, which publishers ask for
+    with matplotlib.rc_context({"pdf.fonttype": 42}):  # embed TrueType fonts, which publishers require
         figure.savefig(data, format=kind, dpi=dpi, **quality)
     return data.getvalue()
 
 
 def write_maps(path, attention):
-    """The raw maps as .npz: maps (words, layers, heads, rows, columns), words, caption, log_probs, region, and of
-    concepts the names and shares (words, layers, heads, concepts)."""
+    """Write the raw maps as .npz: maps (words, layers, heads, rows, columns), words, caption, log_probs, region, and the
+    concepts' names and shares (words, layers, heads, concepts)."""
     data = io.BytesIO()
     np.savez_compressed(data, maps=attention.maps, words=np.array(attention.words), caption=np.array(attention.caption),
                         log_probs=attention.log_probs, region=np.array(attention.region),

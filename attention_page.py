@@ -1,4 +1,4 @@
-"""A web page on which hovering a word of a caption shows where it looked."""
+"""A web page that shows a word's attention map when hovering over it in the caption."""
 
 import base64
 import html
@@ -104,12 +104,12 @@ for (const entry of entries) {
 
 
 def page_entry(name, picture, attention):
-    """One picture of the page: its JPEG, its words, and their maps in every layer, the mean first, heads averaged."""
+    """The page's data of one picture: its JPEG, its words, and their maps averaged over heads: the layers' mean, then every layer."""
     jpeg = io.BytesIO()
     thumbnail(picture, 640).save(jpeg, "JPEG", quality=85)
     maps = attention.maps.mean(2)  # (W, layers, rows, columns)
     maps = np.concatenate([maps.mean(1, keepdims=True), maps], 1).swapaxes(0, 1)
-    maps = maps / maps.max((1, 2, 3), keepdims=True).clip(1e-12)  # so that 16 bits hold them, layer by layer
+    maps = maps / maps.max((1, 2, 3), keepdims=True).clip(1e-12)  # normalise each layer to store 16 bits
     left, top, right, bottom = (100 * edge for edge in attention.region)
     concepts = [f"{name} {share:.0%}" for name, share in favourite_concepts(attention)]
     return {"name": name, "words": attention.words, "concepts": concepts, "layers": maps.shape[0] - 1, "rows": maps.shape[2],
@@ -123,8 +123,8 @@ def encode64(data):
 
 
 def page(entries, layer="mean", part=False):
-    """A page without outside parts, where hovering a word shows its map: HTML as bytes. `part`: of another page, without a heading."""
-    data = json.dumps(entries, ensure_ascii=False).replace("<", "\\u003c")  # so that no word ends the script
+    """A self-contained page that shows a word's map when hovering over it: HTML as bytes. `part`: without a heading, to embed it."""
+    data = json.dumps(entries, ensure_ascii=False).replace("<", "\\u003c")  # so that no word can close the script element
     colours = ",".join(f"[{r},{g},{b}]" for r, g, b in (255 * COLOURS(range(256))[:, :3]).round().astype(int))
     parts = {"TITLE": html.escape(", ".join(entry["name"] for entry in entries[:3])), "DATA": data,
              "COLOURS": f"[{colours}]", "KIND": "part" if part else "whole", "LAYER": str(0 if layer == "mean" else layer)}

@@ -40,20 +40,20 @@ CONCEPT_SOURCES = "classifier", "clip"
 
 @dataclass
 class CaptionerConfig(PeftConfig):
-    """What joins the encoder to the decoder. With the two weight files it rebuilds the model."""
+    """Settings of the trained part. With the weights of encoder and decoder they rebuild the model."""
 
     encoder: str = option(EMBEDDED, "timm's name of a ViT or a CNN, or several joined by +")
     image_size: int = option(0, "0: the encoder's own")
-    encoder_levels: int = option(0, "how many of a CNN's feature maps make its tokens; 0: up to three")
+    encoder_levels: int = option(0, "number of a CNN's feature maps that become tokens; 0: up to three")
     fusion: str = option("cross", "cross: cross-attention; prefix: image tokens before the text")
-    concepts: int = option(0, "how many things recognised in the image stand as words beside it; 0: none")
-    concept_source: str = option("classifier", "classifier: the encoder's own; clip: the nouns nearest in our CLIP's space")
-    meaning: int = option(0, "tokens that the image's embedding in our CLIP's space makes beside it; 0: none")
-    concept_dropout: float = option(0.2, "part of the concepts left out of a step")
+    concepts: int = option(0, "number of concept words for what is recognised in the image; 0: none")
+    concept_source: str = option("classifier", "classifier: the encoder's own; clip: the nearest nouns in our CLIP's space")
+    meaning: int = option(0, "number of tokens made from the image's embedding by our CLIP; 0: none")
+    concept_dropout: float = option(0.2, "fraction of concepts dropped in training")
     projection_layers: int = option(0, "transformer layers; 0: a linear projection")
-    projection_dim: int = option(384, "width of the image tokens; under fusion prefix always the decoder's")
+    projection_dim: int = option(384, "width of the image tokens; with fusion prefix always the decoder's")
     projection_dropout: float = option(0.3, "of the image tokens")
-    patch_dropout: float = option(0.3, "part of an image's patches left out of a step")
+    patch_dropout: float = option(0.3, "fraction of an image's patches dropped in training")
     dropout: float = option(0.1, "in the decoder")
     cross_dim: int = option(0, "inner width of cross-attention; 0: the decoder's")
 
@@ -64,17 +64,17 @@ class CaptionerConfig(PeftConfig):
             raise UserError(f"unknown concept_source {self.concept_source}: choose from {', '.join(CONCEPT_SOURCES)}")
 
     def concept_words(self, encoder):
-        """The ClassWords that concepts are numbered by; None without concepts. Raises UserError where there is no source."""
+        """The ClassWords, which number the concepts; None without concepts. Raises UserError if the encoder cannot recognise any."""
         if not self.concepts:
             return None
         return ClassWords.of_imagenet() if self.concept_source == "clip" else ClassWords.of_encoder(encoder)
 
     def load_encoder(self, weights=None, runtime="torch"):
-        """The frozen encoder; `weights`: None, or "random" for untrained ones; `runtime`: of pick_runtime."""
+        """The frozen encoder. `weights`: None, or "random" for untrained ones; `runtime`: as from pick_runtime."""
         return load_encoder(self.encoder, self.image_size, self.encoder_levels, weights, runtime)
 
     def load_decoder(self, path):
-        """The frozen decoder of a GPT-2 state dict, with what this configuration adds to it."""
+        """The frozen decoder from a GPT-2 state dict, with the trained parts that this configuration adds."""
         return Decoder.from_pretrained(path, **self.decoder_options())
 
     def decoder_options(self):
@@ -84,13 +84,13 @@ class CaptionerConfig(PeftConfig):
 
 
 class Projection(nn.Module):
-    """Encoder tokens (B, N, D) -> image tokens (B, N, width), normalised; after them a token for each concept, and M for the
-    meaning.
+    """Encoder tokens (B, N, D) -> layer-normalised image tokens (B, N, width), followed by one token per concept and M tokens for
+    the meaning.
 
     Args:
-        concept_dim, meaning_dim: widths of a concept's vector, and of a meaning, if there are any.
+        concept_dim, meaning_dim: widths of the concept and meaning vectors, if used.
         width: of the image tokens; None: `config.projection_dim`.
-        scale: their root mean square to begin with; under fusion "prefix", that of the token embeddings.
+        scale: their initial root mean square; with fusion "prefix", that of the token embeddings.
     """
 
     def __init__(self, config, encoder_dim, num_tokens, width=None, scale=1.0, concept_dim=0, meaning_dim=0):
@@ -118,7 +118,7 @@ class Projection(nn.Module):
         if config.meaning:
             nn.init.normal_(self.meaning.weight)  # of a vector of length 1
         nn.init.constant_(self.norm.weight, scale)
-        for layer in self.layers:  # they start as the identity, since attention learns a linear projection sooner
+        for layer in self.layers:  # initialised as the identity, since attention learns faster from a linear projection
             nn.init.zeros_(layer.attn.c_proj.weight)
             nn.init.zeros_(layer.mlp.c_proj.weight)
 
@@ -126,11 +126,11 @@ class Projection(nn.Module):
         """Image tokens (B, N + K + M, width).
 
         Args:
-            features: (B, N, D); None: of no image, where the rest is all there is.
-            concepts: (B, K, concept_dim); None: none.
-            strengths: (B, K), what the concepts' tokens are multiplied by once they are normalised, so that 0 says nothing.
-            meaning: (B, meaning_dim); None: none.
-            attentions: a list that receives each layer's weights (B, H, S, S) over all S of them.
+            features: (B, N, D); None: no image, only concepts and meaning.
+            concepts: (B, K, concept_dim), or None.
+            strengths: (B, K), factors of the concepts' normalised tokens; 0 removes a concept's information.
+            meaning: (B, meaning_dim), or None.
+            attentions: a list to which each layer's attention weights (B, H, S, S) over all S tokens are appended.
         """
         parts = [] if features is None else [self.patches(features)]
         if concepts is not None:
@@ -141,7 +141,7 @@ class Projection(nn.Module):
         if meaning is not None:
             parts.append(self.meaning(meaning).unflatten(-1, (-1, self.norm.weight.shape[0])))
         x = F.dropout(torch.cat(parts, 1), self.dropout, self.training)
-        all_of_them = LayerContext(image=slice(None))  # image tokens are all that a layer here attends to
+        all_of_them = LayerContext(image=slice(None))  # these layers attend to image tokens only
         for layer in self.layers:
             x = layer(x, all_of_them, attentions=attentions)
         x = self.norm(x)
@@ -150,11 +150,11 @@ class Projection(nn.Module):
         return x
 
     def patches(self, features):
-        """(B, N, D) -> (B, N, width), or in training those of them that patch dropout leaves."""
+        """(B, N, D) -> (B, N, width); in training, fewer patches because of patch dropout."""
         x = self.input(features)
         if self.has_positions:
             x = x + self.positions.weight
-        if self.training and self.patch_dropout:  # the same number from every image (Liu et al. 2022, arXiv:2208.07220)
+        if self.training and self.patch_dropout:  # the same number in every image (Liu et al. 2022, arXiv:2208.07220)
             order = torch.rand(x.shape[:2], device=x.device).argsort(1)
             kept = order[:, :max(1, round(x.shape[1] * (1 - self.patch_dropout)))]
             x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))

@@ -1,11 +1,10 @@
-"""CHAIR, how often a caption makes things up (Rohrbach et al. 2018, https://arxiv.org/abs/1809.02156).
+"""CHAIR, how often captions hallucinate objects (Rohrbach et al. 2018, https://arxiv.org/abs/1809.02156).
 
     scores = Chair(["a cat on a bed"], [["a dog on a bed", "a bed with a dog"]])
 
-Counted are things of COCO's 80 kinds, by their names and synonyms. A caption makes one up where it names a kind that no
-reference of its picture names. The paper also counts what COCO's instance annotations mark in the picture; here the references
-are captions alone, of which five do not name everything that is there: so what is measured is an upper bound, and two numbers
-are comparable only where the references are the same.
+Objects of COCO's 80 categories are found by their names and synonyms. A caption hallucinates a category that it names and none of
+its picture's references names. The paper also uses COCO's instance annotations; here there are only reference captions, and five
+do not name every object in the picture, so the scores are upper bounds, and comparable only for the same references.
 """
 
 import re
@@ -13,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-# Each kind, then its other names; plurals need not be named.
+# Each category, followed by synonyms; plurals are not listed.
 KINDS = """person: people human man woman boy girl child kid baby toddler infant guy gentleman lady player skateboarder skier surfer
     snowboarder rider biker cyclist swimmer batter pitcher catcher umpire soldier policeman officer worker pedestrian crowd adult teenager
     groom bride couple family teammate athlete tourist traveler runner climber
@@ -101,7 +100,7 @@ PHRASES = """traffic light|stop light|traffic signal|fire hydrant|stop sign|stop
     potted plant|house plant|dining table|tv screen|notebook computer|computer mouse|remote control|cell phone|mobile phone|microwave oven|
     teddy bear|stuffed bear|stuffed animal|hair drier|hair dryer|blow dryer|tooth brush"""
 PHRASES = {*re.sub(r"\s*\n\s*", "", PHRASES).split("|")}
-# Words that name another thing together than alone: these count as nothing, or as what stands behind them.
+# Word pairs with another meaning than their words: the category that counts, or none.
 TOGETHER = {"baseball player": "person", "football player": "person", "soccer player": "person", "tennis player": "person",
             "basketball player": "person", "toilet paper": None, "car seat": "chair", "train track": None, "train station": None,
             "bus stop": None, "bus station": None, "bus driver": "person", "orange juice": None, "apple juice": None, "bird house": None,
@@ -112,12 +111,12 @@ TOGETHER = {"baseball player": "person", "football player": "person", "soccer pl
 IRREGULAR = {"men": "man", "women": "woman", "children": "child", "people": "people", "knives": "knives", "mice": "mouse", "geese": "goose",
              "calves": "calf", "skis": "skis", "scissors": "scissors", "oxen": "oxen", "gentlemen": "gentleman", "policemen": "policeman",
              "ladies": "lady", "buses": "bus", "busses": "bus", "glasses": "glass", "oranges": "oranges"}
-YOUNG = {"baby", "adult", "mother", "young"}  # before an animal they are no person
+YOUNG = {"baby", "adult", "mother", "young"}  # before an animal, they do not mean a person
 ANIMALS = {"bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe"}
 
 
 def read_kinds():
-    """{name of one or two words: kind}"""
+    """{name of one or two words: category}"""
     names = {}
     for line in re.sub(r"\n\s+", " ", KINDS).split("\n"):
         kind, others = line.split(":")
@@ -128,7 +127,7 @@ def read_kinds():
                 names[phrase] = kind
                 rest = rest.replace(f" {phrase} ", " ")
         names |= {word: kind for word in rest.split()}
-    # As a colour, "orange" is no fruit: only the plural is counted.
+    # "orange" is often a colour, so only the plural counts.
     names.pop("orange")
     return names
 
@@ -137,7 +136,7 @@ NAMES = read_kinds()
 
 
 def singular(word):
-    """The singular of a noun, as far as it is regular or among IRREGULAR."""
+    """The singular of a noun that is regular or in IRREGULAR."""
     if word in IRREGULAR:
         return IRREGULAR[word]
     for ending, instead in (("ies", "y"), ("sses", "ss"), ("shes", "sh"), ("ches", "ch"), ("xes", "x")):
@@ -147,7 +146,7 @@ def singular(word):
 
 
 def kinds_named(caption):
-    """The kinds of COCO's that a caption names: [kind, …], in its order, as often as it names them."""
+    """The COCO categories that a caption names, in order and with repetitions: [category, …]"""
     words = [singular(word) for word in re.findall(r"[a-z]+(?:'s)?", caption.lower().replace("-", " "))]
     found, place = [], 0
     while place < len(words):
@@ -164,9 +163,9 @@ def kinds_named(caption):
 
 
 class Chair:
-    """CHAIR of captions, one for each picture, given its references, a list of captions each.
+    """CHAIR of captions, one for each picture, given each picture's list of references.
 
-    Attributes: `made_up`, for each picture the kinds that no reference names, as often as the caption names them.
+    Attributes: `made_up`, for each picture the hallucinated categories, with repetitions.
     """
 
     def __init__(self, captions, references):
@@ -176,12 +175,12 @@ class Chair:
 
     @cached_property
     def images(self):
-        """1 for each picture whose caption makes something up, else 0: (n,). Their mean is CHAIRs."""
+        """1 for each picture whose caption hallucinates, else 0: (n,). Their mean is CHAIRs."""
         return np.array([float(bool(kinds)) for kinds in self.made_up])
 
     def scores(self):
-        """{"CHAIRs": part of the captions that make something up, "CHAIRi": part of the things named that are made up,
-        "object recall": part of the kinds that a picture's references name that its caption names}"""
+        """{"CHAIRs": fraction of captions that hallucinate, "CHAIRi": fraction of named objects that are hallucinated,
+        "object recall": fraction of the categories in a picture's references that its caption names}"""
         named, true = sum(map(len, self.named)), sum(map(len, self.true))
         hits = sum(len(true & {*named}) for named, true in zip(self.named, self.true))
         return {"CHAIRs": float(self.images.mean()), "CHAIRi": sum(map(len, self.made_up)) / max(1, named),

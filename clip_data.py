@@ -1,4 +1,4 @@
-"""What our small CLIP learns from: sentences and pictures as its heads meet them, and pictures that no one took."""
+"""Training data of our small CLIP: sentences and pictures as inputs of its heads, and virtual pictures."""
 
 import hashlib
 import json
@@ -11,13 +11,13 @@ from tqdm import tqdm
 
 from clip_small import Summary, mean_of_tokens, run_layers
 
-SAMPLE = 2000  # pictures on which principal components and usual values are measured
+SAMPLE = 2000  # number of pictures for computing principal components and statistics
 
 
 class Sentences:
-    """Sentences as the trained layers meet them: hidden states, kept in a file in fp16, and the encoder's own vectors.
+    """Sentences as inputs of the trained layers: hidden states, cached in a file in fp16, and the frozen encoder's own vectors.
 
-    `starts` (n + 1,): where each sentence's tokens begin among all of them.
+    `starts` (n + 1,): index of each sentence's first token among all tokens.
     """
 
     def __init__(self, texts, encoder, layers, text_hash, folder, batch_size=256):
@@ -52,7 +52,7 @@ class Sentences:
         return len(self.vectors)
 
     def batch(self, numbers):
-        """Sentence numbers (B,) -> hidden states (B, T, C), fp32, and mask (B, T)"""
+        """Sentence indices (B,) -> hidden states (B, T, C), fp32, and mask (B, T)"""
         starts, ends = self.starts[numbers], self.starts[numbers + 1]
         place = torch.arange(int((ends - starts).max())) + starts[:, None]
         mask = (place < ends[:, None]).long()
@@ -78,7 +78,7 @@ class Pictures:
         return len(self.parts.stats)
 
     def batch(self, numbers, views):
-        """Picture numbers and views (B,) -> Summary, fp32, on the CPU"""
+        """Picture and view indices (B,) -> Summary, fp32, on the CPU"""
         return Summary(*(part[numbers, views].float() for part in self.parts))
 
 
@@ -89,11 +89,11 @@ def batches_of(cache, view, batch_size, what):
 
 
 class VirtualPictures:
-    """Pictures that the encoder never saw, as it would see them if its classifier were sure of a class.
+    """Summaries of pictures that do not exist, which the encoder's classifier would confidently assign to a given class.
 
-    Among the training pictures, what else is usual where the logit of a class lies t deviations above its mean? Where all is
-    normally distributed that is linear in t: t times the correlation with the logit. Such a shift of a random picture's
-    summary is a picture of that class, whether or not one was among them.
+    If the logit of a class is t standard deviations above its mean, what is the expected summary? For normal distributions it is
+    linear in t: t times the correlation with the logit. Shifting a random training picture's summary by that gives a picture of
+    the class, even if no training picture shows it.
     """
 
     def __init__(self, pictures, sample=6000):  # on the CPU, as the pictures are
@@ -105,10 +105,10 @@ class VirtualPictures:
         self.cells = logits.t() @ summary.cells.mean(1) / len(some) if summary.cells.shape[-1] else None  # (K, R)
 
     def shift(self, summary, classes, generator):
-        """A Summary of B random pictures, moved to these classes (B,)."""
+        """A Summary of B random pictures, shifted to these classes (B,)."""
         random = torch.rand(3, len(classes), generator=generator)
-        strength = 2 + 6 * random[0, :, None]  # in deviations; real pictures of a class lie 3 to 8 above the mean
-        keep = random[1, :, None]  # of the random picture
+        strength = 2 + 6 * random[0, :, None]  # in standard deviations; real pictures of a class are 3 to 8 above the mean
+        keep = random[1, :, None]  # fraction of the random picture
         sure = 0.2 + 0.7 * random[2, :, None]
         cells = keep[:, :, None] * summary.cells
         if self.cells is not None:

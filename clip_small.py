@@ -1,12 +1,12 @@
-"""Our own small CLIP: what is trained stands on a frozen image encoder and a frozen sentence encoder (p4_clip.py trains it).
+"""Our own small CLIP: trained heads on a frozen image encoder and a frozen sentence encoder (p4_clip.py trains it).
 
     clip = ClipSmall.load("weights/clip_small.safetensors")
     clip.embed_images(clip.encoder(images))         # uint8 (B, 3, S, S) -> (B, width)
     clip.embed_texts(["two dogs in the snow"])      # (1, width)
 
-Both towers come pretrained and stay locked, as in LiT (Zhai et al. 2022, https://arxiv.org/abs/2111.07991), but for the last
-layers of the sentence encoder. Of a picture the head sees three things: mean and deviation of every channel over the
-patches, patches pooled by attention, and the names that the encoder's own ImageNet classifier gives it (ConSE: Norouzi et
+Both towers are pretrained and stay locked, as in LiT (Zhai et al. 2022, https://arxiv.org/abs/2111.07991), except the last
+layers of the sentence encoder. The image head has three inputs: mean and standard deviation of every channel over the
+patches, patches pooled by attention, and the class probabilities of the encoder's own ImageNet classifier (ConSE: Norouzi et
 al. 2014, https://arxiv.org/abs/1312.5650).
 
 Shapes: B images or texts, N patches, D the encoder's width, R the width of a reduced patch, K classes, T text tokens.
@@ -32,24 +32,24 @@ from encoder import EMBEDDED, load_encoder
 from files import WEIGHTS_FOLDER, check_digest, content_hash, digest, digest_of, fingerprints, first_line, read_weights, uninitialised, write_whole
 from runtime import Network
 
-USUAL = "stats_mean", "stats_std", "cell_mean"  # of ImageHead; differences from them are small
+USUAL = "stats_mean", "stats_std", "cell_mean"  # buffers of ImageHead, saved in fp32: differences from them are small
 SMALL_WEIGHTS = WEIGHTS_FOLDER / "clip_small.safetensors"
 TEXT_FOLDER = WEIGHTS_FOLDER / "all-minilm-l6-v2"
 
 
 @dataclass
 class ClipConfig:
-    """With the weights of the two encoders it rebuilds the model."""
+    """Settings of the heads. With the weights of the two encoders they rebuild the model."""
 
     encoder: str = option(EMBEDDED, "timm's name of a ViT or a CNN, or several joined by +")
     image_size: int = option(0, "0: the encoder's own")
-    encoder_levels: int = option(0, "how many of a CNN's feature maps make its tokens; 0: up to three")
+    encoder_levels: int = option(0, "number of a CNN's feature maps that become tokens; 0: up to three")
     width: int = option(512, "of the shared space")
-    attention_heads: int = option(4, "of the pooling over patches; 0: none")
-    cell_dim: int = option(160, "principal components of a patch")
-    classes: bool = option(True, "what the encoder's own classifier says is seen too")
-    text_layers: int = option(0, "last layers of the sentence encoder to train")
-    text_heads: int = option(4, "of the pooling over a sentence's tokens; 0: none")
+    attention_heads: int = option(4, "of the attention pooling over patches; 0: none")
+    cell_dim: int = option(160, "number of principal components kept of a patch")
+    classes: bool = option(True, "also use the class probabilities of the encoder's own classifier")
+    text_layers: int = option(0, "number of the sentence encoder's last layers to train")
+    text_heads: int = option(4, "of the attention pooling over a sentence's tokens; 0: none")
 
     def load_encoder(self, weights=None, runtime="torch"):
         return load_encoder(self.encoder, self.image_size, self.encoder_levels, weights, runtime)
@@ -59,7 +59,7 @@ class TextEncoder:
     """all-MiniLM-L6-v2 (Reimers and Gurevych 2019, https://arxiv.org/abs/1908.10084): sentences -> unit vectors (n, 384).
 
     Args:
-        runtime: of pick_runtime. With "openvino" there is no `model`: `lower` of all layers is what it can do.
+        runtime: as from pick_runtime. With "openvino" there is no `model`, and `lower` can only run all layers.
     """
 
     def __init__(self, folder=None, device="cpu", max_tokens=128, runtime="torch"):
@@ -89,7 +89,7 @@ class TextEncoder:
         return content_hash(self.model.state_dict()) if self.model else self.network.facts["weights_hash"]
 
     def frozen_hash(self, layers):
-        """Content hash of what lies below the last `layers` layers."""
+        """Content hash of all weights below the last `layers` layers."""
         return frozen_hash(self.model, layers) if self.model else self.network.facts["frozen_hash"]
 
     def tokenize(self, sentences):
@@ -98,14 +98,14 @@ class TextEncoder:
         return (torch.tensor([getattr(row, part) for row in rows], device=self.device) for part in ("ids", "attention_mask"))
 
     def count_tokens(self, sentence):
-        """How many tokens the sentence has, the special ones included, before it is cut."""
+        """The number of tokens of a sentence, special ones included, before truncation."""
         self.tokenizer.no_truncation()
         count = len(self.tokenizer.encode(sentence).ids)
         self.tokenizer.enable_truncation(self.max_tokens)
         return count
 
     def lower(self, sentences, layers):
-        """What comes out below the last `layers` layers: hidden (B, T, 384) and mask (B, T)."""
+        """Hidden states (B, T, 384) below the last `layers` layers, and mask (B, T)."""
         ids, mask = self.tokenize(sentences)
         if self.network:
             return self.network(ids, mask), mask
@@ -128,7 +128,7 @@ def read_bert(folder):
     from transformers import BertModel
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # for a tenth of a second
+    logging.disable_progress_bar()  # loading takes a tenth of a second
     return BertModel.from_pretrained(folder).eval().requires_grad_(False)
 
 
@@ -141,7 +141,7 @@ def frozen_hash(bert, layers):
 
 
 class Layers(nn.Module):
-    """All of a BERT's layers, as a module that can be traced: token ids and mask (B, T) -> (B, T, C)."""
+    """All of a BERT's layers as a traceable module: token ids and mask (B, T) -> (B, T, C)."""
 
     def __init__(self, bert):
         super().__init__()
@@ -160,7 +160,7 @@ def trace_bert(folder):
 
 
 def run_layers(hidden, mask, layers):
-    """Hidden states (B, T, C) through these layers of a BERT; tokens whose mask (B, T) is 0 are not looked at."""
+    """Run hidden states (B, T, C) through these layers of a BERT; tokens whose mask (B, T) is 0 are not attended to."""
     shut = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(mask == 0, torch.finfo(hidden.dtype).min)[:, None, None]
     for layer in layers:
         hidden = layer(hidden, attention_mask=shut)
@@ -173,15 +173,15 @@ def mean_of_tokens(hidden, mask):
 
 
 class Summary(NamedTuple):
-    """What the head sees of B pictures."""
+    """The image head's input for B pictures."""
 
-    stats: torch.Tensor  # (B, 2 D), mean 0 and deviation 1 over the training pictures
+    stats: torch.Tensor  # (B, 2 D), mean 0 and standard deviation 1 over the training pictures
     cells: torch.Tensor  # (B, N, R)
-    classes: torch.Tensor  # (B, K), probabilities; K = 0 where the encoder has no classifier
+    classes: torch.Tensor  # (B, K), probabilities; K = 0 if the encoder has no classifier
 
 
 class ImageHead(nn.Module):
-    """A Summary -> image embeddings (B, width), of any length: a sum of what its three parts say."""
+    """A Summary -> unnormalised image embeddings (B, width): the sum of a projection of each of its three parts."""
 
     def __init__(self, config, dim, num_classes):
         super().__init__()
@@ -202,15 +202,15 @@ class ImageHead(nn.Module):
 
     @torch.no_grad()
     def measure(self, batches, encoder):
-        """Set, from tokens of the training pictures (B, N, D), what `summarize` subtracts and divides by, and the principal
-        components of their patches."""
+        """Compute, from tokens of the training pictures (B, N, D), the means and deviations that `summarize` normalises with, and
+        the principal components of their patches."""
         sums = squares = outer = 0.0
         count = 0
         for features in batches:
             patches, stats = statistics(features.to(self.stats_mean.device), encoder)
             sums, squares, count = sums + stats.double().sum(0), squares + stats.double().square().sum(0), count + len(stats)
             if self.config.attention_heads:
-                # Some of the patches, since neighbours are alike; with such a step, of every place as many.
+                # A sample of the patches, since neighbours are similar; such a step samples every position equally often.
                 step = next(step for step in (8, 9, 7, 11, 13) if math.gcd(step, patches.shape[1]) == 1)
                 flat = patches.flatten(0, 1)[::step]
                 outer = outer + flat.t() @ flat / len(flat) * len(stats)
@@ -221,7 +221,7 @@ class ImageHead(nn.Module):
         if self.config.attention_heads:
             values, vectors = torch.linalg.eigh(outer.double() / count - torch.outer(self.cell_mean, self.cell_mean).double())
             best = values.argsort(descending=True)[:self.config.cell_dim]
-            # Whitened, so that no component is heard only because it varies most.
+            # Whitened, so that no component dominates only because of its variance.
             self.components.copy_(vectors[:, best] / values[best].clamp(min=1e-6).sqrt())
 
     def summarize(self, features, encoder):
@@ -231,27 +231,27 @@ class ImageHead(nn.Module):
         return Summary((stats - self.stats_mean) / self.stats_std, patches @ self.components - self.cell_mean @ self.components, classes)
 
     def forward(self, summary, dropout=0.0):
-        """`dropout` is of the statistics, and half as much of the pooled patches."""
+        """`dropout` applies to the statistics, half of it to the pooled patches."""
         x = self.stats(F.dropout(summary.stats, dropout, dropout > 0))
         if self.config.attention_heads:
             weights = self.gates(summary.cells).softmax(1)  # (B, N, H)
             seen = (weights.transpose(1, 2) @ summary.cells).flatten(1)  # (B, H R)
             x = x + self.values(F.dropout(seen, dropout / 2, dropout > 0))
         if self.num_classes:
-            x = x + self.names(summary.classes.sqrt())  # the root: a likely class is not all that there is
+            x = x + self.names(summary.classes.sqrt())  # the square root gives less likely classes more weight
         return x
 
 
 def statistics(features, encoder):
-    """Tokens (B, N, D) -> the patches among them, fp32, and mean and deviation of each channel over these (B, 2 D)"""
+    """Tokens (B, N, D) -> the patches among them, fp32, and mean and standard deviation of each channel over them (B, 2 D)"""
     patches = features[:, features.shape[1] - encoder.grid[0] * encoder.grid[1]:].float()  # without class tokens
     deviation, mean = torch.std_mean(patches, 1)
     return patches, torch.cat([mean, deviation], -1)
 
 
 class TextHead(nn.Module):
-    """Hidden states below the trained layers -> text embeddings (B, width), of any length: what the mean of the tokens says, and
-    tokens pooled by attention, since a caption's few nouns are what a picture shows."""
+    """Hidden states below the trained layers -> unnormalised text embeddings (B, width): the sum of projections of the tokens' mean
+    and of tokens pooled by attention, since a picture shows a caption's few nouns."""
 
     def __init__(self, config, text):
         super().__init__()
@@ -267,7 +267,7 @@ class TextHead(nn.Module):
             nn.init.normal_(self.values.weight, std=0.3 * (self.heads * text.dim) ** -0.5)
 
     def forward(self, hidden, mask, dropout=0.0):
-        """(B, T, 384), (B, T) -> (B, width); in training, a part `dropout` of the tokens is not looked at."""
+        """(B, T, 384), (B, T) -> (B, width); in training, a fraction `dropout` of the tokens is masked."""
         if dropout:
             kept = torch.rand(mask.shape, device=mask.device) >= dropout
             kept[:, 0] = True
@@ -276,7 +276,7 @@ class TextHead(nn.Module):
         vectors = F.normalize(mean_of_tokens(hidden, mask), dim=-1) * hidden.shape[-1] ** 0.5
         x = self.output(F.dropout(vectors, dropout, dropout > 0))
         if self.heads:
-            hidden = 3 * hidden  # its deviation is a third
+            hidden = 3 * hidden  # its standard deviation is a third
             weights = self.gates(hidden).masked_fill(mask[:, :, None] == 0, -torch.inf).softmax(1)  # (B, T, heads)
             seen = (weights.transpose(1, 2) @ hidden).flatten(1)
             x = x + self.values(F.dropout(seen, 2 * dropout, dropout > 0))
@@ -287,8 +287,8 @@ class ClipSmall(nn.Module):
     """Two frozen encoders, `encoder` and `text`, and the two heads that are trained, `image_head` and `text_head`.
 
     Args:
-        encoder: of `config.load_encoder`.
-        text: a TextEncoder; its last layers become the model's own where `config.text_layers` says so.
+        encoder: as from `config.load_encoder`.
+        text: a TextEncoder; its last `config.text_layers` layers become part of the model.
     """
 
     def __init__(self, config, encoder, text):
@@ -299,25 +299,25 @@ class ClipSmall(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def trained_parameters(self):
-        """All that training changes, by name."""
+        """The trained parameters, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if not name.startswith("encoder.")}
 
     def embed_images(self, features):
-        """Tokens of the encoder (B, N, D) -> (B, width), of any length"""
+        """Tokens of the encoder (B, N, D) -> (B, width), unnormalised"""
         return self.image_head(self.image_head.summarize(features, self.encoder))
 
     def embed_texts(self, texts):
-        """List of B strings -> (B, width), of any length"""
+        """List of B strings -> (B, width), unnormalised"""
         return self.text_head(*self.text.lower(texts, self.config.text_layers))
 
     def _apply(self, *arguments, **options):
-        """Where the model goes, the sentence encoder goes too, which is none of its submodules."""
+        """Move the sentence encoder along with the model, since it is not a submodule."""
         if self.text.model:
             self.text.model._apply(*arguments, **options)
         return super()._apply(*arguments, **options)
 
     def save(self, path, training, scores=None):
-        """Write the heads in fp16, what is usual in fp32, and in the metadata all that `load` needs to rebuild the model."""
+        """Write the heads in fp16, their statistics in fp32, and in the metadata all that `load` needs to rebuild the model."""
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()
                  if not name.startswith("encoder.")}
         tensors = {name: value if name.endswith(USUAL) else value.half() for name, value in state.items()}
@@ -328,16 +328,16 @@ class ClipSmall(nn.Module):
 
     @property
     def text_digest(self):
-        """Content hash of all that embeds texts."""
+        """Content hash of all weights that embed texts."""
         return hashlib.sha256(f"{self.text.weights_hash} {content_hash(self.text_head.state_dict())}".encode()).hexdigest()
 
     @classmethod
     def load(cls, path, encoder=None, text=None, runtime="torch"):
-        """Rebuild the model for inference. Raises UserError where the encoders' weights are not those of the training.
+        """Rebuild the model for inference. Raises UserError if the encoders' weights are not those of the training.
 
         Args:
-            encoder, text: if they are there already; else they are loaded.
-            runtime: of pick_runtime, for those that are loaded.
+            encoder, text: if already loaded; None: load them.
+            runtime: as from pick_runtime, for those loaded here.
         """
         if not Path(path).is_file():
             raise UserError(f"{path} is not here: it comes with this repository, `git checkout -- weights` brings it back")
@@ -369,11 +369,11 @@ class ClipSmall(nn.Module):
 
 
 class Folds:
-    """What image heads that have not seen a picture say of it, in the space of a finished model's texts (p4_clip.py --folds).
+    """Embeddings of pictures by image heads not trained on them, in the text space of a finished model (p4_clip.py --folds).
 
     Args:
-        path: what p4_clip.py wrote.
-        text_digest: of the ClipSmall whose texts they are to be compared with. Raises UserError where it is another.
+        path: file written by p4_clip.py.
+        text_digest: of the ClipSmall whose text embeddings they will be compared with. Raises UserError if it is another.
     Attributes: `embeddings` (n, views, width), fp16; `numbers`, {fingerprint of a picture: its number}.
     """
 
@@ -390,18 +390,18 @@ class Folds:
 
     @staticmethod
     def save(path, embeddings, pictures, text_digest, training):
-        """Embeddings (n, views, width) of pictures, which `fingerprints` names."""
+        """Write the embeddings (n, views, width) of pictures, given by their `fingerprints`."""
         write_whole(path, save({"embeddings": embeddings.half().contiguous()}, {"clip_folds": json.dumps(
             {"pictures": pictures, "texts": text_digest, "training": training})}))
 
     @property
     def digest(self):
-        """Hash of all that it says, wherever the file lies."""
+        """Hash of the content, independent of the file's location."""
         pictures = json.dumps([*self.numbers]).encode()
         return hashlib.sha256(content_hash({"embeddings": self.embeddings}).encode() + pictures).hexdigest()
 
     def of(self, paths, views=1):
-        """Embeddings of these pictures (n, views, width), fp32. Raises UserError where one is missing, or a view."""
+        """Embeddings of these pictures (n, views, width), fp32. Raises UserError if a picture or view is missing."""
         found = fingerprints(paths)
         missing = [name for name, *rest in found if (name, *rest) not in self.numbers]
         if missing or views > self.embeddings.shape[1]:
@@ -411,7 +411,7 @@ class Folds:
 
 
 def contrastive_loss(images, texts, scale):
-    """CLIP's: cross-entropy of each image among the texts and of each text among the images; unit vectors (B, C)."""
+    """CLIP's loss: cross-entropy of each image among the texts and of each text among the images; unit vectors (B, C)."""
     with torch.autocast(images.device.type, enabled=False):  # half precision is too coarse for a scale of 100
         logits = scale * images.float() @ texts.float().t()
     labels = torch.arange(len(logits), device=logits.device)
@@ -419,9 +419,9 @@ def contrastive_loss(images, texts, scale):
 
 
 def multi_positive_loss(images, texts, owners, scale):
-    """CLIP's loss where a picture has several texts: unit vectors (B, C) and (M, C), and each text's picture (M,).
+    """CLIP's loss for pictures with several texts: unit vectors (B, C) and (M, C), and each text's picture index (M,).
 
-    A text is to find its picture among all; a picture each of its texts among the other pictures' texts.
+    Cross-entropy of a text's picture among all pictures, and of each of a picture's texts among the other pictures' texts.
     """
     logits = scale * texts @ images.t()  # (M, B)
     to_image = F.cross_entropy(logits, owners)
@@ -433,8 +433,8 @@ def multi_positive_loss(images, texts, owners, scale):
 
 
 def keep_loss(embeddings, vectors, scale):
-    """How far the likenesses of sentences to each other, unit vectors (B, C), are from those that the sentence encoder sees
-    (B, 384): cross-entropy of one softmax over the others to the other, less its entropy."""
+    """How much the similarities between sentences, unit vectors (B, C), differ from those in the sentence encoder's space (B, 384):
+    the KL divergence between the softmaxes over each sentence's similarities to the others."""
     own = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
     target = (scale * vectors @ vectors.t()).masked_fill(own, -torch.inf).log_softmax(-1).masked_fill(own, 0)
     found = (scale * embeddings @ embeddings.t()).masked_fill(own, -torch.inf).log_softmax(-1).masked_fill(own, 0)

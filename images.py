@@ -1,4 +1,4 @@
-"""Pictures in, tensors out: which files of a folder are pictures, and how a person would see each."""
+"""Read pictures as tensors: find the image files of a folder, and decode each as a viewer would show it."""
 
 import sys
 import threading
@@ -15,24 +15,24 @@ from PIL import ExifTags, Image, ImageOps, features
 from cli import UserError, printable
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
-PHONES = {".heic", ".heif"}  # which a package of its own reads
-# Pictures too, but not read here: a folder's are named when they are passed over.
+PHONES = {".heic", ".heif"}  # read by a separate package
+# Images in formats that are not supported: they are skipped with a message.
 OTHER_SUFFIXES = {".svg", ".jp2", ".jxl", ".psd", ".ico", ".tga", ".ppm", ".pgm", ".eps", ".pdf", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
-# What is read, whatever a file's name says. Some of Pillow's other formats start programs.
+# The formats that are read, whatever a file's suffix. Some of Pillow's others start programs.
 FORMATS = ["JPEG", "PNG", "BMP", "DIB", "WEBP", "GIF", "TIFF"] + ["AVIF"] * features.check("avif")
-Image.MAX_IMAGE_PIXELS = None  # PIL's own bound knows one number for all formats
-MOST_PIXELS = {"JPEG": 2**28, "other": 2**27}  # a phone's 200 megapixels are JPEGs, which decode at a fraction of their size
+Image.MAX_IMAGE_PIXELS = None  # PIL's own limit is the same for all formats
+MOST_PIXELS = {"JPEG": 2**28, "other": 2**27}  # phones write JPEGs of 200 megapixels, which can be decoded at reduced size
 NODATA = 42113  # GDAL's TIFF tag
-MOST_SCANS = 200  # of a progressive JPEG, which has ten or so; each is decoded over all of the picture
-LARGE = 30_000_000  # pixels of a picture beside which no other such is decoded
+MOST_SCANS = 200  # of a progressive JPEG, which usually has ten or so; decoding each costs a pass over the whole picture
+LARGE = 30_000_000  # pixels; of larger pictures, only one is decoded at a time
 LARGE_ONE = threading.Lock()
 
-# PIL warns of large pictures and of odd EXIF blocks. Once for all: catch_warnings is not for threads.
+# PIL warns of large pictures and of odd EXIF blocks. Filtered globally, since catch_warnings is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def image_files(folder):
-    """Paths of the folder's own image files, sorted by name. Raises UserError where there are none."""
+    """Paths of the image files in the folder itself, sorted by name. Raises UserError if there are none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the image folder {folder} does not exist" if not folder.exists()
@@ -53,7 +53,7 @@ def image_files(folder):
 
 
 def not_a_folder(path):
-    """Whether a file is there, or something that cannot be asked about: a name of a picture is then a picture's, to be named."""
+    """Whether a path is a file, or cannot be checked: such a path counts as a picture, so that it is reported as unreadable."""
     try:
         return path.is_file()
     except OSError:
@@ -61,7 +61,7 @@ def not_a_folder(path):
 
 
 def list_images(folder):
-    """`image_files` as {stem: path}; stems are the keys of predictions, so no two may be the same."""
+    """`image_files` as {stem: path}. Stems are the keys of predictions: raises UserError if two are the same."""
     images = {}
     for path in image_files(folder):
         if path.stem in images:
@@ -76,11 +76,11 @@ class ImageError(Exception):
 
 
 def load_image(path, side=None):
-    """Read a picture as a person would see it: upright, first frame, on white where transparent.
+    """Read a picture as a viewer shows it: upright, first frame, transparency on white.
 
     Args:
-        side: length in pixels that is needed; a larger JPEG, or a huge picture of another format, is decoded or shrunk to a
-            fraction of its size, three times `side` or more, which is visually the same, much faster, and takes less memory.
+        side: needed side length in pixels; larger JPEGs, and huge pictures of other formats, are decoded or shrunk to a
+            fraction of their size, at least three times `side`, which looks the same, is much faster, and takes less memory.
     Returns an RGB PIL image. Raises ImageError.
     """
     try:
@@ -90,7 +90,7 @@ def load_image(path, side=None):
                 if side:
                     image.draft(None, (3 * side, 3 * side))
                 image.load()
-                turn, tags = orientation(image), getattr(image, "tag_v2", {})  # which a shrunk copy would lack
+                turn, tags = orientation(image), getattr(image, "tag_v2", {})  # a shrunk copy has none
                 image = to_rgb(shrink(image, 3 * side) if side and pixels > LARGE else image, tags)
                 return image.transpose(UPRIGHT[turn]) if turn in UPRIGHT else image
     except ImageError:
@@ -104,10 +104,10 @@ def load_image(path, side=None):
 
 
 def open_image(path):
-    """Open a picture, its pixels not decoded yet. Raises ImageError for one that would take minutes or gigabytes."""
+    """Open a picture without decoding its pixels. Raises ImageError if decoding would take minutes or gigabytes."""
     if Path(path).suffix.lower() in PHONES and "HEIF" not in FORMATS:
         try:
-            from pillow_heif import register_heif_opener  # not before it is needed
+            from pillow_heif import register_heif_opener  # optional package
         except ImportError:
             raise ImageError("pictures of its kind need a package: pip install pillow-heif") from None
         register_heif_opener()
@@ -118,7 +118,7 @@ def open_image(path):
     if pixels > most:
         reason = f"its size in pixels is absurd: {pixels / 1e6:.0f} million, more than {most / 1e6:.0f}"
     elif image.info.get("progressive"):
-        # Within a scan a byte FF is followed by 00, so these two bytes are nothing but a scan's beginning.
+        # Within a scan, a byte FF is followed by 00, so these two bytes always start a scan.
         scans = Path(path).read_bytes().count(b"\xff\xda")
         if scans > MOST_SCANS:
             reason = f"decoding its {scans:,} scans would take too long"
@@ -129,7 +129,7 @@ def open_image(path):
 
 
 def shrink(image, side):
-    """A copy with sides a whole number of times smaller, of at least `side` pixels, as a mean over pixels; or the image itself."""
+    """A copy reduced by an integer factor, with sides of at least `side` pixels, as a mean over pixels; or the image itself."""
     factor = min(image.size) // side
     if factor < 2:
         return image
@@ -139,27 +139,27 @@ def shrink(image, side):
         return image.reduce(factor)
     return image.resize([length // factor for length in image.size], Image.Resampling.NEAREST)  # palettes, 16 bits
 def thumbnail(picture, pixels):
-    """A copy of the picture with at most so many pixels on its longer side."""
+    """A copy whose longer side has at most so many pixels."""
     picture = picture.copy()
     picture.thumbnail((pixels, pixels), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return picture
 
 
-# EXIF's orientations, as what turns such a picture upright.
+# EXIF orientation -> the transposition that turns such a picture upright.
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 
 def orientation(image):
-    """How its EXIF data says that it lies, of which nothing else has to be in order; None where it says nothing."""
+    """The EXIF orientation, even if other EXIF data is damaged; None if there is none."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # whatever damaged EXIF data makes of PIL: the picture is there all the same
+    except Exception:  # PIL raises many kinds for damaged EXIF data; the picture may still be readable
         return None
 
 
 def load_picture(path, size):
-    """`load_image` for those who cannot do without the picture. Raises UserError, which names it."""
+    """`load_image`, but an unreadable picture raises UserError with its path."""
     try:
         return load_image(path, size)
     except ImageError as error:
@@ -167,12 +167,12 @@ def load_picture(path, size):
 
 
 def to_rgb(image, tags=None):
-    """Any PIL mode -> RGB. `tags`: of the TIFF that it was, by number."""
-    if image.mode.startswith(("I", "F")):  # 16 and 32 bits, which PIL's own conversion clips at 255
+    """Any PIL mode -> RGB. `tags`: {number: value}, if the file is a TIFF."""
+    if image.mode.startswith(("I", "F")):  # 16 and 32 bits: PIL's own conversion clips at 255
         tags = tags or {}
         grey = Image.fromarray(tones(np.asarray(image, dtype=np.float32), str(tags.get(NODATA, "")).strip("\0 ")))
         if image.mode.startswith("I;16") and tags.get(ExifTags.Base.PhotometricInterpretation) == 0:
-            grey = ImageOps.invert(grey)  # "min is white": PIL turns those of 8 bits itself
+            grey = ImageOps.invert(grey)  # "min is white": PIL itself inverts only 8 bits
         return grey.convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -184,8 +184,8 @@ def to_rgb(image, tags=None):
 def tones(values, nodata=""):
     """Grey values of any range (rows, columns) -> uint8, as a viewer shows them.
 
-    The range is that of the fewest bits that hold all values, or from 0 to 1; else, since there is none agreed on, from the
-    least to the greatest. What is not finite, or stands for "no data", is black.
+    The range is that of the fewest bits that hold all values, or 0 to 1; if neither applies, from minimum to maximum, since there
+    is no convention. Values that are not finite, or mean "no data", become black.
     """
     values = np.asarray(values, np.float64)
     known = np.isfinite(values)
@@ -203,9 +203,9 @@ def tones(values, nodata=""):
 
 
 def resize_to_square(image, size):
-    """RGB PIL image of any size -> uint8 tensor (3, size, size): the whole picture, aspect ignored, bicubic."""
+    """RGB PIL image of any size -> uint8 tensor (3, size, size): the whole picture, aspect ratio ignored, bicubic."""
     if image.size != (size, size):
-        # reducing_gap: box-shrink big photographs to 3 times the target first, visually the same, much faster
+        # reducing_gap: first box-filter large pictures to 3 times the target size, which looks the same and is much faster
         image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
 
@@ -214,9 +214,9 @@ def read_batches(batches, read, workers=4, waiting=3):
     """Read pictures in threads while the caller computes.
 
     Args:
-        batches: of paths, or of anything else that `read` takes one of; it may raise ImageError.
-        waiting: batches, at most, that are read and not asked for yet.
-    Yields, for each batch, [(path, what `read` made of it or the ImageError), …].
+        batches: lists of paths, or of any other argument of `read`, which may raise ImageError.
+        waiting: maximum number of batches to read in advance.
+    Yields, for each batch, [(path, result of `read` or the ImageError), …].
     """
 
     def attempt(path):
@@ -236,9 +236,9 @@ def read_batches(batches, read, workers=4, waiting=3):
 
 
 def load_ahead(paths, preprocess, side, batch_size, workers=4):
-    """`read_batches` of pictures that become tensors.
+    """`read_batches` of pictures as tensors.
 
-    Yields (paths, images uint8 (B, 3, S, S) or None, [(path, ImageError), …] of those that could not be read).
+    Yields (paths, images uint8 (B, 3, S, S) or None, [(path, ImageError), …] of unreadable pictures).
     """
     paths = list(paths)
     batches = (paths[start:start + batch_size] for start in range(0, len(paths), batch_size))
@@ -249,7 +249,7 @@ def load_ahead(paths, preprocess, side, batch_size, workers=4):
 
 
 def ahead(function, items, count=2):
-    """`function` of each item, in order, worked out by a thread while the caller is busy with earlier ones."""
+    """Yield `function` of each item, in order, computed by a thread up to `count` items ahead of the caller."""
     with ThreadPoolExecutor(1) as pool:
         waiting = deque()
         for item in items:

@@ -1,4 +1,4 @@
-"""A LLaVA of `transformers`: its settings, loading it, asking it about pictures."""
+"""A LLaVA of `transformers`: settings, loading, and answering questions about pictures."""
 
 import re
 import sys
@@ -17,25 +17,25 @@ from runtime import pick_runtime
 
 BIG = WEIGHTS_FOLDER / "llava-1.5-7b-hf"
 SMALL = WEIGHTS_FOLDER / "llava_small"
-ROOM = {False: 19e9, True: 8e9}  # bytes that the 7B needs on a GPU, in half precision and in 4 bits, to answer 8 at a time
-LOADING_ERRORS = OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError  # of from_pretrained, for what is wrong
-SIDE = 336  # pixels that LLaVA-1.5 sees; photographs are decoded at three times that or more
+ROOM = {False: 19e9, True: 8e9}  # bytes that the 7B needs on a GPU, in half precision and in 4 bits, for a batch of 8
+LOADING_ERRORS = OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError  # raised by from_pretrained
+SIDE = 336  # input size of LLaVA-1.5; large pictures are decoded at three times that or more
 
 
 @dataclass
 class LlavaSettings:
-    """What LLaVA is told, and how it answers; the names of `transformers` where it has one."""
+    """The prompt and the generation settings, with the names of `transformers` if it has them."""
 
-    instruction: str = option("Please give me a one sentence caption about the image.", "what it is told beside the picture")
+    instruction: str = option("Please give me a one sentence caption about the image.", "prompt given with the picture")
     max_new_tokens: int = option(40, "of an answer")
     num_beams: int = option(1, "1: no beam search")
-    temperature: float = option(0.0, "of the drawing; 0: the likeliest words")
-    top_p: float = option(1.0, "draw from the likeliest tokens of so much probability")
-    top_k: int = option(0, "draw from so many; 0: all")
+    temperature: float = option(0.0, "of sampling; 0: no sampling")
+    top_p: float = option(1.0, "sample from the likeliest tokens with this total probability")
+    top_k: int = option(0, "sample from so many likeliest tokens; 0: all")
     repetition_penalty: float = 1.0
-    length_penalty: float = option(1.0, "of beams: above 0 favours long answers")
-    one_sentence: bool = option(False, "cut answers after their first sentence")
-    seed: int = option(0, "of the drawing")
+    length_penalty: float = option(1.0, "of beam search: above 0 favours long answers")
+    one_sentence: bool = option(False, "truncate answers after their first sentence")
+    seed: int = option(0, "of sampling")
 
     def __post_init__(self):
         if not isinstance(self.instruction, str):
@@ -45,7 +45,7 @@ class LlavaSettings:
             raise UserError("temperature must be at least 0, top_p in (0, 1] and repetition_penalty above 0")
 
     def generation(self):
-        """The arguments of `generate`; those that would be ignored are None, whatever the model's own defaults."""
+        """The arguments of `generate`; those that would be ignored are None, to override the model's own defaults."""
         sampling, beams = self.temperature > 0, self.num_beams > 1
         return {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": sampling,
                 "temperature": self.temperature if sampling else None, "top_p": self.top_p if sampling else None,
@@ -54,15 +54,15 @@ class LlavaSettings:
 
 
 class Llava:
-    """A LlavaForConditionalGeneration and its processor, frozen, on the device that is there.
+    """A frozen LlavaForConditionalGeneration and its processor, on the available device.
 
     Args:
         name: a folder, or a name on the model hub.
-        load_in_4bit: 4-bit weights through bitsandbytes, on CUDA.
-        attention: "sdpa", or "eager", which alone gives its weights.
-        runtime: of pick_runtime: what encodes pictures on a CPU, where the vision tower is vision_tower.py's, and speaks, where `many`.
-        many: whether so much will be asked that it pays to spend seconds on making a small language model faster, by llava_runtime.py.
-    Raises UserError for what is no LLaVA, or not to be had.
+        load_in_4bit: 4-bit weights by bitsandbytes, on CUDA.
+        attention: "sdpa", or "eager", the only one that returns attention weights.
+        runtime: as from pick_runtime: runs the vision tower on a CPU if it is vision_tower.py's, and with `many` the language model.
+        many: whether there are enough questions that compiling a small language model by llava_runtime.py, which takes seconds, pays off.
+    Raises UserError if it is not a LLaVA or cannot be loaded.
     """
 
     def __init__(self, name, load_in_4bit=False, attention="sdpa", runtime="auto", many=True):
@@ -77,7 +77,7 @@ class Llava:
         try:
             from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
-            import vision_tower  # so that folders with our encoders are read too
+            import vision_tower  # registers our encoders
         except ImportError:
             raise UserError("LLaVA needs transformers: pip install -c constraints.txt transformers") from None
         try:
@@ -107,7 +107,7 @@ class Llava:
         self.model.lm_head.register_forward_hook(partial(never, self.model.config.image_token_id))
 
     def compile_language(self):
-        """Let a small language model speak through OpenVINO; one that it cannot take stays with PyTorch, and a line says so."""
+        """Run a small language model in OpenVINO; if that cannot run it, it stays in PyTorch, with a message."""
         from llava_runtime import MOST_PARAMETERS, compile_language
 
         if sum(value.numel() for value in self.model.model.language_model.parameters()) > MOST_PARAMETERS:
@@ -128,7 +128,7 @@ class Llava:
         return self.conversation([(instruction, None)])
 
     def conversation(self, turns):
-        """The text around a picture, of a talk about it: turns are (what was asked, what was answered), of the last None."""
+        """The prompt of a conversation about a picture. Turns are (question, answer); the last answer is None."""
         turns = [(asked.replace(self.processor.image_token, " ").strip(), answered) for asked, answered in turns]
         if not self.processor.chat_template:
             asked = [f"USER: {self.processor.image_token}\n{turns[0][0]} ASSISTANT:", *(f"USER: {text} ASSISTANT:" for text, _ in turns[1:])]
@@ -143,11 +143,12 @@ class Llava:
 
     @torch.inference_mode()
     def talk(self, picture, turns, settings, stopped):
-        """Answer the last of some turns about a picture, and yield what is said so far: word by word with one beam, at once with more.
+        """Answer the last turn of a conversation about a picture; yields the answer so far: word by word with one beam, else only when
+        complete.
 
         Args:
-            turns: of `conversation`.
-            stopped: a threading.Event that ends it early.
+            turns: as for `conversation`.
+            stopped: a threading.Event that stops the generation.
         """
         from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
@@ -168,7 +169,7 @@ class Llava:
             try:
                 with torch.inference_mode():
                     self.model.generate(**inputs, **options, streamer=streamer)
-            except Exception as error:  # of another thread: it is raised in this one
+            except Exception as error:  # in another thread: raised again in this one
                 failed.append(error)
                 streamer.end()
 
@@ -186,13 +187,13 @@ class Llava:
             raise failed[0]
 
     def inputs(self, pictures, instructions):
-        """RGB PIL images and as many instructions -> the tensors that the model takes, texts padded on the left."""
+        """RGB PIL images and as many instructions -> the model's input tensors, with left padding."""
         inputs = self.processor(images=pictures, text=[self.prompt(text) for text in instructions], padding=True,
                                 return_tensors="pt")
         return inputs.to(self.model.device, self.model.dtype)
 
     def generate(self, inputs, settings):
-        """What the model says after `inputs`: token ids (B, T), padded behind their ends."""
+        """Generate answers to `inputs`: token ids (B, T), padded after their ends."""
         tokens = self.model.generate(**inputs, **self.generation(settings))
         return tokens[:, inputs["input_ids"].shape[1]:]
 
@@ -202,7 +203,7 @@ class Llava:
 
     @torch.inference_mode()
     def answer(self, pictures, instructions, settings, seed=0):
-        """Answers, and nothing but them: RGB PIL images (B) and an instruction for each -> B strings. Raises UserError."""
+        """Answers without their prompts: RGB PIL images (B) and an instruction for each -> B strings. Raises UserError."""
         torch.manual_seed(seed)
         try:
             texts = self.texts(self.generate(self.inputs(pictures, instructions), settings))
@@ -213,18 +214,18 @@ class Llava:
 
 
 def never(token, head, inputs, logits):
-    """A forward hook of a language model's head: this token is not to be said."""
+    """A forward hook of a language model's head that suppresses this token."""
     logits[..., token] = torch.finfo(logits.dtype).min
 
 
 def without_bos(text, tokenizer):
-    """What a chat template gave, without the token of its start where tokenizing adds that anyway."""
+    """The output of a chat template, without its start token if tokenizing adds it again."""
     added = tokenizer.bos_token and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
     return text.removeprefix(tokenizer.bos_token) if added else text
 
 
 def four_bits(device):
-    """The options of from_pretrained for 4-bit weights. Raises UserError where they cannot be had."""
+    """The options of from_pretrained for 4-bit weights. Raises UserError if they are not supported."""
     if device != "cuda":
         raise UserError("--load_in_4bit needs a GPU with CUDA, and there is none")
     if not find_spec("bitsandbytes"):
@@ -236,7 +237,7 @@ def four_bits(device):
 
 
 def first_sentence(text):
-    """The text up to its first full stop, question or exclamation mark; an abbreviation's stop ends nothing."""
+    """The text up to its first full stop, question or exclamation mark; full stops of abbreviations do not count."""
     for end in re.finditer(r"[.!?]+[\"'”’)]*(?=\s|$)", text):
         if not re.search(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Jr|No|vs|etc|approx|[A-Za-z])|\b[ap]\.m|\b[ie]\.[eg])\.$", text[:end.end()]):
             return text[:end.end()]
@@ -244,7 +245,7 @@ def first_sentence(text):
 
 
 def default_model(load_in_4bit=False):
-    """The 7B where a GPU has room and its weights are there, else the small one. Raises UserError where neither is."""
+    """The 7B if it fits on the GPU and its weights exist, else the small one. Raises UserError if neither exists."""
     if BIG.is_dir() and torch.cuda.is_available():
         free = sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
         if free > ROOM[load_in_4bit]:

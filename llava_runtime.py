@@ -1,9 +1,9 @@
-"""The language model of a small LLaVA on a CPU through OpenVINO: what PyTorch computes, in half of its time or less.
+"""The language model of a small LLaVA on a CPU through OpenVINO: the same outputs as PyTorch's, in half of its time or less.
 
-The keys and values of a text stay within OpenVINO from step to step, and a text that has ended takes no more time. Whatever
-`transformers` generates with, it asks as it would ask PyTorch's.
+The key-value cache stays in OpenVINO from step to step, and texts that have ended take no more time. `transformers` generates
+with it in the same way as with PyTorch's model.
 
-Shapes: B rows, T tokens of each that are read at once, S that were read before, C channels, V tokens of the vocabulary.
+Shapes: B rows, T new tokens of each, S cached tokens, C channels, V tokens of the vocabulary.
 """
 
 import torch
@@ -17,14 +17,14 @@ from files import first_line
 from masks import additive_mask, sliding_window
 from runtime import Network, infer, kept_signal_stack
 
-MOST_PARAMETERS = 1_000_000_000  # of a language model; OpenVINO holds its weights a second time while it takes them over
+MOST_PARAMETERS = 1_000_000_000  # of a language model; while it is compiled, its weights are in memory twice
 FIXED_INPUTS = 5  # of Step, before the keys and values
 
 
 def folded_attention(module, query, key, value, mask, scaling=None, dropout=0.0, **options):
-    """Attention whose query heads that share a key stand in a row as further positions, so that no key is copied for them.
+    """Grouped-query attention that treats the query heads of a key head as further positions, so that keys are not copied.
 
-    (B, heads, T, d), (B, key heads, S + T, d) twice, (B, 1, T, S + T) -> (B, T, heads, d), None, as `transformers` wants it.
+    (B, heads, T, d), (B, key heads, S + T, d) twice, (B, 1, T, S + T) -> (B, T, heads, d), None, the interface of `transformers`.
     """
     batch, heads, length, dim = query.shape
     shared = heads // key.shape[1]
@@ -37,7 +37,7 @@ AttentionInterface.register("folded", folded_attention)
 
 
 class Past:
-    """Keys and values as tensors, in the form of a cache, for tracing: those of `rows`, to which each layer adds its own."""
+    """A traceable cache of key and value tensors: selects their `rows`, and each layer appends its new ones."""
 
     def __init__(self, tensors, rows):
         self.tensors, self.rows = list(tensors), rows
@@ -53,15 +53,15 @@ class Past:
 
 
 class Step(nn.Module):
-    """One pass of a language model, as OpenVINO is to take it."""
+    """One forward pass of a language model, in a form that OpenVINO can convert."""
 
     def __init__(self, language):
         super().__init__()
         self.language, self.by_type = language, bool(getattr(language.config, "layer_types", None))
 
     def forward(self, embeddings, positions, full, near, rows, *past):
-        """(B, T, C), (B, T), additive masks (B, 1, T, S + T) of the layers that see all and of those with a window, (B) and the keys and
-        values (rows before, key heads, S, d) -> (B, T, C), and keys and values (B, key heads, S + T, d)"""
+        """(B, T, C), (B, T), additive masks (B, 1, T, S + T) for layers with full and with sliding-window attention, (B), and cached keys
+        and values (previous rows, key heads, S, d) -> (B, T, C), and keys and values (B, key heads, S + T, d)"""
         past = Past(past, rows)
         mask = {"full_attention": full, "sliding_attention": near} if self.by_type else torch.minimum(full, near)
         hidden = self.language(inputs_embeds=embeddings, position_ids=positions, use_cache=True, past_key_values=past,
@@ -70,7 +70,7 @@ class Step(nn.Module):
 
 
 class CompiledCache(Cache):
-    """What `transformers` knows of the keys and values that OpenVINO holds: how many there are, and which rows come next.
+    """The cache in OpenVINO as seen by `transformers`: its length, and the rows to select in the next pass.
 
     Args:
         compiled: the CompiledLanguageModel's network.
@@ -86,17 +86,17 @@ class CompiledCache(Cache):
         return self.length
 
     def reorder_cache(self, beam_idx):
-        """The next pass is about these rows of the last."""
+        """Select these rows of the last pass in the next one."""
         self.rows = beam_idx
 
 
 class CompiledLanguageModel(nn.Module):
-    """The language model of a LLaVA (without its head) through OpenVINO, with its embedding in PyTorch. For inference alone.
+    """The language model of a LLaVA (without its head) in OpenVINO, with its embedding in PyTorch. For inference only.
 
     Args:
-        language: the model of `transformers`, which is used up.
-        pad: id of the token that `generate` gives a text that has ended.
-    Raises UserError where OpenVINO cannot take it.
+        language: the model of `transformers`, which must not be used afterwards.
+        pad: id of the token that `generate` appends to texts that have ended.
+    Raises UserError if OpenVINO cannot run it.
     """
 
     def __init__(self, language, pad):
@@ -131,13 +131,13 @@ class CompiledLanguageModel(nn.Module):
         return self.embed_tokens
 
     def new_cache(self):
-        """What `generate` is to be given as past_key_values, one for each text or batch."""
+        """A new past_key_values for `generate`, one for each text or batch."""
         return CompiledCache(self.compiled)
 
     def forward(self, inputs_embeds, past_key_values=None, attention_mask=None, position_ids=None, **options):
-        """(B, T, C), of the tokens after those that are in the cache -> a BaseModelOutputWithPast, as the language model gives it.
+        """Embeddings (B, T, C) of the tokens after the cached ones -> a BaseModelOutputWithPast, like the language model's.
 
-        The output of a text that has ended is zeros.
+        The output for texts that have ended is zeros.
         """
         cache = self.new_cache() if past_key_values is None else past_key_values
         (batch, new, _), old = inputs_embeds.shape, cache.length
@@ -151,7 +151,7 @@ class CompiledLanguageModel(nn.Module):
             alive = (inputs_embeds[:, 0] != self.embed_tokens(torch.tensor(self.pad))).any(-1)
             if not alive.any():
                 alive[0] = True
-            rows = (cache.alive.cumsum(0) - 1)[alive]  # OpenVINO holds those alone that were alive in the last pass
+            rows = (cache.alive.cumsum(0) - 1)[alive]  # OpenVINO caches only those that were alive in the last pass
         else:
             rows = torch.arange(batch)
         cache.alive = alive
@@ -170,7 +170,7 @@ class CompiledLanguageModel(nn.Module):
 
     @staticmethod
     def mask(ones, new, window=None):
-        """Which tokens (B, S + T) are no padding -> what is added to the scores of the last T: (B, 1, T, S + T)"""
+        """Which tokens (B, S + T) are not padding -> additive mask for the last T queries: (B, 1, T, S + T)"""
         total = ones.shape[1]
         places = torch.arange(total)
         distance = places[total - new:, None] - places
@@ -181,7 +181,7 @@ class CompiledLanguageModel(nn.Module):
 
 
 class CompiledHead(nn.Module):
-    """A linear layer without a bias on hidden states, through OpenVINO; rows of zeros, of texts that have ended, are left out.
+    """A linear layer without bias in OpenVINO; rows of zeros, of texts that have ended, are not computed.
 
     Args:
         weight: (V, C)
@@ -200,7 +200,7 @@ class CompiledHead(nn.Module):
         """(B, T, C) -> (B, T, V)"""
         rows = hidden.reshape(-1, hidden.shape[-1])
         alive = rows.any(-1)
-        found = infer(self.compiled.create_infer_request(), (rows[alive],))  # whose output nobody else writes to
+        found = infer(self.compiled.create_infer_request(), (rows[alive],))  # a new request's output is never overwritten
         if not alive.all():
             logits = torch.empty(len(rows), self.size)
             logits[alive], logits[~alive] = found, 0.0
@@ -217,10 +217,10 @@ def compile_model(model, **options):
 
 
 def compile_language(model, pad):
-    """Let a LlavaForConditionalGeneration speak through OpenVINO. Raises UserError where it cannot, and leaves it as it was.
+    """Run the language model of a LlavaForConditionalGeneration in OpenVINO. Raises UserError, and changes nothing, if that fails.
 
     Args:
-        pad: id of the token that `generate` gives a text that has ended.
+        pad: id of the token that `generate` appends to texts that have ended.
     """
     before = model.model.language_model.config._attn_implementation
     try:

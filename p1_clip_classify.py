@@ -1,12 +1,12 @@
-"""Name the class of each image of a folder, without training: zero-shot classification with CLIP, OpenAI's or our own.
+"""Zero-shot classification of the images in a folder with CLIP, OpenAI's or our own.
 
     python3 p1_clip_classify.py images/ id2label.json labels.csv
         [--template "A photo of a {object}." "A picture of a {object}." …] [--compare] [--bars 0_12.png … --figure bars.png]
 
-As Radford et al. 2021, section 3.1: an image's label is the one whose prompt is closest to it. id2label.json holds
-{"<label>": "<class name>"}, the CSV `filename,label`. Where file names begin with their label, as in `0_12.png`, the
-accuracy is printed. Exit status 0: all well; 2: nothing was done, one line says why; 3: done, but some images could not
-be read and are named.
+As in Radford et al. 2021, section 3.1: an image gets the label whose prompt is most similar. id2label.json has the form
+{"<label>": "<class name>"}, the CSV the columns `filename,label`. If file names begin with their label, as in `0_12.png`,
+the accuracy is printed. Exit status 0: success; 2: nothing was done, for the reason printed; 3: done, except for unreadable
+images, which are listed.
 """
 
 import csv
@@ -33,7 +33,7 @@ from files import check_output, read_json, write_whole
 from images import image_files, load_image
 from runtime import RUNTIME_HELP
 
-# The picture of bars, in inches: a cell is an image with its bars to the right.
+# Sizes of the bar plot in inches: a cell is an image with its bars to the right.
 CELL, GAP, IMAGE, BARS = (6.4, 2.7), 0.2, 2.5, 3.2
 COLOUR, TRUE_COLOUR, TRACK = "#4c78a8", "#3a923a", "#ececec"
 
@@ -51,7 +51,7 @@ def read_classes(id2label):
 
 
 def true_label(file_name, labels):
-    """The label that a name like {label}_{id}.png begins with, the longest if several do, or None."""
+    """The label that a name like {label}_{id}.png begins with, the longest of several, or None."""
     parts = file_name.split("_")
     beginnings = ("_".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
     return next((beginning for beginning in beginnings if beginning in labels), None)
@@ -63,34 +63,34 @@ def predict(images, classifier, labels):
 
 
 def count_right(predicted, truths):
-    """How many of the labels are true; `truths` has None where that is not known."""
+    """The number of correct labels; `truths` has None if the label is unknown."""
     return sum(label == truth for label, truth in zip(predicted, truths))
 
 
-# ---- what is written -------------------------------------------------------------------------------------------
+# ---- output ----------------------------------------------------------------------------------------------------
 
 
 def write_labels(path, rows):
-    """The CSV: [(file name, label), …] under the header filename,label."""
+    """Write the CSV: [(file name, label), …] under the header filename,label."""
     table = io.StringIO()
     plain, quoted = (csv.writer(table, lineterminator="\n", quoting=kind) for kind in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
     plain.writerow(["filename", "label"])
     for row in rows:
-        (quoted if "\r" in "".join(row) else plain).writerow(row)  # a lone \r gets no quotes by itself before Python 3.13
+        (quoted if "\r" in "".join(row) else plain).writerow(row)  # before Python 3.13, a lone \r is not quoted automatically
     write_whole(path, table.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def plot_bars(path, shown, names, truths):
-    """A PNG of images, each beside its five likeliest classes; the true one, where it is known, is green.
+    """Write a PNG of images, each beside its five likeliest classes; the true one, if known, is green.
 
     Args:
         shown: {image path: probabilities (C,)}
         names: of the C classes
-        truths: {image path: true class's name, or None}
+        truths: {image path: name of the true class, or None}
     """
     import matplotlib
 
-    matplotlib.use("Agg")  # no display needed
+    matplotlib.use("Agg")  # needs no display
     import matplotlib.pyplot as plt
 
     def line(axes, x, y, text, at_most, **style):
@@ -131,7 +131,7 @@ def plot_bars(path, shown, names, truths):
 
 
 def check_outputs(args, paths):
-    """Raise UserError unless both outputs can be written without loss of what is read."""
+    """Raise UserError unless both outputs can be written without overwriting an input."""
     if Path(args.output).suffix.lower() != ".csv":
         raise UserError(f"the output {args.output} must end in .csv: the order is <images> <id2label.json> <out.csv>")
     outputs = {args.output: "CSV"}
@@ -153,22 +153,22 @@ def find_images(names, paths):
 
 
 def main():
-    parser = ArgumentParser(description="Name the class of each image of a folder with CLIP.")
-    parser.add_argument("images", help="folder; its own image files count, not those in subfolders")
+    parser = ArgumentParser(description="Classify the images in a folder with CLIP.")
+    parser.add_argument("images", help="folder of images, without its subfolders")
     parser.add_argument("id2label", help='JSON file: {"label": "class name"}')
     parser.add_argument("output", help="CSV file: filename,label")
     parser.add_argument("--template", nargs="+",
-                        help=f"prompts in which {{object}} or {{}} stands for the class; several are averaged to one "
+                        help=f"prompts with {{object}} or {{}} for the class; several are averaged to one "
                         f"classifier; default: {TEMPLATE}")
-    parser.add_argument("--compare", action="store_true", help="a table of the accuracy of each --template, and of all "
-                        "together; without --template, of the assignment's three")
-    parser.add_argument("--bars", nargs="+", metavar="NAME", help="draw these images and their five likeliest classes")
-    parser.add_argument("--figure", default="bars.png", help="that picture")
-    parser.add_argument("--runtime", default="auto", help=f"{RUNTIME_HELP}; of our own CLIP")
-    parser.add_argument("--clip_weights", help="OpenAI's CLIP, a file of its weights or a name; or a folder or name of another "
+    parser.add_argument("--compare", action="store_true", help="print the accuracy of each --template, and of their "
+                        "average; without --template, of the assignment's three")
+    parser.add_argument("--bars", nargs="+", metavar="NAME", help="plot these images with their five likeliest classes")
+    parser.add_argument("--figure", default="bars.png", help="PNG file for --bars")
+    parser.add_argument("--runtime", default="auto", help=f"{RUNTIME_HELP}; for our own CLIP")
+    parser.add_argument("--clip_weights", help="OpenAI's CLIP, as weights file or name; or folder or name of another "
                         "dual encoder of transformers; or clip_small (default: weights/ViT-B-32.pt, else clip_small)")
     args = parser.parse_args()
-    # Cheap questions first: a mistake shows before a model is loaded.
+    # Check the arguments before loading a model.
     paths = image_files(args.images)
     classes = read_classes(args.id2label)
     labels, names = list(classes), list(classes.values())

@@ -3,13 +3,13 @@
     python3 p1_llava_infer.py images/ captions.json [model] [--instruction "describe the image in one sentence"]
     python3 p1_llava_infer.py images/ table.json [model] --settings configs/p1/prompts.yaml --annotation_file val.json
 
-`model` is a folder or a name on the model hub. With none named it is LLaVA-1.5-7B where a GPU has room and its weights are in
-weights/, else the small LLaVA of weights/. An interrupted run resumes when the same command is given again: until it is done,
-its answers wait in <captions.json>.part. Exit status: 0 all well; 2 nothing was done, one line says why; 3 done, but some
-images could not be read and are named.
+`model` is a folder or a name on the model hub. The default is LLaVA-1.5-7B if it fits on the GPU and its weights are in
+weights/, else the small LLaVA in weights/. The same command resumes an interrupted run: until it is done, its answers are
+in <captions.json>.part. Exit status: 0 success; 2 nothing was done, for the reason printed; 3 done, except for unreadable
+images, which are listed.
 
-With --settings every setting of the file is tried, its captions are written beside the table (table.<name>.json), and the
-table gives CIDEr and CLIPScore, or our own CLIP's ImageTextScore, for each.
+With --settings, captions are generated with every setting in the file, and written beside the table (table.<name>.json),
+which has each setting's CIDEr and CLIPScore, or our own CLIP's ImageTextScore.
 """
 
 import hashlib
@@ -29,15 +29,15 @@ from images import list_images
 from llava import Llava, LlavaSettings, default_model
 from runtime import RUNTIME_HELP
 
-MANY = 24  # images from which on compiling the language model pays
+MANY = 24  # minimum number of images for which compiling the language model saves time
 
 # ---- folders ---------------------------------------------------------------------------------------------------
 
 
 def caption_images(model, images, settings, output, what, batch_size=8):
-    """Caption {stem: path}; answers of an earlier run with the same `what` and batches are kept.
+    """Caption {stem: path}, reusing answers of an earlier run with the same `what` and batches.
 
-    Returns ({stem: caption}, {path: reason} of the images that could not be read).
+    Returns ({stem: caption}, {path: reason} for unreadable images).
     """
     asked = {stem: (path, settings.instruction) for stem, path in images.items()}
     captions, unread = answer_all(model, asked, settings, output, what, batch_size, "captioning")
@@ -48,7 +48,7 @@ def caption_images(model, images, settings, output, what, batch_size=8):
 
 
 def caption_to_file(model, images, settings, output, what, batch_size):
-    """caption_images, then the predictions to `output`, whole; returns the same. The answers stay in `output`.part, too."""
+    """`caption_images`, and write the predictions to `output`; returns the same. The answers also remain in `output`.part."""
     captions, unread = caption_images(model, images, settings, output, what, batch_size)
     write_json(output, captions)
     print(f"{len(captions)} captions in {output}"
@@ -56,11 +56,11 @@ def caption_to_file(model, images, settings, output, what, batch_size):
     return captions, unread
 
 
-# ---- settings compared -----------------------------------------------------------------------------------------
+# ---- comparing settings ----------------------------------------------------------------------------------------
 
 
 def read_settings(path, defaults):
-    """A YAML file {name: {option: value}} -> {name: LlavaSettings}; options not named are those of `defaults`."""
+    """A YAML file {name: {option: value}} -> {name: LlavaSettings}; other options are those of `defaults`."""
     import yaml
 
     try:
@@ -86,11 +86,11 @@ def read_settings(path, defaults):
 
 
 def compare_settings(every, output, images, references, clip, caption):
-    """Caption with each of the settings, score, print a table and write it.
+    """Caption with each of the settings, score the captions, print and write a table.
 
     Args:
         every: {name: LlavaSettings}. references: {stem: CaptionedImage}. clip: a ClipScorer or None.
-        caption: function of settings and a file to write, which returns ({stem: caption}, unread).
+        caption: function of settings and an output file, which returns ({stem: caption}, unread).
     """
     systems, files, unread = [], [], {}
     for name, settings in every.items():
@@ -103,7 +103,7 @@ def compare_settings(every, output, images, references, clip, caption):
         print(f"scored on {len(scored)} of {len(images)} images: the others could not be read, or got an empty answer")
     if not scored:
         raise UserError("no image got an answer under every setting: there is nothing to score")
-    from metrics import evaluate  # with Java and CLIP, which captioning needs not
+    from metrics import evaluate  # needs Java and CLIP, unlike captioning
 
     found = evaluate(systems, scored, clip)
     names = ["CIDEr"] + (clip.names[:1] if clip else [])
@@ -121,16 +121,16 @@ def compare_settings(every, output, images, references, clip, caption):
 
 def main():
     parser = ArgumentParser(description="Caption a folder of images with LLaVA.")
-    parser.add_argument("images", help="folder; its own image files count, not those in subfolders")
+    parser.add_argument("images", help="folder of images, without its subfolders")
     parser.add_argument("output", type=Path, help="JSON file: file name without extension -> caption")
     parser.add_argument("model", nargs="?", help="folder, or name on the model hub")
-    parser.add_argument("--batch_size", type=int, help="images at a time (default: 32 on a CPU, 8 on a GPU)")
-    parser.add_argument("--load_in_4bit", action="store_true", help="a quarter of the memory, on CUDA with bitsandbytes")
+    parser.add_argument("--batch_size", type=int, help="images per batch (default: 32 on a CPU, 8 on a GPU)")
+    parser.add_argument("--load_in_4bit", action="store_true", help="4-bit weights, a quarter of the memory; on CUDA with bitsandbytes")
     parser.add_argument("--runtime", default="auto", help=RUNTIME_HELP)
     parser.add_argument("--limit", type=int, help="only the first so many images of the folder")
     parser.add_argument("--settings", help="YAML file of several settings to compare")
-    parser.add_argument("--annotation_file", help="with --settings: captions in COCO's form, to score against")
-    parser.add_argument("--clip_weights", help="with --settings: CLIP's, for CLIPScore (default: weights/ViT-B-32.pt, else clip_small)")
+    parser.add_argument("--annotation_file", help="with --settings: reference captions in COCO's form")
+    parser.add_argument("--clip_weights", help="with --settings: CLIP for CLIPScore (default: weights/ViT-B-32.pt, else clip_small)")
     add_options(parser, LlavaSettings)
     arguments = parser.parse_args()
     settings = take_options(arguments, LlavaSettings)
@@ -140,7 +140,7 @@ def main():
         raise UserError("--batch_size and --limit must be at least 1")
     if bool(arguments.settings) != bool(arguments.annotation_file):
         raise UserError("--settings and --annotation_file go together")
-    # Cheap questions first: a mistake shows before a model is loaded.
+    # Check the arguments before loading a model.
     images = list_images(arguments.images)
     images = dict(list(images.items())[:arguments.limit])
     check_output(arguments.output, "JSON", [*images.values(), arguments.settings, arguments.annotation_file])
@@ -172,7 +172,7 @@ def main():
         unread = compare_settings(every, arguments.output, images, references, clip, caption)
     else:
         _, unread = caption(settings, arguments.output)
-    for output in written:  # all of them are needed until the last is there
+    for output in written:  # needed to resume until all are written
         Path(f"{output}.part").unlink()
     return 3 if unread else 0
 

@@ -1,16 +1,16 @@
-"""Where each word of a caption looked: its attention over the image patches, as figures, as numbers and as a page.
+"""Plot each caption word's attention over the image patches, and write the maps as numbers and as a web page.
 
     python3 p3_attention.py <image or folder> <out_dir>                           the embedded model's captions (p2)
     python3 p3_attention.py <image or folder> <out_dir> --model p1                LLaVA's (p1)
 
-Of each picture it writes
-    <name>.words.png, .pdf     the picture, then a panel a word with its map over the picture
-    <name>.layers.png, .pdf    the content words in several layers side by side, to pick a layer by
+For each picture it writes
+    <name>.words.png, .pdf     the picture, then one panel per word with its map over the picture
+    <name>.layers.png, .pdf    the content words in several layers, to choose a layer
     <name>.npz                 the raw maps of every word, layer and head
-and index.html, where hovering a word shows its map. Layers and heads are counted from 1.
+and index.html, which shows a word's map when hovering over it. Layers and heads are counted from 1.
 
 The weights are those of the decoder's own forward pass. A word's map is that of the position that *predicts* it, the
-one before it; the maps of its tokens are averaged. Nothing predicts <start>: its panel is the picture itself.
+previous one; the maps of its tokens are averaged. <start> is not predicted: its panel is the picture itself.
 """
 
 import sys
@@ -35,24 +35,24 @@ def layer_or_head(text):
 
 
 def main():
-    parser = ArgumentParser(description="Draw, and write as numbers, where each word of a caption looked.")
-    parser.add_argument("images", type=Path, help="an image, or a folder; its own image files count, not those in subfolders")
-    parser.add_argument("out_dir", type=Path, help="folder for the figures, the maps and index.html; made if need be")
+    parser = ArgumentParser(description="Plot each caption word's attention over the image.")
+    parser.add_argument("images", type=Path, help="an image, or a folder of images, without its subfolders")
+    parser.add_argument("out_dir", type=Path, help="folder for the figures, the maps and index.html; created if it does not exist")
     parser.add_argument("--model", default="p2",
-                        help="p2; p1, the LLaVA that p1_llava_infer.py takes; or a LLaVA's folder or name on the model hub")
+                        help="p2; p1, the default LLaVA of p1_llava_infer.py; or a LLaVA's folder or name on the model hub")
     parser.add_argument("--decoder_weights", help="p2: GPT-2 weights (default: the embedded model's)")
-    parser.add_argument("--checkpoint", help="p2: what p2_train.py wrote (default: the newest trained with the decoder)")
-    parser.add_argument("--instruction", default=LlavaSettings.instruction, help="LLaVA: what it is told beside the picture")
-    parser.add_argument("--beam_size", type=int, help="beams of the search, 1: greedy; default: what captions are made with, "
-                        f"for p2 as the checkpoint says, for LLaVA {LlavaSettings.num_beams}")
-    parser.add_argument("--layer", type=layer_or_head, default="mean", help="of the panels: its number, or mean")
-    parser.add_argument("--head", type=layer_or_head, default="mean", help="its number, or mean")
+    parser.add_argument("--checkpoint", help="p2: checkpoint of p2_train.py (default: the newest trained with the decoder)")
+    parser.add_argument("--instruction", default=LlavaSettings.instruction, help="LLaVA: prompt given with the picture")
+    parser.add_argument("--beam_size", type=int, help="1: greedy; default: as in captioning, "
+                        f"for p2 the checkpoint's, for LLaVA {LlavaSettings.num_beams}")
+    parser.add_argument("--layer", type=layer_or_head, default="mean", help="number of the layer to plot, or mean")
+    parser.add_argument("--head", type=layer_or_head, default="mean", help="number of the head, or mean")
     parser.add_argument("--rollout", action="store_true",
-                        help="p2: carry the maps back through the projection's transformer layers")
+                        help="p2: trace the maps back through the projection's transformer layers")
     parser.add_argument("--correction", choices=CORRECTIONS, default="none",
                         help="for patches that every word attends to: divide by, or subtract, the mean over words")
-    parser.add_argument("--runtime", default="auto", help=f"{RUNTIME_HELP}; of p2's model")
-    parser.add_argument("--scale", choices=SCALES, default="panel", help="of the colours: each panel's own, or one for all")
+    parser.add_argument("--runtime", default="auto", help=f"{RUNTIME_HELP}; for p2")
+    parser.add_argument("--scale", choices=SCALES, default="panel", help="colour scale: each panel's own, or one for all")
     arguments = parser.parse_args()
     settings = LlavaSettings(arguments.instruction)
     if arguments.beam_size is not None:
@@ -62,7 +62,7 @@ def main():
         raise UserError("--rollout, --decoder_weights and --checkpoint are for p2's model, not for LLaVA")
     if arguments.checkpoint and not arguments.decoder_weights:
         raise UserError("--checkpoint needs the --decoder_weights that it was trained with")
-    # Cheap questions first: a mistake shows before a model is loaded.
+    # Check the arguments before loading a model.
     paths = [arguments.images] if arguments.images.is_file() else list_images(arguments.images).values()
     try:
         arguments.out_dir.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def main():
     entries, unread = [], 0
     for path in paths:
         try:
-            picture = load_image(path, side)  # as p2_infer.py reads it, so that the caption is the same
+            picture = load_image(path, side)  # same size as in p2_infer.py, so that the caption is the same
         except ImageError as error:
             unread += 1
             print(f"skipped {printable(str(path))}: {printable(str(error))}", file=sys.stderr)

@@ -86,7 +86,7 @@ class Settings(LlavaOptions):
     first_learning_rate: float = option(0.0, "at the start of each stage's warm-up")
     last_learning_rate: float = option(0.0, "at the end of stage 1")
     stage2_last_learning_rate: float = option(0.0, "at the end of stage 2")
-    clip: float = option(1.0, "gradient norm")
+    clip: float = option(1.0, "maximum gradient norm")
     precision: str = option("auto", "auto (bf16 on CUDA, else fp32), fp32 or bf16")
     fsdp: bool = option(False, "shard the language model over the processes")
     weigh: str = option("tokens", "what has equal weight in the loss: tokens, or answers, so that long answers do not outweigh a yes")
@@ -116,7 +116,7 @@ class Settings(LlavaOptions):
         self.parts()
 
     def parts(self):
-        """{kind: its part of stage 2}, which sum to 1. Raises UserError."""
+        """{kind: its fraction of stage 2}, which sum to 1. Raises UserError."""
         try:
             parts = {kind: float(part) for kind, part in (entry.split("=") for entry in self.mix)}
         except ValueError:
@@ -146,7 +146,7 @@ class AlignmentTrainer:
                        for image in read_captions(data / "train.json", data / "images" / "train") if clean_captions(image)]
         if not self.images:
             raise UserError(f"{Path(settings.data[0]) / 'train.json'} has no image with a caption")
-        self.captioned = len(self.images)  # before those that are only asked about
+        self.captioned = len(self.images)  # captioned images come first, then those with questions only
         self.groups = instruction_samples(settings, self.images) if settings.stage2_epochs else {}
         self.model, self.processor = build(vision_name, language_name, settings)
         features = cached_features(self.model, str(vision_name), self.images, settings, self.device) if settings.cache else None
@@ -162,7 +162,7 @@ class AlignmentTrainer:
         else:
             first = range(min(len(self.images), FIT_PICTURES))
             fit_projection(self.model, self.rows.pixels([self.rows.picture(number) for number in first]))
-        if self.device == "cuda":  # what is frozen needs no more than half precision
+        if self.device == "cuda":  # frozen weights can be in half precision
             for name, parameter in self.model.named_parameters():
                 if name not in self.trained:
                     parameter.data = parameter.data.to(self.dtype)
@@ -237,7 +237,7 @@ class AlignmentTrainer:
     # ---- running ----
 
     def fit(self):
-        """Train to the end and write the folder, or stop when it is time. Returns whether the end was reached."""
+        """Train to the end and write the folder, or stop at the time limit. Returns whether the end was reached."""
         total, main = len(self.batches), self.processes.main
         todo = range(self.progress["step"], total)
         if self.settings.own_layers:

@@ -4,26 +4,26 @@
     python3 p4_clip.py --data data coco --output checkpoints/clip_small.safetensors
 
 Each folder of --data is in the course's layout: train.json in COCO's caption form and images/train. Features of the image
-encoder, and what comes out below the trained layers of the sentence encoder, are computed once and kept in cache/. Three
-losses, each with a weight of its own:
+encoder, and hidden states below the trained layers of the sentence encoder, are computed once and cached in cache/. The
+loss is a weighted sum of three:
 
-  contrast   every caption of a picture is to find it among a batch's pictures, and a picture its captions among the
-             others' (CLIP: Radford et al. 2021, https://arxiv.org/abs/2103.00020; several positives: Khosla et al. 2020,
+  contrast   match each caption with its picture within a batch, and each picture with its captions (CLIP: Radford et al.
+             2021, https://arxiv.org/abs/2103.00020; several positives: Khosla et al. 2020,
              https://arxiv.org/abs/2004.11362)
-  anchors    the classifier of the encoder knows 1,000 classes by name: a picture as it would make the encoder see a class is
-             to find sentences that name it. No picture is needed: see VirtualPictures
-  keep       sentences without pictures are to stay as far from each other as the sentence encoder puts them, so that words that
-             no picture here has keep their place
+  anchors    match each of the encoder's 1,000 classes with sentences that name it, by virtual pictures: what the encoder would
+             output if its classifier recognised the class. No real picture is needed: see VirtualPictures
+  keep       similarities between sentences without pictures must stay as in the sentence encoder's space, so that words that
+             describe no picture here keep their meaning
 
-A run that was killed, or stopped by SIGTERM or --max_hours, resumes when the same command is given again, on a CPU bit for bit
-as if it had never stopped. `report/measure_clip.py` measures what came of it.
+The same command resumes a run that was killed, or stopped by SIGTERM or --max_hours; on a CPU the result is bit for bit that of an
+uninterrupted run. `report/measure_clip.py` evaluates the model.
 
     python3 p4_clip.py --data data coco --folds 5 --of weights/clip_small.safetensors --output cache/clip_folds.safetensors
 
-A CLIP knows the pictures that it learnt from too well: of 300 training pictures it finds 68% by a caption, of new ones 43%. What
-is trained to read its embeddings, or rewarded by them, should see those of pictures that are new to it. So `--folds` trains no
-model, but for each part of the pictures an image head on all other parts, towards the texts of a finished model, and writes what
-these say of the pictures that they have not seen (cross-fitting, as in stacking: Wolpert 1992). p2_train.py and p2_tune.py read it.
+A CLIP overfits its training pictures: among 300 of them, it finds 68% by a caption; among new ones, 43%. A model that is trained
+on its embeddings, or rewarded by them, should get those of pictures that are new to the CLIP. So `--folds` trains no model, but
+for each part of the pictures an image head on all other parts, towards the text embeddings of a finished model, and writes its
+embeddings of the held-out part (cross-fitting, as in stacking: Wolpert 1992). p2_train.py and p2_tune.py read them.
 """
 
 import math
@@ -45,7 +45,7 @@ from retrieval import Ranks
 from runtime import RUNTIME_HELP, pick_runtime
 from training import MovingAverage, Run, adamw, comparable, cosine, prepare_output
 
-TEXTS = 128  # sentences that pass the trained layers at a time
+TEXTS = 128  # batch size of sentences in the trained layers
 PHRASES = ("{}", "a photo of a {}", "a picture of a {}", "a {} in the picture", "there is a {}", "a close up of a {}",
            "this is a photo of {}", "someone with a {}")
 
@@ -54,27 +54,27 @@ PHRASES = ("{}", "a photo of a {}", "a picture of a {}", "a {} in the picture", 
 class Settings:
     data: tuple = option(("data",), "folders with train.json and images/train")
     output: str = option("checkpoints/clip_small.safetensors", "the model to write, or the embeddings of --folds")
-    folds: int = option(0, "parts of the pictures, each to be embedded by a head that has not seen it; 0: train a model")
-    of: str = option(str(SMALL_WEIGHTS), "the model of --folds")
+    folds: int = option(0, "number of folds, each embedded by a head trained on the others; 0: train a model")
+    of: str = option(str(SMALL_WEIGHTS), "the finished model, for --folds")
     cache: str = option("cache", "folder for features")
     runtime: str = option("auto", RUNTIME_HELP)
-    views: int = option(1, "of each picture in the cache: 1 as it is, more: random crops too, every other mirrored")
-    captions: int = option(1, "of each picture in a step, at most")
-    text: tuple = option((), "files with a sentence a line, without pictures, for --keep")
+    views: int = option(1, "of each picture: 1: the whole picture; more: random crops too, every other one mirrored")
+    captions: int = option(1, "maximum number of captions per picture in a step")
+    text: tuple = option((), "files with a sentence per line, without pictures, for --keep")
     epochs: int = 18
     batch_size: int = 1536
     learning_rate: float = 2e-3
     text_learning_rate: float = option(1e-4, "of the sentence encoder's last layers")
     weight_decay: float = 0.05
-    warmup: float = option(0.05, "part of all steps")
-    clip: float = option(1.0, "gradient norm")
-    average: float = option(0.99, "decay of the moving average of the weights, which is what is saved; 0: save the last step's weights")
+    warmup: float = option(0.05, "fraction of all steps")
+    clip: float = option(1.0, "maximum gradient norm")
+    average: float = option(0.99, "decay of the weights' moving average, which is saved; 0: save the last step's weights")
     dropout: float = option(0.5, "of the pictures' statistics")
     text_dropout: float = option(0.1, "of a sentence's tokens")
-    anchors: float = option(0.1, "weight of that loss")
-    keep: float = option(0.1, "weight of that loss")
+    anchors: float = option(0.1, "weight of this loss")
+    keep: float = option(0.1, "weight of this loss")
     selection: tuple = option(
-        (500,), "pictures at the end of each train.json that are not trained on: one number, or one for each folder")
+        (500,), "number of pictures at the end of each train.json to hold out: one number, or one for each folder")
     seed: int = 0
     max_hours: float = option(0.0, "stop after so long, ready to resume; 0: no limit")
 
@@ -96,7 +96,7 @@ class Settings:
 
 
 class ClipTrainer:
-    """One run: pictures and sentences in memory, heads, optimizer and the place that it has come to."""
+    """One run: pictures and sentences in memory, heads, optimizer and progress."""
 
     def __init__(self, config, settings, device=None):
         self.config, self.settings, self.device = config, settings, device or pick_device()
@@ -129,7 +129,7 @@ class ClipTrainer:
         self.model.image_head.measure((part for cache in caches for part in sample_of(cache)), self.model.encoder)
 
     def index(self, captions):
-        """Number pictures and captions over all folders, and note which are trained on."""
+        """Number pictures and captions over all folders, and record which are for training."""
         first, self.train, self.selection, self.captions, offset = 0, [], [], [], 0
         for folder, part in zip(self.folders, captions):
             for texts in part:
@@ -159,7 +159,7 @@ class ClipTrainer:
         self.progress = self.run.progress
 
     def fit(self):
-        """Train to the end and return what each epoch was worth; None if it was interrupted, ready to resume."""
+        """Train to the end and return the metrics of each epoch; None if interrupted, ready to resume."""
         total = self.steps * self.settings.epochs
         trained = sum(parameter.numel() for parameter in self.model.trained_parameters().values())
         print(f"{len(self.train)} pictures with {int(self.counts[self.train].sum())} captions to train on, "
@@ -178,7 +178,7 @@ class ClipTrainer:
         return history
 
     def step(self, step, total):
-        """One update; everything random follows from the seed and the step."""
+        """One update; all randomness depends only on the seed and the step."""
         settings = self.settings
         epoch, place = divmod(step, self.steps)
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch))
@@ -195,7 +195,7 @@ class ClipTrainer:
         self.model.log_scale.clamp_(max=math.log(100))  # as CLIP's
 
     def losses(self, numbers, generator):
-        """{loss: (its weight, its value)} on these pictures."""
+        """{loss: (its weight, its value)} for these pictures."""
         settings, model = self.settings, self.model
         scale = model.log_scale.exp()
         views = torch.randint(settings.views, (len(numbers),), generator=generator)
@@ -232,7 +232,7 @@ class ClipTrainer:
         return F.normalize(self.model.image_head(summary, self.settings.dropout if train else 0.0), dim=-1)
 
     def embed_texts(self, sentences, numbers, train=True):
-        """Sentences of these numbers (M,) -> unit vectors (M, width); alike lengths together, so that little is padding."""
+        """Sentences with these indices (M,) -> unit vectors (M, width), batched by length to reduce padding."""
         order = (sentences.starts[numbers + 1] - sentences.starts[numbers]).argsort(stable=True)
         dropout = self.settings.text_dropout if train else 0.0
         rows = [self.model.text_head(*(part.to(self.device) for part in sentences.batch(some)), dropout=dropout)
@@ -241,7 +241,7 @@ class ClipTrainer:
 
     @torch.inference_mode()
     def report(self, epoch):
-        """Print, and keep, what the average of the weights is worth on each folder's selection pictures."""
+        """Evaluate the averaged weights on each folder's selection pictures; print and record the metrics."""
         entry = {"epoch": epoch, "seconds": self.progress["seconds"], "scale": self.model.log_scale.exp().item()}
         with self.average.in_place():
             for folder, numbers in zip(self.folders, self.selection):
@@ -261,10 +261,10 @@ class ClipTrainer:
 
 
 class CrossFit(ClipTrainer):
-    """Embeddings of every picture by an image head that was trained without it, towards the texts of a finished model."""
+    """Embeddings of every picture by an image head trained without it, towards the text embeddings of a finished model."""
 
     def __init__(self, config, settings, device=None):
-        self.embedded = {}  # of each Sentences, by id: its texts' embeddings
+        self.embedded = {}  # {id of a Sentences: its text embeddings}
         super().__init__(config, settings, device)
 
     def make_model(self, encoder, text):
@@ -273,10 +273,10 @@ class CrossFit(ClipTrainer):
         return model
 
     def measure(self, caches):
-        """Nothing: what is usual is known, and has to be what it was for the model."""
+        """Nothing: the finished model's statistics are used."""
 
     def restore(self):
-        """Nothing: each fold is a run of its own."""
+        """Nothing: each fold is a separate run."""
 
     def embed_texts(self, sentences, numbers, train=True):
         if id(sentences) not in self.embedded:
@@ -285,7 +285,7 @@ class CrossFit(ClipTrainer):
         return self.embedded[id(sentences)][numbers]
 
     def fit(self):
-        """Write the embeddings, as clip_small.Folds reads them. Returns whether the end was reached."""
+        """Write the embeddings, as clip_small.Folds reads them. Returns whether all folds are done."""
         settings = self.settings
         same = comparable(settings, "max_hours", "cache", "runtime") | {
             "number of pictures": len(self.pictures), "number of captions": len(self.sentences), "texts": self.model.text_digest}
@@ -326,7 +326,7 @@ class CrossFit(ClipTrainer):
         return True
 
     def report_recall(self, numbers, embeddings, most=500):
-        """Print how well these pictures, new to their head, find their captions and are found."""
+        """Print the recall, in both directions, of these pictures, which their head was not trained on."""
         numbers = numbers[:most].sort().values
         captions = torch.tensor([i for number in numbers.tolist() for i in self.captions[number]])
         likenesses = self.embed_texts(self.sentences, captions).cpu() @ embeddings[numbers, 0].t()

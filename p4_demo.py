@@ -1,6 +1,6 @@
-"""A page on this machine: find a picture by a sentence, see where each word of its caption looked, and talk about it.
+"""A local web page: find a picture by a sentence, see its caption with each word's attention map, and chat about it.
 
-    bash hw3_4.sh [<folder>]                                      http://127.0.0.1:7860, with the folder's pictures, or samples/
+    bash hw3_4.sh [<folder>]                                      http://127.0.0.1:7860, for the folder's pictures, or samples/
     python3 p4_demo.py <folder> --index photos.db --model ViT-B/32 --llava llava-hf/llava-1.5-7b-hf
 
 Nothing leaves the machine: no analytics, no fonts or scripts from elsewhere, no public link.
@@ -37,12 +37,12 @@ STYLE = """
 
 
 class Models:
-    """What the page asks, each by one thread at a time; the LLaVA is loaded when it is first asked.
+    """The models behind the page, each used by one thread at a time. The LLaVA is loaded at the first question.
 
     Args:
-        where: of the index.
-        clip: a name as load_clip takes it.
-        llava: a folder or name; None: the one that is there.
+        where: folder or address of the index.
+        clip: a name, as for load_clip.
+        llava: a folder or hub name; None: the one in weights/.
     """
 
     def __init__(self, where, clip=None, llava=None, runtime="auto"):
@@ -54,13 +54,13 @@ class Models:
         self.status = ""
 
     def find(self, text, like, top):
-        """(hits, whether the best fits) of a sentence, or of a picture like them."""
+        """(hits, whether the best one matches) for a sentence, or a similar picture."""
         with self.searching:
             vector = self.index.query_like(like) if like else self.index.query(text)
             return self.index.find(vector, top), bool(like) or self.index.fits(text)
 
     def take_in(self, folder):
-        """Index a folder, by one thread at a time, while searches go on; yields what to say of it."""
+        """Index a folder, by one thread at a time, while searches continue; yields status messages."""
         if not self.indexing.acquire(blocking=False):
             yield "another folder is being indexed: wait until it is done"
             return
@@ -75,14 +75,14 @@ class Models:
             self.indexing.release()
 
     def explain(self, path):
-        """The page of a picture's caption and its words' maps, as HTML."""
+        """HTML page of a picture's caption with its words' attention maps."""
         with self.captioning:
             picture = load_picture(path, self.captioner.encoder.image_size)
             attention, = p2_attention(self.captioner, [picture], self.captioner.generation)
             return page([page_entry(Path(path).name, picture, attention)], part=True).decode()
 
     def talk(self, path, turns, beams, temperature, stopped):
-        """What LLaVA says, so far; several people wait for each other."""
+        """Yield LLaVA's answer as far as it is generated; concurrent visitors wait for each other."""
         with self.talking:
             if self.llava is None:
                 self.llava = Llava(self.llava_name or default_model())
@@ -92,22 +92,22 @@ class Models:
 
 @dataclass
 class Chosen:
-    """What a visitor has before him."""
+    """What one visitor's page shows."""
 
     paths: tuple = ()  # of the hits
-    path: str = ""  # of the picture that was chosen
+    path: str = ""  # of the chosen picture
 
 
 def frame(document):
-    """A page within the page, which can do nothing but show itself."""
+    """A sandboxed iframe that shows an HTML document."""
     return f'<iframe sandbox="allow-scripts" srcdoc="{html.escape(document, quote=True)}"></iframe>' if document else ""
 
 
 def build(models, remember):
-    """The page. `remember`: whether LLaVA is told what was asked and answered before."""
+    """The page. `remember`: whether LLaVA gets the chat's earlier questions and answers."""
     import gradio as gr
 
-    running = {}  # of each visitor, what stops the answer that is under way; another, once there is a later question
+    running = {}  # {session: event that stops its current answer}; a later question replaces the event
 
     def end(request: gr.Request):
         if request.session_hash in running:
@@ -149,7 +149,7 @@ def build(models, remember):
         return Chosen(chosen.paths, chosen.paths[event.index]), []
 
     def ask(question, history, request: gr.Request):
-        if before := running.pop(request.session_hash, None):  # who asks on does not wait for the last answer
+        if before := running.pop(request.session_hash, None):  # a new question stops the previous answer
             before.set()
         return "", [*history, {"role": "user", "content": question.strip() or QUESTION}]
 
@@ -162,7 +162,7 @@ def build(models, remember):
         try:
             for text in models.talk(chosen.path, turns if remember else turns[-1:], int(beams), temperature, stopped):
                 if stopped.is_set() and running.get(request.session_hash) is not stopped:
-                    return  # the chat belongs to a later question
+                    return  # there is a later question
                 yield [*history, {"role": "assistant", "content": text}]
         except UserError as error:
             yield [*history, {"role": "assistant", "content": str(error)}]
@@ -204,7 +204,7 @@ def build(models, remember):
 
 
 def turns_of(history):
-    """(what was asked, what was answered) of each question of the chat that has an answer, and of the last, which has none."""
+    """(question, answer) for each answered question of the chat, and for the last one, which has no answer yet."""
     turns = []
     for message in history:
         content = message["content"]
@@ -223,8 +223,8 @@ def blank():
 
 
 def main():
-    parser = ArgumentParser(description="A page on this machine: find pictures, see their captions, talk about them.")
-    parser.add_argument("folder", nargs="?", default=str(SAMPLES), help="pictures to take in first, subfolders too")
+    parser = ArgumentParser(description="A local web page: find pictures, see their captions, chat about them.")
+    parser.add_argument("folder", nargs="?", default=str(SAMPLES), help="pictures to index first, with subfolders")
     parser.add_argument("--index", default=DEFAULT_INDEX, help="a folder for the index, or http://host:port of a Milvus server")
     parser.add_argument("--model", help="CLIP: clip_small, OpenAI's, or a folder or hub name of a dual encoder of transformers")
     parser.add_argument("--llava", help="folder or hub name of a LLaVA; default: the one in weights/")

@@ -1,4 +1,4 @@
-"""Measure what a LLaVA knows of pictures: people's questions, relations between things, and where things are.
+"""Evaluate a LLaVA on visual question answering, relations between objects, and referring expressions.
 
     python3 p4_evaluate.py vqa coco/vqa_val.json --out vqa.csv
     python3 p4_evaluate.py vqa v2_OpenEnded_mscoco_val2014_questions.json --annotations v2_mscoco_val2014_annotations.json \\
@@ -7,18 +7,18 @@
     python3 p4_evaluate.py boxes "refs(unc).p" --annotations instances.json --images train2014 --form llava --split val \\
         --out boxes.csv
 
-`--model` is a folder or a name on the model hub; by default what hw3_1.sh would take. Instead of a file, questions may be a name on the
-hub's data sets (lmms-lab/VQAv2, lmms-lab/OK-VQA, lmms-lab/RefCOCO), with the package `datasets`.
+`--model` is a folder or a name on the model hub; by default the same as for hw3_1.sh. Instead of a file, questions may be the name of a
+data set on the hub (lmms-lab/VQAv2, lmms-lab/OK-VQA, lmms-lab/RefCOCO), with the package `datasets`.
 
-  vqa        VQA v2's accuracy by the official rule, the same with answers normalised in any case, and exact matches; by kind of
-             question and of answer. `datasets` of OK-VQA have the same form.
+  vqa        VQA v2's accuracy by the official rule, the same with answers always normalised, and exact matches; by kind of
+             question and of answer. Files of OK-VQA have the same form.
   relations  exact matches, on Visual Genome's relationships.json ("What is the relationship between the man and the horse?") or its
              question_answers.json
-  boxes      how many boxes overlap the right one by half or more (intersection over union)
+  boxes      fraction of boxes whose intersection over union with the right one is at least 0.5
 
-Beside each number stand those of the commonest answer of other questions of the same kind, and of the same model when it is shown
-another question's picture, or a grey one, with the interval of the difference. An interrupted run resumes when the same command is given
-again. Every answer goes into the CSV file, the best and worst into a picture beside it, the numbers into a JSON file.
+Each score is compared with that of the most common answer to other questions of the same kind, and of the same model with another
+question's picture, or a grey one, with the interval of the difference. The same command resumes an interrupted run. All answers are
+written to the CSV file, the best and worst as a picture beside it, the scores as JSON.
 """
 
 import csv
@@ -45,29 +45,29 @@ from vqa import Asked, accuracy, first_words, normalize, picture_files, read_rel
 @dataclass
 class Options:
     annotations: str = option("", "vqa: the file of answers; boxes: instances.json")
-    images: str = option("", "folder of the pictures; default: images/ beside the questions")
+    images: str = option("", "folder of pictures; default: images/ beside the questions")
     model: str = option("", "folder, or name on the model hub")
-    out: str = option("answers.csv", "CSV file of every answer; beside it, .json of the numbers and .png of the best and worst")
-    prompt: str = option("{}", "what is asked, with {} for the question")
-    form: str = option("llava", f"boxes: how the model writes one: {', '.join(FORMS)}")
-    split: str = option("", "boxes: of these alone, such as val; on the hub, the split's name")
-    limit: int = option(0, "so many questions, drawn from all; 0: all")
-    batch_size: int = option(32, "questions at a time")
+    out: str = option("answers.csv", "CSV file of all answers; beside it, .json of the scores and .png of the best and worst")
+    prompt: str = option("{}", "prompt, with {} for the question")
+    form: str = option("llava", f"boxes: the model's format: {', '.join(FORMS)}")
+    split: str = option("", "boxes: only this split, such as val; on the hub, the split's name")
+    limit: int = option(0, "a random sample of so many questions; 0: all")
+    batch_size: int = option(32, "questions per batch")
 
 
 def plain(answer):
-    """A model's answer as people write theirs: in lower case, without a full stop."""
+    """A model's answer in the style of human answers: in lower case, without a full stop."""
     return answer.strip().lower().removesuffix(".")
 
 
-# ---- what is shown instead ------------------------------------------------------------------------------------
+# ---- baselines -------------------------------------------------------------------------------------------------
 
 
 def other_pictures(asked, seed=0):
-    """For each question a picture of another question, and another picture than its own: a list of paths."""
+    """For each question the picture of another question, different from its own: a list of paths."""
     order = list(range(len(asked)))
     random.Random(seed).shuffle(order)
-    order.sort(key=lambda number: str(asked[number].picture))  # questions of a picture stand together: half the way round is another's
+    order.sort(key=lambda number: str(asked[number].picture))  # group by picture: an offset of half the list gives another picture
     most = max(Counter(str(item.picture) for item in asked).values())
     if 2 * most > len(asked):
         raise UserError("most questions are about one picture: there is no other to show instead")
@@ -83,7 +83,7 @@ def grey(picture):
 
 
 def commonest_answers(asked):
-    """For each question the commonest answer of the other questions of its kind; of all others where it is alone: a list."""
+    """For each question the most common answer to the other questions of its kind, or to all others if that is the only one: a list."""
     kinds, everything = defaultdict(Counter), Counter()
     for item in asked:
         kinds[item.kind][item.commonest] += 1
@@ -103,7 +103,7 @@ def commonest_answers(asked):
 
 
 def difference(asked, ours, theirs):
-    """The difference of two mean scores of the same questions, with the interval over pictures drawn with their questions."""
+    """The difference of two mean scores on the same questions, with its interval from a bootstrap over pictures with their questions."""
     pictures = {}
     for item, one, other in zip(asked, ours, theirs):
         entry = pictures.setdefault(str(item.picture), [0.0, 0])
@@ -115,7 +115,7 @@ def difference(asked, ours, theirs):
 
 
 def by_kind(asked, scores, kind, least=10):
-    """{kind: (questions, mean score)} of the kinds with at least so many questions, the commonest first."""
+    """{kind: (questions, mean score)} for kinds with at least so many questions, the most common first."""
     groups = defaultdict(list)
     for item, score in zip(asked, scores):
         groups[getattr(item, kind)].append(score)
@@ -124,7 +124,7 @@ def by_kind(asked, scores, kind, least=10):
 
 
 def summarize(asked, scores, measure):
-    """Print and return the scores of {how it was answered: scores of `asked`}, the first being the model's own."""
+    """Print and return a table of {name of a system: scores of `asked`}; the first is the model itself."""
     own, *others = scores
     table = {"questions": len(asked), "measure": measure, "scores": {name: float(np.mean(some)) for name, some in scores.items()}}
     print(f"{len(asked)} questions about {len({item.picture for item in asked})} pictures, {measure}:")
@@ -148,10 +148,10 @@ def summarize(asked, scores, measure):
 
 
 class Evaluation:
-    """One run: the model, what it is asked, and where its answers go.
+    """One run: the model, its questions, and its output files.
 
     Args:
-        asked: [Asked, …]. what: all that the answers depend on, but what is shown.
+        asked: [Asked, …]. what: all settings that the answers depend on, except the pictures shown.
     """
 
     def __init__(self, model, asked, options, settings, what):
@@ -159,7 +159,7 @@ class Evaluation:
         self.parts, self.unread = [], {}
 
     def answers(self, name, pictures=None, change=None):
-        """The answers to all questions with their own pictures, with others, or with changed ones: a list; "" to what cannot be read."""
+        """The answers to all questions with their own pictures, with others, or with changed ones: a list; "" if a picture is unreadable."""
         output = f"{self.options.out}.{name}"
         shown = pictures or [item.picture for item in self.asked]
         asked = {item.name: (picture, self.options.prompt.format(item.query)) for item, picture in zip(self.asked, shown)}
@@ -170,7 +170,7 @@ class Evaluation:
         return [found.get(item.name, "") for item in self.asked]
 
     def all_answers(self):
-        """{what was shown: answers}"""
+        """{pictures shown: answers}"""
         return {"own picture": self.answers("own"), "another's picture": self.answers("another", other_pictures(self.asked)),
                 "grey picture": self.answers("grey", change=grey)}
 
@@ -186,14 +186,14 @@ class Evaluation:
         draw_best_and_worst([self.asked[i] for i in seen], [rows[i] for i in seen], [scores[i] for i in seen], out.with_suffix(".png"))
         for path, reason in self.unread.items():
             print(f"skipped {printable(str(path))}: {printable(reason)}", file=sys.stderr)
-        for part in self.parts:  # all of them are needed until the last file is there
+        for part in self.parts:  # needed to resume until all files are written
             part.unlink(missing_ok=True)
         print(f"every answer is in {out}, the best and worst in {out.with_suffix('.png')}")
         return 3 if self.unread else 0
 
 
 def evaluate_questions(evaluation, measures):
-    """vqa and relations. `measures`: {name: function of an answer and a question}, the first of which is reported by kind."""
+    """Evaluate vqa or relations. `measures`: {name: function of an answer and a question}; the first is reported by kind."""
     asked = evaluation.asked
     answers = {name: [*map(plain, said)] for name, said in evaluation.all_answers().items()}
     answers["commonest answer"] = commonest_answers(asked)
@@ -214,7 +214,7 @@ def evaluate_questions(evaluation, measures):
 
 
 def evaluate_boxes(evaluation):
-    """boxes."""
+    """Evaluate boxes."""
     asked, form = evaluation.asked, evaluation.options.form
     answers = evaluation.all_answers()
     sizes = [(1, 1) if item.picture in evaluation.unread else load_picture(item.picture, None).size for item in asked]
@@ -233,7 +233,7 @@ def evaluate_boxes(evaluation):
 
 
 def draw_best_and_worst(asked, rows, scores, path, number=4):
-    """The pictures of the best and worst answers, each with question, answer, and what people said."""
+    """Draw the pictures of the best and worst answers, with question, answer, and people's answers."""
     from matplotlib.figure import Figure
 
     order = np.argsort(scores, kind="stable")
@@ -250,16 +250,16 @@ def draw_best_and_worst(asked, rows, scores, path, number=4):
         axes.set_title("\n".join(re.sub(r"(.{34}\S*) ", "\\1\n", text).replace("$", r"\$") for text in (
             asked[i].query, f"model: {said}", f"right: {right}  ({scores[i]:.2f})")), fontsize=8)
         axes.axis("off")
-    figure.savefig(path, dpi=110, bbox_inches="tight")  # else titles of the tallest pictures are cut
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # otherwise titles of the tallest pictures are cut off
 
 
 # ---- the model hub's data sets ---------------------------------------------------------------------------------
 
 
 def read_hub(task, name, split, folder):
-    """A data set of the hub in lmms-lab's form: [Asked, …]; its pictures are kept in `folder`.
+    """A data set on the hub in lmms-lab's form: [Asked, …]; its pictures are saved in `folder`.
 
-    Raises UserError where the package `datasets` or the hub is not to be had.
+    Raises UserError if the package `datasets` or the hub is not available.
     """
     try:
         from datasets import load_dataset
@@ -267,13 +267,13 @@ def read_hub(task, name, split, folder):
         raise UserError(f"{name} is no file; for the hub's data sets: pip install datasets") from None
     try:
         rows = load_dataset(name, split=split or "val")
-    except Exception as error:  # whatever the hub's client raises
+    except Exception as error:  # the hub's client raises many kinds
         raise UserError(f"{name} is neither a file nor a data set of the hub that can be had: {str(error).splitlines()[0]}") from None
     return hub_rows(task, rows, folder)
 
 
 def hub_rows(task, rows, folder):
-    """`read_hub` of rows that are there."""
+    """`read_hub` for loaded rows."""
     folder.mkdir(parents=True, exist_ok=True)
     asked = []
     for number, row in enumerate(rows):
@@ -281,7 +281,7 @@ def hub_rows(task, rows, folder):
         picture = folder / f"{row.get('image_id', name)}.png"
         if not picture.exists():
             row["image"].convert("RGB").save(picture)
-        if task == "boxes":  # a row's answers are the expressions of one box: left, top, width, height
+        if task == "boxes":  # a row's answers are the expressions for one box: left, top, width, height
             x, y, width, height = row["bbox"]
             for i, text in enumerate([row["answer"]] if isinstance(row["answer"], str) else row["answer"]):
                 asked.append(Asked(f"{name}-{i}", picture, text, box=(x, y, x + width, y + height)))
@@ -311,7 +311,7 @@ def read_task(task, questions, options):
 
 
 def main():
-    parser = ArgumentParser(description="Measure what a LLaVA knows of pictures.")
+    parser = ArgumentParser(description="Evaluate a LLaVA on questions, relations or boxes.")
     parser.add_argument("task", choices=["vqa", "relations", "boxes"])
     parser.add_argument("questions", help="file of questions, or data set on the hub")
     add_options(parser, Options)

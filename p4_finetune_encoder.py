@@ -1,22 +1,23 @@
-"""Fine-tune the image encoder on pictures with captions, so that the captioner and our CLIP see more of what people write about.
+"""Fine-tune the image encoder on captioned pictures, so that its features hold more of what captions describe.
 
     bash hw3_download.sh
     python3 p4_finetune_encoder.py --data flickr8k coco --output checkpoints
 
-The embedded encoder learnt to tell ImageNet's 1,000 classes apart, and what matters to a caption is more: who does what, with what,
-where. Its convolutions go on learning, at a low learning rate, from three losses, each with a weight of its own:
+The embedded encoder was trained to classify ImageNet's 1,000 classes, but captions need more: who does what, with what, where. Its
+convolutions are trained further, at a low learning rate, with a weighted sum of three losses:
 
-  contrast   every caption is to find its picture among a batch's, and a picture its captions (CLIP: Radford et al. 2021,
-             https://arxiv.org/abs/2103.00020), through the heads of clip_small.py; fine-tuning so pays in retrieval (VSE++: Faghri
+  contrast   match each caption with its picture within a batch, and each picture with its captions (CLIP: Radford et al. 2021,
+             https://arxiv.org/abs/2103.00020), through the heads of clip_small.py; such fine-tuning improves retrieval (VSE++: Faghri
              et al. 2018, https://arxiv.org/abs/1707.05612)
   caption    cross-entropy of the captions through the small frozen decoder, by a captioner of captioner.py
-  keep       its classifier is to say what it said before, so that it does not forget what no caption here speaks of (learning
+  keep       the classifier's predictions must stay as they were, so that it does not forget what no caption here mentions (learning
              without forgetting: Li and Hoiem 2016, https://arxiv.org/abs/1606.09282)
 
-Every step crops anew, which suits a GPU: pictures wait there as uint8, 250 kB each. For the first `--head_epochs` the heads learn
-alone, since what an untrained head asks for would only destroy. What is written is the moving average of the encoder's weights, a file
-for each of its parts, `<part>_captions.safetensors`; in weights/ the encoder is `<part>_captions+<part>_captions`. It is frozen again for
-all that is trained on it. A run that was killed, or stopped by SIGTERM or --max_hours, goes on when the same command is given again.
+Every step takes new random crops, which suits a GPU: pictures are kept there as uint8, 250 kB each. For the first `--head_epochs` only
+the heads are trained, since the gradients of untrained heads would damage the encoder. The output is the moving average of the encoder's
+weights, one file for each of its parts, `<part>_captions.safetensors`; put into weights/, the encoder's name is
+`<part>_captions+<part>_captions`. All later trainings freeze it again. The same command resumes a run that was killed, or stopped by SIGTERM
+or --max_hours.
 
 Shapes: B pictures, M captions, S pixels a side, N patches, D the encoder's width.
 """
@@ -43,35 +44,35 @@ from tokenizer import BPETokenizer
 from training import MovingAverage, Run, adamw, comparable, cosine, prepare_output
 from vit_student import crop, jitter, read_pixels
 
-BATCH = 64  # pictures, or captions, that are looked at together where nothing is learnt
+BATCH = 64  # pictures, or captions, in a batch at evaluation
 MAX_TOKENS = 40  # of a caption
-SMALLEST = 0.5  # part of a picture's area that a crop shows: of less, its captions are often untrue
+SMALLEST = 0.5  # minimum fraction of a picture's area in a crop: its captions are often wrong for smaller ones
 LOSSES = "contrast", "caption", "keep"
 
 
 @dataclass
 class Settings:
     data: tuple = option(("data",), "folders with train.json and images/train")
-    encoder: str = option(EMBEDDED, "what to start from: timm's name, or several joined by +")
+    encoder: str = option(EMBEDDED, "initial encoder: timm's name, or several joined by +")
     image_size: int = option(0, "0: the encoder's own")
     output: str = option("checkpoints", "folder for the encoder's parts")
-    decoder: str = option(str(EMBEDDED_DECODER), "GPT-2 weights that captions are written with")
-    cache: str = option("cache", "folder for what the sentence encoder says of the captions")
-    head_epochs: int = option(1, "of the heads alone, before the encoder is trained too")
-    epochs: int = option(10, "of all of it")
+    decoder: str = option(str(EMBEDDED_DECODER), "GPT-2 weights for the caption loss")
+    cache: str = option("cache", "folder for the sentence encoder's outputs for the captions")
+    head_epochs: int = option(1, "first train only the heads for so many epochs")
+    epochs: int = option(10, "then train heads and encoder for so many")
     batch_size: int = 256
-    captions: int = option(2, "of each picture in a step, at most")
+    captions: int = option(2, "maximum number of captions per picture in a step")
     learning_rate: float = option(1e-3, "of the heads")
     encoder_learning_rate: float = 1e-4
     weight_decay: float = 0.05
-    warmup: float = option(0.05, "part of all steps")
-    average: float = option(0.99, "decay of the moving average of the weights, which is what is saved; 0: the last step's")
-    contrast: float = option(1.0, "weight of that loss")
-    caption: float = option(1.0, "weight of that loss")
-    keep: float = option(1.0, "weight of that loss")
-    selection: tuple = option((300,), "pictures at the end of each train.json that are not trained on: one number, or one for each folder")
+    warmup: float = option(0.05, "fraction of all steps")
+    average: float = option(0.99, "decay of the weights' moving average, which is saved; 0: save the last step's weights")
+    contrast: float = option(1.0, "weight of this loss")
+    caption: float = option(1.0, "weight of this loss")
+    keep: float = option(1.0, "weight of this loss")
+    selection: tuple = option((300,), "number of pictures at the end of each train.json to hold out: one number, or one for each folder")
     seed: int = 0
-    max_hours: float = option(0.0, "stop then, ready to go on; 0: no limit")
+    max_hours: float = option(0.0, "stop after so long, ready to resume; 0: no limit")
 
     def __post_init__(self):
         self.data, self.selection = tuple(map(str, self.data)), tuple(map(int, self.selection))
@@ -85,7 +86,7 @@ class Settings:
 
 
 class EncoderTrainer:
-    """One run: pictures in memory, the encoder, the heads that teach it, optimizer and the place that it has come to."""
+    """One run: pictures in memory, the encoder, the heads for its losses, optimizer and progress."""
 
     def __init__(self, settings, device=None):
         self.settings, self.device = settings, device or pick_device()
@@ -113,14 +114,14 @@ class EncoderTrainer:
                 self.clip.image_head.measure((encoder(self.pixels[part]) for part in some), encoder)
 
     def make_clip(self, encoder):
-        """Our CLIP on this encoder, untrained, and the captions as its text head meets them."""
+        """Our CLIP on this encoder, with untrained heads, and the inputs of its text head for all captions."""
         config = ClipConfig(encoder=self.settings.encoder)
         text = TextEncoder(device=self.device)
         sentences = partial_sentences(text, config, self.settings.cache)
         parts = [[*map(clean_captions, images)] for images in (self.images, self.selection)]
         self.sentences = joined([sentences([caption for captions in part for caption in captions]) for part in parts if part])
         counts = torch.tensor([len(captions) for part in parts for captions in part])
-        self.starts = F.pad(counts.cumsum(0), (1, 0))  # where the captions of each picture begin, the selection's last
+        self.starts = F.pad(counts.cumsum(0), (1, 0))  # index of each picture's first caption; selection pictures come last
         self.clip = ClipSmall(config, encoder, text).to(self.device)
 
     def restore(self, encoder):
@@ -133,7 +134,7 @@ class EncoderTrainer:
         self.steps = math.ceil(len(self.images) / settings.batch_size)
         parameters = heads | self.weights
         self.average = MovingAverage(parameters, settings.average)
-        # What is usual among features is measured once, at the beginning.
+        # The statistics of the features are measured once, at the start.
         usual = {f"clip.{name}": value for name, value in self.clip.image_head.named_buffers()}
         same = comparable(settings, "max_hours", "cache") | {
             "training images": data_digest(self.images), "encoder's weights": self.teacher.weights_hash}
@@ -146,7 +147,7 @@ class EncoderTrainer:
         self.clip.log_scale.clamp_(max=math.log(100))  # as CLIP's
 
     def fit(self):
-        """Train to the end and return what each epoch was worth; None where it was interrupted, ready to go on."""
+        """Train to the end and return the metrics of each epoch; None if interrupted, ready to resume."""
         settings = self.settings
         count = sum(weight.numel() for weight in self.weights.values())
         print(f"{len(self.images)} pictures to train on, {len(self.selection)} to select on; {count / 1e6:.1f}M weights of the encoder",
@@ -165,7 +166,7 @@ class EncoderTrainer:
         return self.run.progress["history"]
 
     def step(self, step):
-        """One update; everything random follows from the seed and the step."""
+        """One update; all randomness depends only on the seed and the step."""
         settings = self.settings
         epoch, place = divmod(step, self.steps)
         for weight in self.weights.values():
@@ -180,21 +181,21 @@ class EncoderTrainer:
             drawn = [torch.randperm(count, generator=generator)[:settings.captions] for count in self.counts(numbers)]
             losses = self.losses(images, numbers, drawn, dropout=0.5)
         sum(getattr(settings, name) * loss for name, loss in losses.items()).backward()
-        # Both parts have a schedule of their own: the encoder's learning rate rises when the heads' has been falling for a while.
+        # Each phase, heads alone and then all, has a learning rate schedule of its own.
         first, total = (0, settings.head_epochs) if epoch < settings.head_epochs else (settings.head_epochs, settings.epochs)
         warmup = max(1, round(settings.warmup * total * self.steps))
         rate = settings.learning_rate * cosine(step - first * self.steps, total * self.steps, warmup)
         self.run.update(rate, len(numbers), **{name: loss.item() for name, loss in losses.items()})
 
     def counts(self, numbers):
-        """How many captions these pictures have."""
+        """The number of captions of each of these pictures."""
         return (self.starts[numbers + 1] - self.starts[numbers]).tolist()
 
     def losses(self, images, numbers, drawn, dropout=0.0):
         """{loss: its value}.
 
         Args:
-            images: float (B, 3, S, S), from 0 to 255. numbers: (B,), theirs among all. drawn: which captions of each are looked at.
+            images: float (B, 3, S, S), from 0 to 255. numbers: (B,), their indices. drawn: indices of each one's captions to use.
         """
         features = self.clip.encoder(images).float()  # (B, N, D)
         owners = torch.tensor([place for place, some in enumerate(drawn) for _ in some], device=self.device)
@@ -222,7 +223,7 @@ class EncoderTrainer:
 
     @torch.inference_mode()
     def report(self, epoch):
-        """Print, and keep, what the average of the weights is worth on the selection pictures."""
+        """Evaluate the averaged weights on the selection pictures; print and record the metrics."""
         entry = {"epoch": epoch, "seconds": self.run.seconds}
         numbers = torch.arange(len(self.images), len(self.images) + len(self.selection))
         if len(numbers):
@@ -246,8 +247,8 @@ class EncoderTrainer:
 
 
 def write_encoder(path, encoder, training):
-    """Write an ImageEncoder that can be trained, in timm's names with its classifier: matrices in fp16, the rest, whose statistics would
-    suffer from it, as it is."""
+    """Write a trainable ImageEncoder with its classifier, under timm's names: matrices in fp16, all else in its own type, since
+    normalisation statistics need the precision."""
     import timm
 
     classifier = timm.get_pretrained_cfg(encoder.name).classifier

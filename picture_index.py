@@ -1,12 +1,12 @@
-"""An index of pictures: what they are like, as vectors in Milvus, embedded in a folder *.db of this machine or served by a cluster.
+"""A search index of pictures: their embeddings in Milvus, either in a local folder *.db (Milvus Lite) or on a server.
 
     index = PictureIndex("cache/search.db", clip)               # or "http://host:19530"
-    index.update("photos")                                      # new and changed pictures, those that went
+    index.update("photos")                                      # add new and changed pictures, remove deleted ones
     index.search(index.query("two dogs in the snow"), top=15)   # [Hit, …], best first
 
-An entry's vector is a picture's embedding and, behind it, that of its caption, each of length one, or zeros where it has no caption. A
-query's is that of its text, twice, the second time multiplied by what captions count: so one inner product is the joined score.
-It can be rebuilt from the pictures at any time; one process at a time opens an embedded one.
+An entry's vector is the picture's embedding, concatenated with its caption's, each of length one; zeros if it has no caption. A
+query's vector is its text's embedding twice, the second time multiplied by the captions' weight, so one inner product gives the
+combined score. An index can be rebuilt from the pictures at any time. Only one process at a time can open a local one.
 """
 
 import hashlib
@@ -33,15 +33,15 @@ from files import digest_of, first_line
 from images import IMAGE_SUFFIXES, load_ahead, open_image
 
 DEFAULT_INDEX = "cache/search.db"
-CAPTION_WEIGHT = 0.25  # of a caption's likeness to the query, beside the picture's: report/README.md
-MOST = 16_000  # hits of one search
-SAMPLE = 2_000  # entries that say how a query's scores are spread
-FEWEST = 5  # of them
-FITS = 3.5  # deviations above the mean of its scores from which on a sentence's best one fits, by a model that says nothing better
-AVOIDED = 2.0  # the same of what is to be left out
+CAPTION_WEIGHT = 0.25  # of the caption's similarity to the query, added to the picture's: report/README.md
+MOST = 16_000  # maximum number of hits of one search
+SAMPLE = 2_000  # entries that a query's mean score and standard deviation are estimated from
+FEWEST = 5  # minimum number of them
+FITS = 3.5  # threshold for a match, in standard deviations above the query's mean score, unless the model has its own
+AVOIDED = 2.0  # the same for pictures to leave out
 BATCH = 64
 FOLDER_DIGITS = 16
-MARK = "index of p4_search"  # a file in the folder of an index
+MARK = "index of p4_search"  # file that marks a folder as an index
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Hit:
     path: str
     score: float
     caption: str
-    time: int  # seconds since 1970, when it was taken
+    time: int  # when it was taken, in seconds since 1970
 
 
 def short_hash(text, digits=40):
@@ -57,7 +57,7 @@ def short_hash(text, digits=40):
 
 
 def pictures_below(folder):
-    """Paths of all pictures of a folder and its subfolders, in order. Raises UserError where it is none."""
+    """Paths of all pictures of a folder and its subfolders, in order. Raises UserError if it is not a folder."""
     folder = Path(folder).resolve()
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
@@ -70,7 +70,7 @@ def pictures_below(folder):
 
 
 def content_of(path):
-    """Digest of a file; of one that cannot be read, which shows when it is looked at, ""."""
+    """Digest of a file; "" if it cannot be read, which is reported when it is encoded."""
     try:
         return digest_of(path, "sha256")
     except OSError:
@@ -78,22 +78,22 @@ def content_of(path):
 
 
 def taken(path):
-    """When a picture was taken, in seconds since 1970: by its EXIF data, else by the file's date."""
+    """When a picture was taken, in seconds since 1970: from its EXIF data, else the file's date."""
     try:
         with open_image(path) as image:
             text = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal)
         return int(datetime.strptime(text.strip(), "%Y:%m:%d %H:%M:%S").timestamp())
-    except Exception:  # whatever damaged EXIF data makes of PIL, or nothing there
+    except Exception:  # there is no date, or PIL raises any kind of error for damaged EXIF data
         return int(os.stat(path).st_mtime)
 
 
 class DamagedIndex(UserError):
-    """What can be mended by making the index anew."""
+    """An error that rebuilding the index would fix."""
 
 
 @contextmanager
 def milvus_errors(where):
-    """Say in one line what went wrong in Milvus."""
+    """Turn Milvus' errors into DamagedIndex with one line."""
     from pymilvus.exceptions import MilvusException
 
     try:
@@ -104,7 +104,7 @@ def milvus_errors(where):
 
 
 def stored(path):
-    """A path as Milvus keeps it: any bytes are a path, and Milvus takes UTF-8."""
+    """A path, which may be any bytes, as UTF-8 for Milvus."""
     return quote(os.fsencode(path), safe="/ ")
 
 
@@ -113,13 +113,13 @@ def path_of(text):
 
 
 def open_client(where):
-    """A MilvusClient. Raises UserError, which says why in a line."""
+    """A MilvusClient. Raises UserError."""
     try:
         import milvus_lite  # noqa: F401
         from pymilvus import MilvusClient
     except ImportError:
         raise UserError("searching needs packages: pip install -c constraints.txt pymilvus milvus-lite") from None
-    for name in ["milvus_lite", *logging.root.manager.loggerDict]:  # what they log is said here, or of no use
+    for name in ["milvus_lite", *logging.root.manager.loggerDict]:  # their errors are reported here, the rest is of no use
         if name.startswith(("pymilvus", "milvus_lite")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     if "://" in str(where):
@@ -144,12 +144,12 @@ def open_client(where):
         raise UserError(f"cannot keep an index in {where}: {error.strerror}") from None
     except BlockingIOError:
         raise UserError(f"the index {where} is open in another process, a search page perhaps: one at a time; or use a Milvus server") from None
-    except Exception as error:  # whatever a damaged one raises
+    except Exception as error:  # damaged ones raise all kinds of errors
         raise DamagedIndex(f"the index {where} is damaged or cannot be opened ({first_line(error)})") from None
 
 
 def release(where):
-    """Close what Milvus Lite keeps open of an embedded index, as long as a process lives."""
+    """Close a local index, which Milvus Lite would otherwise keep open until the process ends."""
     if "://" not in str(where):
         from milvus_lite.server_manager import server_manager_instance
 
@@ -157,17 +157,17 @@ def release(where):
 
 
 def is_index(where):
-    """Whether an index was made in this folder, by its mark."""
+    """Whether a folder contains an index, by its MARK file."""
     return (Path(where) / MARK).is_file()
 
 
 class PictureIndex:
-    """Pictures by what they show, for one model that embeds.
+    """The pictures' embeddings by one model.
 
     Args:
         where: a folder whose name ends in .db, or the address of a Milvus server.
-        clip: a DualEncoder. Another one's entries are kept apart, since they cannot be compared.
-        rebuild: begin anew where an embedded index is damaged, which a line on stderr says.
+        clip: a DualEncoder. Each model has a separate collection, since embeddings of two models cannot be compared.
+        rebuild: replace a damaged local index by an empty one, with a message on stderr.
     """
 
     def __init__(self, where, clip, rebuild=False):
@@ -192,16 +192,16 @@ class PictureIndex:
         self.sample = None
 
     def prepare(self):
-        """Make what the entries are kept in, or load it."""
+        """Load the collection, or create it."""
         from pymilvus import DataType
 
         with milvus_errors(self.where):
             if self.client.has_collection(self.name):
                 self.client.load_collection(self.name)
-                self.client.query(self.name, filter="", limit=1, output_fields=["vector"])  # what is damaged shows now
+                self.client.query(self.name, filter="", limit=1, output_fields=["vector"])  # raises now if damaged
                 return
             schema = self.client.create_schema(auto_id=False)
-            schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=64)  # of path, and number of the vector
+            schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=64)  # hash of the path, and index of the vector
             schema.add_field("vector", DataType.FLOAT_VECTOR, dim=2 * self.dim)
             schema.add_field("path", DataType.VARCHAR, max_length=16384)
             schema.add_field("folders", DataType.ARRAY, element_type=DataType.VARCHAR, max_capacity=200, max_length=FOLDER_DIGITS)
@@ -214,19 +214,19 @@ class PictureIndex:
             self.client.create_collection(self.name, schema=schema, index_params=parameters)
 
     def close(self):
-        """Let another process open it."""
+        """Close the index, so that another process can open it."""
         self.client.close()
         release(self.where)
 
     def __len__(self):
-        """How many vectors there are."""
+        """The number of vectors."""
         with milvus_errors(self.where):
             return self.client.query(self.name, filter="", output_fields=["count(*)"])[0]["count(*)"]
 
     # ---- filling ----
 
     def entries(self, fields=("path", "stamp", "content", "caption")):
-        """All entries, as dicts of these fields."""
+        """Yield all entries as dicts of these fields."""
         with milvus_errors(self.where):
             rows = self.client.query_iterator(self.name, batch_size=1000, filter="", output_fields=["id", *fields])
             while batch := rows.next():
@@ -235,17 +235,17 @@ class PictureIndex:
 
     @staticmethod
     def within(folder=None, since=None):
-        """A filter."""
+        """A Milvus filter for pictures in a folder, or taken since a time."""
         parts = [f'array_contains(folders, "{short_hash(str(Path(folder).resolve()), FOLDER_DIGITS)}")'] if folder else []
         return " and ".join(parts + ([f"time >= {int(since)}"] if since is not None else []))
 
     def update(self, folder, caption=None, progress=True):
-        """Take in what is new or changed below a folder, take out what is gone. What stayed is not read; what was renamed or copied is
-        recognised by its content.
+        """Add new and changed pictures below a folder, and remove deleted ones. Unchanged files are not read; renamed or copied ones are
+        recognised by their content.
 
         Args:
-            caption: function of a list of paths -> {path: caption} of those that can be read; None: what is new gets none.
-        Returns counts, {"new": …, "moved": …, "gone": …, "kept": …}, and {path: reason} of what cannot be read.
+            caption: function of a list of paths -> {path: caption} of the readable ones; None: new pictures get no captions.
+        Returns counts, {"new": …, "moved": …, "gone": …, "kept": …}, and {path: reason} of unreadable files.
         """
         known = defaultdict(list)
         for entry in self.entries():
@@ -257,7 +257,7 @@ class PictureIndex:
         for path in pictures_below(folder):
             try:
                 stamps[path] = "{0.st_size} {0.st_mtime_ns}".format(os.stat(path))
-            except OSError as error:  # a link to nowhere
+            except OSError as error:  # a broken link
                 unread[path] = error.strerror
         todo = [path for path, stamp in stamps.items()
                 if path not in known or known[path][0]["stamp"] != stamp or caption and not known[path][0]["caption"]]
@@ -268,7 +268,7 @@ class PictureIndex:
         fresh = [path for path in contents if path not in moved]
         with milvus_errors(self.where):
             rows = {path: self.client.get(self.name, ids=[entry["id"] for entry in same], output_fields=["vector", "caption"])
-                    for path, same in moved.items()}  # all of them, before one is written over
+                    for path, same in moved.items()}  # read all before overwriting any
             for path, of_path in rows.items():
                 vectors = np.array([row["vector"] for row in of_path], np.float32)
                 self.put([path], vectors[None], {path: of_path[0]["caption"]}, stamps, contents)
@@ -287,7 +287,8 @@ class PictureIndex:
         return counts, unread
 
     def encode(self, paths, stamps, contents, caption, progress):
-        """Embed these pictures and put them in, batch by batch, each of which stays when the next is interrupted."""
+        """Embed and store these pictures batch by batch; an interruption loses only the current batch. Returns {path: reason} of
+        unreadable ones."""
         clip, unread = self.clip, {}
         with tqdm(total=len(paths), unit="image", desc="indexing", disable=not progress) as bar:
             for good, images, bad in load_ahead(paths, clip.preprocess, clip.pixels, BATCH):
@@ -304,7 +305,7 @@ class PictureIndex:
         return unread
 
     def put(self, paths, vectors, captions, stamps, contents):
-        """Vectors (n, Q, 2 D) of these pictures."""
+        """Store the vectors (n, Q, 2 D) of these pictures."""
         rows = []
         for path, of_path in zip(paths, vectors):
             folders = [short_hash(str(parent), FOLDER_DIGITS) for parent in Path(path).parents]
@@ -321,7 +322,7 @@ class PictureIndex:
         return np.concatenate([vector, caption_weight * vector])
 
     def query_like(self, path):
-        """The vector of a picture: its likeness to others, whatever their captions say. Raises UserError where it cannot be read."""
+        """The vector of a picture (2 D,), which ignores captions. Raises UserError if it cannot be read."""
         read, vectors, unread = self.clip.encode_images([Path(path)])
         if not read:
             raise UserError(f"{path} cannot be read: {unread[Path(path)]}")
@@ -329,11 +330,11 @@ class PictureIndex:
         return np.concatenate([vector.numpy(), np.zeros(self.dim, np.float32)])
 
     def search(self, vector, top=15, folder=None, since=None):
-        """The entries that are most like a query: at most `top` Hits, best first."""
+        """The pictures most similar to a query: at most `top` Hits, best first."""
         return next(iter(self.search_many([vector], top, folder, since)))
 
     def search_many(self, vectors, top=15, folder=None, since=None):
-        """`search` of several queries: a list of Hits for each."""
+        """`search` for several queries: yields a list of Hits for each."""
         limit = min(top * self.clip.vectors_per_image, MOST)
         for start in range(0, len(vectors), 100):
             with milvus_errors(self.where):
@@ -341,21 +342,21 @@ class PictureIndex:
                                            filter=self.within(folder, since), output_fields=["path", "caption", "time"])
             for rows in found:
                 hits = {}
-                for row in rows:  # of a picture with several vectors the best counts
+                for row in rows:  # if a picture has several vectors, the best one counts
                     about = row["entity"]
                     path = path_of(about["path"])
                     hits.setdefault(path, Hit(path, row["distance"], about["caption"], about["time"]))
                 yield list(hits.values())[:top]
 
     def fits(self, text, folder=None, since=None):
-        """Whether the picture that is most like a sentence shows it, rather than being the best of what is here; where there are too few to
-        say, yes."""
+        """Whether the picture most similar to a sentence shows it, rather than being just the best of those in the index; True if there
+        are too few to tell."""
         vector = self.query(text, 0.0)
         best = self.search(vector, 1, folder, since)
         return bool(best) and best[0].score >= self.bar(vector)
 
     def bar(self, vector):
-        """The likeness from which on a picture shows what is sought: by how the query's scores are spread over a sample of the entries."""
+        """The similarity above which a picture counts as a match, from the distribution of the query's scores over a sample of the entries."""
         mean, deviation = self.spread_of(vector)
         if not deviation:
             return -np.inf
@@ -363,8 +364,8 @@ class PictureIndex:
         return level + slope * deviation
 
     def spread_of(self, vector):
-        """Mean and deviation of a query's scores over a sample of the entries."""
-        sample = self.sample  # another thread may take it away
+        """Mean and standard deviation of a query's scores over a sample of the entries."""
+        sample = self.sample  # another thread may reset it
         if sample is None:
             with milvus_errors(self.where):
                 rows = self.client.query(self.name, filter="", limit=SAMPLE, output_fields=["vector"])
@@ -375,8 +376,8 @@ class PictureIndex:
         return float(scores.mean()), float(scores.std())
 
     def find(self, vector, top=15, without=None, folder=None, since=None):
-        """Hits of a query. `without`: another query: pictures that are more like it than like what is sought, or rather like it, are left
-        out."""
+        """Hits of a query. `without`: another query; pictures more similar to it than to the first, or above the threshold of AVOIDED, are
+        left out."""
         hits = self.search(vector, top if without is None else min(MOST, 10 * top + 100), folder, since)
         if without is not None:
             mean, deviation = self.spread_of(without)

@@ -20,7 +20,7 @@ THINGS = sorted(ANIMALS | {
 ANYONE = """person people someone somebody couple crowd group family friend team player worker athlete runner racer rider biker cyclist
 bicyclist motorcyclist climber hiker surfer swimmer diver skier skater skateboarder snowboarder sledder kayaker performer dancer
 musician artist tourist fan"""  # who may be a man, a woman or a child
-SAME = {  # words that name a thing, or that leave open whether it is there
+SAME = {  # words that mean a thing, or that suggest that it may be there
     "dog": "dogs puppy puppies animal animals canine hound poodle retriever", "cat": "cats kitten animal", "horse": "horses pony animal",
     "man": f"men guy adult he his him male boy {ANYONE}", "woman": f"women lady ladies adult she her female girl {ANYONE}",
     "child": f"children kid boy girl toddler baby babies infant youth youngster teenager student {ANYONE}",
@@ -45,7 +45,7 @@ SAME = {  # words that name a thing, or that leave open whether it is there
 }
 COLOURS = ["black", "white", "brown", "red", "blue", "green", "yellow", "orange", "pink", "purple", "gray"]
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
-VERBS = {"sticks", "waves"}  # more often than not
+VERBS = {"sticks", "waves"}  # usually verbs
 COUNTED = ["dogs", "men", "women", "people", "children", "boys", "girls", "horses", "kids", "players"]
 PLACES = ["beach", "water", "snow", "grass", "street", "field", "pool", "air", "rock", "mountain", "sand", "park", "road", "ocean",
           "lake", "river", "woods", "forest", "bench", "wall", "sidewalk", "hill"]
@@ -61,7 +61,7 @@ WORDINGS = {
     "where": ["Where is the {}?", "In what place is the {}?"],
     "detail": ["Describe the image in detail.", "What can be seen in the picture? Tell everything.", "Give a detailed description."],
 }
-MASS = {"water", "grass", "snow", "sand"}  # no article before them
+MASS = {"water", "grass", "snow", "sand"}  # without an article
 GROUPS = {"animal": "qa", "count": "qa", "colour": "qa", "action": "qa", "presence": "qa", "where": "relation"}
 CAPTION_QUERIES = ["Please give me a one sentence caption about the image.", "describe the image in one sentence",
                    "What is happening in the picture?", "Write a caption for this image."]
@@ -77,8 +77,8 @@ class Question:
 def read_questions(path):
     """A file of questions -> [(image, Question), …]. Raises UserError.
 
-    Either as p4_questions.py writes it, {image, kind, query, answer}, of which the image is a file name, or as people asked,
-    {image, folder, question, answer}, of which it is the Path of images/<folder>/<image> beside the file, and the kind "vqa".
+    Either a file of p4_questions.py, {image, kind, query, answer}, where `image` is a file name, or questions by people, {image,
+    folder, question, answer}, where it becomes the Path images/<folder>/<image> beside the file, and the kind is "vqa".
     """
     entries = read_json(path, "questions file")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -95,7 +95,7 @@ def read_questions(path):
 
 
 def as_sentence(answer):
-    """"yes" -> "Yes.", as all answers here are written."""
+    """"yes" -> "Yes.", the style of all answers here."""
     return f"{answer[:1].upper()}{answer[1:]}".removesuffix(".") + "."
 
 
@@ -104,7 +104,7 @@ def words_of(caption):
 
 
 def agreed(votes, captions=2):
-    """What at least so many captions say, if no caption says another; else None. `votes`: a set for each caption."""
+    """The word in at least so many captions' sets, if no set has another word; else None. `votes`: a set of words per caption."""
     counts = Counter(word for said in votes for word in said)
     if len(counts) != 1:
         return None
@@ -113,11 +113,11 @@ def agreed(votes, captions=2):
 
 
 def derive(captions, rng, all_things=False):
-    """All that a picture's captions can be asked, as a list of Question.
+    """All questions that a picture's captions can answer, as a list of Question.
 
     Args:
-        rng: random.Random, for the wordings and the things asked about.
-        all_things: ask about all that are there and all that are not; else about one of each.
+        rng: random.Random, selects wordings and things.
+        all_things: ask about all things that are present and all that are absent; else about one of each.
     """
     captions = [text for text in map(clean_caption, captions) if text]
     rows = [words_of(text) for text in captions]
@@ -173,7 +173,7 @@ def places_in(row):
 
 
 def most_said(votes, captions=2):
-    """What most captions say, if at least so many do and nothing else is said as often; else None."""
+    """The word or phrase in the most captions' sets, if in at least so many and no other is in as many; else None."""
     counts = Counter(word for said in votes for word in said).most_common(2)
     if not counts or counts[0][1] < captions or len(counts) > 1 and counts[1][1] == counts[0][1]:
         return None
@@ -181,7 +181,7 @@ def most_said(votes, captions=2):
 
 
 def told_together(captions):
-    """The longest caption, and the one of the others that adds most words to it."""
+    """The longest caption, followed by the one that adds the most new words to it."""
     longest = max(captions, key=lambda text: len(words_of(text)))
     others = [text for text in captions if text != longest]
     if not others:
@@ -190,16 +190,16 @@ def told_together(captions):
 
 
 def derive_all(images, seed=0, each_thing=None):
-    """Questions about CaptionedImages: [(number of the image, Question), …], the same for the same seed.
+    """Questions about CaptionedImages: [(index of the image, Question), …], deterministic for a seed.
 
     Args:
-        each_thing: a number: every picture is asked about all things, and of each at most so many yes and as many no are kept;
-            None: every picture is asked about one thing that is there and one that is not.
+        each_thing: a number: ask about all things in every picture, and keep at most so many yes and as many no for each thing;
+            None: ask about one present and one absent thing per picture.
     """
     rng = random.Random(seed)
     found = [(number, question) for number, image in enumerate(images)
              for question in derive(image.captions, rng, all_things=each_thing is not None)]
-    # Yes and no balanced for each thing, so that the name of a thing tells nothing.
+    # Balance yes and no for each thing, so that its name alone does not predict the answer.
     answers = defaultdict(lambda: {"Yes.": [], "No.": []})
     for number, question in found:
         if question.kind == "presence":
@@ -214,12 +214,12 @@ def derive_all(images, seed=0, each_thing=None):
 
 
 def thing_of(query):
-    """What a presence question asks for."""
+    """The thing that a presence question asks about."""
     return re.search(rf"\b({'|'.join(THINGS)})\b", query)[1]
 
 
 def best_constants(questions):
-    """For each kind the answer that is right most often: {kind: answer}, what a blind model could say."""
+    """The most frequent answer of each kind: {kind: answer}, the baseline of a model that sees no picture."""
     answers = defaultdict(Counter)
     for question in questions:
         answers[question.kind][question.answer] += 1
@@ -228,13 +228,13 @@ def best_constants(questions):
 
 @dataclass
 class Sample:
-    image: int  # its number
+    image: int  # its index
     query: str
     answer: str
 
 
 def read_instructions(path, images):
-    """A file of questions -> [(kind, Sample), …]; pictures that only people's questions are about join `images`. Raises UserError."""
+    """A file of questions -> [(kind, Sample), …]; pictures without captions are appended to `images`. Raises UserError."""
     names, places, found = defaultdict(list), {}, []
     for number, image in enumerate(images):
         names[image.path.name].append(number)
@@ -248,13 +248,13 @@ def read_instructions(path, images):
             number = names[image][0]
         else:
             raise UserError(f"{path} asks about {image}, which " + ("several folders have" if names[image] else "is not in train.json"))
-        query = " ".join(question.query.replace("<image>", " ").split())  # LLaVA's own data has it where the picture comes
+        query = " ".join(question.query.replace("<image>", " ").split())  # LLaVA's own data marks the picture's position so
         found.append((question.kind, Sample(number, query, question.answer)))
     return found
 
 
 def instruction_samples(settings, images):
-    """The samples of stage 2 by group: {group: [Sample, …]}. Raises UserError where a group of --mix has none."""
+    """The samples of stage 2 by group: {group: [Sample, …]}. Raises UserError if a group of --mix has none."""
     captioned = list(enumerate(images))
     if settings.instructions:
         found = [pair for path in settings.instructions for pair in read_instructions(path, images)]
@@ -273,7 +273,7 @@ def instruction_samples(settings, images):
 
 
 def sample_epoch(groups, parts, count, generator):
-    """`count` samples, so many of each group, each group gone through before any of its samples comes again."""
+    """`count` samples in the groups' fractions `parts`; a group's samples are repeated only after all of them were used."""
     counts = {kind: int(part * count) for kind, part in parts.items()}
     counts[max(parts, key=parts.get)] += count - sum(counts.values())
     drawn = []
@@ -285,7 +285,7 @@ def sample_epoch(groups, parts, count, generator):
 
 
 def by_picture(samples, most):
-    """Samples in rows of at most so many, each row about one picture, in the order in which pictures come first."""
+    """Group samples into rows of at most so many, each row about one picture, in the order of each row's first sample."""
     rows, open_rows = [], {}
     for sample in samples:
         row = open_rows.get(sample.image)

@@ -1,11 +1,11 @@
-"""The frozen image encoders, and BLIP-2's, as vision towers of `transformers`: once this is imported, its Auto classes read and write them.
+"""Our frozen image encoders, and BLIP-2's, as vision towers of `transformers`. Importing this module registers them with its Auto classes.
 
     import vision_tower
     model = LlavaForConditionalGeneration.from_pretrained("weights/llava_small")
 
-A tower is an encoder of encoder.py, whose patches may be averaged to a coarser grid, so that the language model reads fewer tokens, and on
-which transformer layers of the tower's own may stand, which are trained; or the vision model of a BLIP-2 (Li et al. 2023,
-https://arxiv.org/abs/2301.12597) with its Q-Former, whose query tokens are no patches.
+A tower is either an encoder of encoder.py, optionally with its patches averaged to a coarser grid, so that the language model gets fewer
+tokens, and with trained transformer layers on top; or the vision model of a BLIP-2 (Li et al. 2023, https://arxiv.org/abs/2301.12597)
+with its Q-Former, whose query tokens do not correspond to patches.
 
 Shapes: B pictures, S pixels a side, N tokens, D channels of each.
 """
@@ -39,16 +39,16 @@ from runtime import CompiledEncoder
 
 
 class EncoderVisionConfig(PreTrainedConfig):
-    """What a tower is made of, in the words that LLaVA asks for.
+    """Configuration of an encoder as a tower, with the names that transformers' LLaVA expects.
 
     Args:
-        encoder: the name of encoder.py: a timm model, or several joined by `+`.
-        encoder_levels: how many feature maps make a token, as the encoder counts them.
+        encoder: a name for encoder.py: a timm model, or several joined by `+`.
+        encoder_levels: number of feature maps that become tokens, as in encoder.py.
         image_size: S.
-        side: rows and columns of tokens, so that N is its square.
+        side: rows and columns of tokens: N is its square.
         hidden_size: D.
-        num_hidden_layers: transformer layers on the encoder, of D // 64 heads each; 0: tokens are the encoder's.
-        dropout: in those, where they are trained.
+        num_hidden_layers: transformer layers on top of the encoder, of D // 64 heads each; 0: none.
+        dropout: in these layers, in training.
     """
 
     model_type = "frozen_image_encoder"
@@ -63,24 +63,24 @@ class EncoderVisionConfig(PreTrainedConfig):
 
     @property
     def patch_size(self):
-        """Pixels a side of what one token stands for, rounded down."""
+        """Side length in pixels of a token's image region, rounded down."""
         return self.image_size // self.side
 
 
 class EncoderVisionModel(PreTrainedModel):
-    """An image encoder in the form of a vision model of `transformers`: pixels as EncoderImageProcessor gives them -> N tokens.
+    """An image encoder with the interface of a vision model of `transformers`: pixels from EncoderImageProcessor -> N tokens.
 
-    Its weights are those of a folder, or random; `of_encoder` takes an encoder that is there.
+    Weights are random until loaded from a folder; `of_encoder` uses a pretrained encoder.
     """
 
     config_class = EncoderVisionConfig
     main_input_name = "pixel_values"
     base_model_prefix = "encoder"
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True  # whichever the language model uses
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True  # any that the language model uses
 
     def __init__(self, config):
         super().__init__(config)
-        with torch.device("cpu"):  # from_pretrained builds without weights, and an encoder looks at its own outputs
+        with torch.device("cpu"):  # from_pretrained builds on the meta device, but building an encoder runs it
             self.encoder = load_encoder(config.encoder, config.image_size, config.encoder_levels, "random")
         if config.num_hidden_layers:
             dim = config.hidden_size
@@ -94,11 +94,11 @@ class EncoderVisionModel(PreTrainedModel):
 
     @classmethod
     def of_encoder(cls, name, image_size=None, side=0, weights=None, layers=0, width=512, dropout=0.0, seed=0):
-        """The tower of an encoder by its name. Raises UserError for one whose patches cannot be averaged so.
+        """The tower of an encoder by its name. Raises UserError if its patches cannot be averaged to this grid.
 
         Args:
-            side: rows and columns of tokens; 0: as many as the encoder has patches.
-            layers, width: transformer layers on the encoder, which begin at random, by `seed`, and their channels.
+            side: rows and columns of tokens; 0: the encoder's patches.
+            layers, width: number and channels of transformer layers on top of the encoder, randomly initialised with `seed`.
         """
         encoder = load_encoder(name, image_size, weights=weights)
         if encoder.grid[0] != encoder.grid[1] or side > encoder.grid[0]:
@@ -112,25 +112,25 @@ class EncoderVisionModel(PreTrainedModel):
         return model.eval()
 
     def compile_encoder(self):
-        """Go over to OpenVINO, which encodes sooner on a CPU: the same tokens to 1e-4. For inference alone."""
+        """Run the encoder in OpenVINO, which is faster on a CPU: the same tokens to 1e-4. For inference only."""
         encoder, config = self.encoder, self.config
         weights = content_hash({f"{number}.{name}": value for number, part in enumerate(getattr(encoder, "parts", [encoder]))
                                 for name, value in part.model.state_dict().items()})
         self.encoder = CompiledEncoder([config.encoder, config.image_size, config.encoder_levels, weights], lambda: encoder, kept_networks())
 
     def own_parameters(self):
-        """Those of the tower's own layers, not of the frozen encoder."""
+        """The parameters of the layers on top, without the frozen encoder's."""
         return [value for name, value in self.named_parameters() if not name.startswith("encoder.")]
 
     def _init_weights(self, module):
-        """What no file holds: the mean and deviation of pixels, which an encoder takes off."""
+        """Set the buffers that are in no file: the pixels' mean and standard deviation that an encoder normalises with."""
         if isinstance(module, ImageEncoder):
             module.reset_buffers()
 
     def forward(self, pixel_values, **options):
-        """Pixels from 0 to 255 (B, 3, S, S) -> a BaseModelOutput with tokens (B, N, D), row by row, and what each layer gave.
+        """Pixels from 0 to 255 (B, 3, S, S) -> a BaseModelOutput with tokens (B, N, D), row by row, and each layer's output.
 
-        In place of pixels, what the encoder gave for them earlier is taken, too: (B, its tokens, D).
+        The encoder's features (B, its tokens, D) are accepted in place of pixels.
         """
         side = self.config.side
         if pixel_values.ndim == 3:
@@ -151,10 +151,10 @@ class EncoderVisionModel(PreTrainedModel):
 
 
 class QFormerVisionConfig(PreTrainedConfig):
-    """What a tower of BLIP-2's vision model and Q-Former is made of.
+    """Configuration of a tower of BLIP-2's vision model and Q-Former.
 
     Args:
-        blip2: the configuration of that BLIP-2, as a dict.
+        blip2: the BLIP-2's configuration, as a dict.
     """
 
     model_type = "qformer_image_encoder"
@@ -167,14 +167,14 @@ class QFormerVisionConfig(PreTrainedConfig):
 
     @property
     def patch_size(self):
-        """All of the picture, since no query token stands for a part of it."""
+        """The whole picture, since a query token does not correspond to a region."""
         return self.image_size
 
 
 class QFormerVisionModel(PreTrainedModel):
-    """BLIP-2's vision model and its Q-Former: pixels -> as many tokens as there are queries.
+    """BLIP-2's vision model and its Q-Former: pixels -> one token per query.
 
-    Its parts have the names that they have in a BLIP-2, so that from_pretrained takes them from one of those.
+    Its parts have the same names as in a BLIP-2, so that from_pretrained can load them from one.
     """
 
     config_class = QFormerVisionConfig
@@ -191,7 +191,7 @@ class QFormerVisionModel(PreTrainedModel):
 
     @classmethod
     def of_blip2(cls, name):
-        """The tower of a BLIP-2, by a folder or a name on the model hub."""
+        """The tower of a BLIP-2, given by a folder or a name on the model hub."""
         blip2 = AutoConfig.from_pretrained(name)
         config = QFormerVisionConfig(blip2=blip2.to_dict(), image_size=blip2.vision_config.image_size,
                                      hidden_size=blip2.qformer_config.hidden_size, num_image_tokens=blip2.num_query_tokens)
@@ -206,7 +206,7 @@ class QFormerVisionModel(PreTrainedModel):
 
 
 class EncoderImageProcessor(BaseImageProcessor):
-    """A picture as the encoders take it: the whole of it, squeezed to a square as resize_to_square does, from 0 to 255.
+    """Preprocesses a picture for the encoders: the whole of it, resized to a square by resize_to_square, from 0 to 255.
 
     Args:
         size: {"height": S, "width": S}

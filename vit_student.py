@@ -1,4 +1,4 @@
-"""The ViT that p4_pretrain_vit.py teaches: the pictures it sees, its heads, and what it learns from its teacher."""
+"""The ViT that p4_pretrain_vit.py trains: its crops and augmentation, its heads, and its distillation loss."""
 
 import json
 import math
@@ -20,8 +20,8 @@ from features import make_view
 from files import make_ordinary, read_weights, write_whole
 from images import load_picture, resize_to_square
 
-CROP_PIXELS = 256  # the square that fresh crops are taken from
-SHARED_DIM = 256  # width of the space that images share with texts
+CROP_PIXELS = 256  # side of the square that random crops are taken from
+SHARED_DIM = 256  # width of the joint space of images and texts
 LOSSES = "distillation", "contrast", "caption"
 
 
@@ -29,8 +29,8 @@ def read_pixels(sources, size, views=1, side=None):
     """Every view of every picture, as FeatureCache encodes them: uint8 (n, views, 3, size, size). Raises UserError.
 
     Args:
-        sources: lists of paths, each numbered from 0, as each has a cache of its own.
-        side: what the pictures are decoded for, since that decides where crops fall; default: `size`.
+        sources: lists of paths, each numbered from 0, since each has a separate cache.
+        side: size that pictures are decoded for, which affects the position of crops; default: `size`.
     """
     numbered = [(number, path) for paths in sources for number, path in enumerate(paths)]
     pixels = torch.empty(len(numbered), views, 3, size, size, dtype=torch.uint8)
@@ -49,9 +49,10 @@ def read_pixels(sources, size, views=1, side=None):
 
 
 def crop(images, size, generator, smallest=0.35):
-    """Crops of at least this part of the area, mirrored half the time: (B, 3, S, S) -> float (B, 3, size, size), 0 to 255.
+    """Random crops of at least this fraction of the area, mirrored with probability 1/2: (B, 3, S, S) -> float (B, 3, size, size),
+    0 to 255.
 
-    What is random comes from the generator, a CPU's, so that it is the same on any device.
+    The generator is a CPU's, so that crops are the same on any device.
     """
     random = torch.rand(5, len(images), generator=generator)
     area, aspect = smallest + (1 - smallest) * random[0], torch.exp((random[1] - 0.5) * math.log(16 / 9))  # 3:4 to 4:3
@@ -64,9 +65,9 @@ def crop(images, size, generator, smallest=0.35):
 
 
 def jitter(images, generator):
-    """Other brightness, contrast and saturation, each by up to 40%: (B, 3, S, S) -> float, 0 to 255.
+    """Jitter brightness, contrast and saturation, each by up to 40%: (B, 3, S, S) -> float, 0 to 255.
 
-    One draw for each eighth of a batch: torchvision changes all pictures of a call alike.
+    Sampled once per eighth of a batch, since torchvision changes all pictures of a call in the same way.
     """
     parts = []
     for part in images.split(-(-len(images) // 8)):
@@ -79,14 +80,14 @@ def jitter(images, generator):
 
 
 def resize(images, size):
-    """Float (B, 3, S, S) -> (B, 3, size, size), without aliasing."""
+    """Float (B, 3, S, S) -> (B, 3, size, size), with antialiasing."""
     if images.shape[-1] == size:
         return images
     return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 255)
 
 
 class Student(nn.Module):
-    """The ViT, and a head for each signal but the captions'.
+    """The ViT, and a head for each loss except the captions'.
 
     Float images (B, 3, S, S) from 0 to 255, S any multiple of 14 -> tokens (B, 1 + N, 384), the class token first.
     """
@@ -106,22 +107,22 @@ class Student(nn.Module):
         return self.vit.forward_features((images - self.mean) / self.std)
 
     def embed_images(self, tokens):
-        """Tokens (B, 1 + N, 384) -> unit vectors in the shared space (B, 256)."""
+        """Tokens (B, 1 + N, 384) -> unit vectors in the joint space (B, 256)."""
         return F.normalize(self.image_projection(tokens[:, 0]), dim=-1)
 
     def embed_texts(self, vectors):
-        """Sentence embeddings (B, 384) -> unit vectors in the shared space (B, 256)."""
+        """Sentence embeddings (B, 384) -> unit vectors in the joint space (B, 256)."""
         return F.normalize(self.text_projection(vectors), dim=-1)
 
     def save(self, path, training):
-        """Write the ViT in timm's names and the two projections, in fp16, with the settings of the training."""
+        """Write the ViT with timm's names and the two projections, in fp16, with the training settings."""
         state = self.vit.state_dict() | {f"{name}.weight": getattr(self, name).weight for name in HEADS}
         state = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in state.items()}
         write_whole(path, save(state, {"training": json.dumps(training)}))
 
     @classmethod
     def load(cls, path):
-        """The student of a file that `save` wrote, or of a ViT alone, whose heads then are untrained. Raises UserError."""
+        """The student from a file of `save`, or from a ViT's weights, with untrained heads. Raises UserError."""
         student, state = cls(), read_weights(path, "ViT")
         heads = {name: state.pop(name).float() for name in [*state] if name.startswith(HEADS)}
         try:
@@ -133,8 +134,8 @@ class Student(nn.Module):
 
 
 class Standardizer(nn.Module):
-    """Brings the teacher's features to mean 0 and deviation 1, channel by channel, so that what differs between pictures
-    is what is learned; the map's cells and the pooled features each have their own. Measured on `sample` (n, N, D)."""
+    """Normalises the teacher's features to mean 0 and standard deviation 1 per channel, so that the student learns what differs
+    between pictures; separately for the map's cells and the pooled features. Statistics are those of `sample` (n, N, D)."""
 
     def __init__(self, sample):
         super().__init__()
@@ -150,7 +151,7 @@ class Standardizer(nn.Module):
 def distillation_loss(student, tokens, pooled, cells):
     """One minus the cosine to the teacher's pooled features (B, D), plus the same for the cells of its map (B, N, D).
 
-    Where the student's patches (tokens: (B, 1 + n, 384)) are more or fewer, they are resampled to the teacher's grid.
+    If the student has another number of patches (tokens: (B, 1 + n, 384)), they are resampled to the teacher's grid.
     """
     side, target = math.isqrt(tokens.shape[1] - 1), math.isqrt(cells.shape[1])
     patches = tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side)).float()
@@ -162,9 +163,9 @@ def distillation_loss(student, tokens, pooled, cells):
 
 
 def parameter_groups(student, others, layer_decay, weight_decay):
-    """AdamW's groups: matrices decay, and each layer learns `layer_decay` times as fast as the one after it.
+    """AdamW's groups: weight decay for matrices only, and each layer's learning rate is `layer_decay` times the next layer's.
 
-    `others`: parameters of the captioner, which learn as fast as the heads.
+    `others`: parameters of the captioner, with the heads' learning rate.
     """
     depth, groups = len(student.vit.blocks), {}
     for name, parameter in [*student.named_parameters(), *(("captioner", parameter) for parameter in others)]:
@@ -180,11 +181,11 @@ def parameter_groups(student, others, layer_decay, weight_decay):
 
 
 def write_dinov2(weights, folder, size=224):
-    """Write a ViT of this script as a folder that transformers reads as a Dinov2Model with its image processor.
+    """Write a ViT of p4_pretrain_vit.py as a folder that transformers loads as a Dinov2Model with its image processor.
 
-    In the names of the models that Meta published, whichever those within a version of transformers are.
-    The processor squeezes the whole picture into `size` × `size` pixels, as everywhere here; the position embedding is brought
-    to that size as timm does it, in which transformers differs.
+    Parameters have the names of Meta's published models, whatever a version of transformers calls them inside. The processor resizes
+    the whole picture to `size` × `size` pixels, as everywhere here; the position embedding is resized as in timm, from which
+    transformers differs.
     """
     from transformers import BitImageProcessor, Dinov2Config
 
@@ -204,6 +205,6 @@ def write_dinov2(weights, folder, size=224):
 
 @torch.inference_mode()
 def embed(student, pixels, batch_size=64):
-    """Pictures uint8 (n, 3, S, S) -> their unit vectors in the shared space (n, 256), on the CPU."""
+    """Pictures uint8 (n, 3, S, S) -> their unit vectors in the joint space (n, 256), on the CPU."""
     device = student.log_scale.device
     return torch.cat([student.embed_images(student(batch.to(device).float())).cpu() for batch in pixels.split(batch_size)])

@@ -1,7 +1,7 @@
-"""Questions about pictures with people's answers, and what an answer is worth by the official rule.
+"""Visual question answering: reading data sets, and the official accuracy.
 
-Accuracy is VQA v2's (Goyal et al. 2017, https://arxiv.org/abs/1612.00837; https://visualqa.org/evaluation.html): of ten answers each is left
-out in turn, and among the other nine three equal ones make an answer wholly right.
+Accuracy is VQA v2's (Goyal et al. 2017, https://arxiv.org/abs/1612.00837; https://visualqa.org/evaluation.html): each of the ten people's
+answers is left out in turn, and an answer that equals three or more of the other nine counts 1; with fewer, a third for each.
 """
 
 import re
@@ -19,17 +19,17 @@ somebody's someone'd someone'd've someone'll someone's something'd something'd'v
 they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've
 who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll
 you're you've""".split()
-# The official rule writes contractions with all their apostrophes, where one of them is missing.
+# The official rule restores a missing apostrophe of contractions.
 CONTRACTIONS = {word[:at] + word[at + 1:]: word for word in CONTRACTED for at, mark in enumerate(word) if mark == "'"}
 NUMBERS = {word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
 ARTICLES = {"a", "an", "the"}
 PUNCTUATION = [*";/[]\"{}()=+\\_-><@`,?!"]
-STOP = re.compile(r"(?!<=\d)\.(?!\d)")  # as the official rule has it: a full stop that no digit follows
+STOP = re.compile(r"(?!<=\d)\.(?!\d)")  # as in the official code: a full stop that no digit follows
 THOUSANDS = re.compile(r"\d,\d")
 
 
 def normalize(text):
-    """An answer as the official rule compares it: without punctuation and articles, numbers as digits, in lower case."""
+    """An answer normalised by the official rule: without punctuation and articles, numbers as digits, in lower case."""
     text = " ".join(text.replace("\n", " ").replace("\t", " ").split(" ")).strip()
     plain = text
     for mark in PUNCTUATION:
@@ -40,10 +40,10 @@ def normalize(text):
 
 
 def accuracy(answer, people, always=False):
-    """What an answer is worth, 0 to 1, beside those of people (usually ten).
+    """The accuracy of an answer, 0 to 1, given those of people (usually ten).
 
     Args:
-        always: normalise in any case; the official rule does so only where people's answers differ.
+        always: always normalise; the official rule does so only if people's answers differ.
     """
     answer = answer.replace("\n", " ").replace("\t", " ").strip()
     if always or len(set(people)) > 1:
@@ -54,8 +54,8 @@ def accuracy(answer, people, always=False):
 
 @dataclass
 class Asked:
-    """A question about a picture, or a text about one thing in it. `people`: their answers; `kind` and `answer_kind`: of question and
-    answer, for tables; `box`: the thing's, left, top, right, bottom."""
+    """A question about a picture, or an expression for one object in it. `people`: people's answers; `kind` and `answer_kind`: of question
+    and answer, for tables; `box`: the object's left, top, right, bottom."""
 
     name: str
     picture: Path
@@ -71,24 +71,24 @@ class Asked:
 
 
 def answer_kind(answer):
-    """yes/no, number or other, as VQA v2 calls them."""
+    """VQA v2's answer type: yes/no, number or other."""
     word = normalize(answer)
     return "yes/no" if word in ("yes", "no") else "number" if word.isdigit() else "other"
 
 
 def first_words(query):
-    """A question's kind where its file names none: its first two words."""
+    """A question's kind if its file has none: its first two words."""
     return " ".join(re.findall(r"[\w']+", query.lower())[:2])
 
 
 def read_vqa(questions, annotations=None, images=None):
     """Questions of VQA v2's or OK-VQA's two files, or of one list {image, folder, question, answer, agree}: [Asked, …].
 
-    Of OK-VQA the people's `answer` counts, not their `raw_answer`. In the list, an answer's `agree` says how many of ten people
-    gave it; what the others said is not known, so that an answer equal to theirs counts as wrong.
+    For OK-VQA, people's `answer` is used, not `raw_answer`. In the list, `agree` is the number of people, out of ten, who gave an
+    answer; the others' answers are unknown, so an answer equal to theirs counts as wrong.
 
     Args:
-        images: the folder of the pictures, named COCO_<split>_<id>.jpg or <id>.jpg; of the list by default images/ beside it.
+        images: folder of pictures named COCO_<split>_<id>.jpg or <id>.jpg; default, for the list: images/ beside it.
     Raises UserError.
     """
     content = read_json(questions, "questions file")
@@ -114,7 +114,7 @@ def read_vqa(questions, annotations=None, images=None):
 
 
 def picture_files(folder):
-    """{COCO's or Visual Genome's number: path} of a folder's pictures, by the last digits of their names. Raises UserError."""
+    """{COCO's or Visual Genome's image id: path} of a folder's pictures, from the last digits of their names. Raises UserError."""
     try:
         paths = sorted(Path(folder).iterdir())
     except OSError as error:
@@ -123,11 +123,11 @@ def picture_files(folder):
 
 
 def read_relations(path, pictures):
-    """Visual Genome's question_answers.json, or relationships.json, of which "What is the relationship between the man and the horse?"
-    is made: [Asked, …] of the pictures that are there.
+    """Visual Genome's question_answers.json, or questions like "What is the relationship between the man and the horse?" made from
+    relationships.json: [Asked, …] for existing pictures.
 
     Args:
-        pictures: of `picture_files`. Raises UserError.
+        pictures: as from `picture_files`. Raises UserError.
     """
     found = []
     try:

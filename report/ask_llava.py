@@ -1,11 +1,11 @@
-"""Does a LLaVA look at the picture, and does it follow the question? Exact answers to questions derived from captions.
+"""Does a LLaVA use the picture and the question? Exact-match accuracy on questions derived from captions.
 
     python3 p4_questions.py data/val.json output/questions.json --number 300 --kinds animal count colour action presence where
     python3 report/ask_llava.py output/questions.json data/images/val [--model weights/llava_small]
 
-Each question is asked about its picture, and about another question's; beside it stands the best that a constant answer for
-each kind of question can do, chosen with these very questions in hand. Intervals are of the paired bootstrap over questions.
-Writes the accuracies to report/results/llava_questions.json, and every answer where --answers says.
+Each question is asked about its own picture, and about another question's. The baseline is the best constant answer for each kind
+of question, chosen on these same questions. Intervals are from the paired bootstrap over questions. Writes the accuracies to
+report/results/llava_questions.json, and all answers to the file --answers.
 """
 
 import re
@@ -30,11 +30,11 @@ def main():
     parser = ArgumentParser(description="Ask a LLaVA questions whose answers are known.")
     parser.add_argument("questions", help="JSON list of {image, kind, query, answer}, as p4_questions.py writes it")
     parser.add_argument("images", type=Path, help="folder of the pictures")
-    parser.add_argument("--model", help="folder, or name on the model hub; default: as p1_llava_infer.py finds it")
-    parser.add_argument("--batch_size", type=int, default=8, help="questions at a time")
+    parser.add_argument("--model", help="folder, or name on the model hub; default: that of p1_llava_infer.py")
+    parser.add_argument("--batch_size", type=int, default=8, help="questions per batch")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffling")
-    parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "llava_questions.json", help="to write")
-    parser.add_argument("--answers", type=Path, help="file for every question with its answers")
+    parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "llava_questions.json", help="output file")
+    parser.add_argument("--answers", type=Path, help="output file for every question with its answers")
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         raise UserError("--batch_size must be at least 1")
@@ -73,7 +73,7 @@ def main():
 
 
 def ask(model, questions, names, arguments):
-    """An answer to each question about the picture of that name."""
+    """An answer to each question about the picture with that name."""
     answers = []
     for start in tqdm(range(0, len(questions), arguments.batch_size), unit="batch", desc="asking"):
         some = slice(start, start + arguments.batch_size)
@@ -83,18 +83,18 @@ def ask(model, questions, names, arguments):
 
 
 def others(names, seed):
-    """The same names, dealt out so that no question has its own picture, if that can be."""
+    """The same names, permuted so that no question has its own picture, if possible."""
     random = np.random.default_rng(seed)
     dealt = list(random.permutation(names))
     for i, name in enumerate(names):
-        if dealt[i] == name:  # change places with one that both can have
+        if dealt[i] == name:  # swap with one that fits both
             j = next((int(j) for j in random.permutation(len(names)) if dealt[j] != name and names[j] != name), i)
             dealt[i], dealt[j] = dealt[j], dealt[i]
     return [str(name) for name in dealt]
 
 
 def same(one, other):
-    """Whether two answers are the same words."""
+    """Whether two answers have the same words."""
     return re.findall(r"\w+", one.lower()) == re.findall(r"\w+", other.lower())
 
 

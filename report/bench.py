@@ -1,4 +1,4 @@
-"""How fast captioning is, as ratios measured in one run.
+"""Speed of captioning, as ratios measured in one run.
 
     python3 report/bench.py <images> [--beam_size 3] [--count 1000] [--out speed.json]
     python3 report/bench.py <images> --profile
@@ -6,21 +6,21 @@
     python3 report/bench.py <images> --against <clone at another commit>
     python3 report/bench.py --training data [--steps 20]
 
-Ways through the same images, medians of `--repeats`, each with its images per second and its ratio to the first, which is the floor
-that the frozen encoder sets:
-  encoder       the frozen encoder alone, on pictures already decoded
+Methods on the same images, medians of `--repeats`, each with its images per second and its ratio to the first, the frozen
+encoder, which limits the speed:
+  encoder       the frozen encoder alone, on decoded pictures
   eager         the same in PyTorch
-  hw3_2.sh      the whole command, start of Python and loading of weights included
+  hw3_2.sh      the whole command, including the start of Python and loading of weights
   captioning    the same without the start: decode, encode, search, in batches with a cache
-  one by one    one image at a time, every step computing the whole text again
-  transformers  the eager encoder, and VisionEncoderDecoderModel.generate with a decoder of the same sizes, as many tokens and beams
+  one by one    one image at a time, without a cache: every step computes the whole text again
+  transformers  the eager encoder, and VisionEncoderDecoderModel.generate with a decoder of the same size, as many tokens and beams
 
-`--profile` says where a picture's milliseconds go; `--growth` how the whole command's time and memory grow with pictures, beams and the
-longest caption; `--against` runs hw3_2.sh here and there in turn, and compares their captions.
+`--profile` measures the milliseconds of each stage; `--growth` how the whole command's time and memory grow with pictures, beams and the
+maximum caption length; `--against` runs hw3_2.sh here and in another clone alternately, and compares their captions.
 
-And three ways to train the same model, a ViT-Tiny with random weights and a GPT-2 of six layers, frozen, with a projection
-and cross-attention between them, in captions per second, the start left out:
-  cached        p2_train.py on features that were encoded before
+And three methods to train the same model, a ViT-Tiny with random weights and a frozen GPT-2 of six layers, with a projection
+and cross-attention between them, in captions per second, without the start:
+  cached        p2_train.py on cached features
   encoding      the same with the encoder in every step
   transformers  VisionEncoderDecoderModel and its Trainer, where every row is an image with one of its captions
 """
@@ -55,7 +55,7 @@ from tokenizer import BPETokenizer
 
 
 class TokenHistory:
-    """Stands in for BeamCache in a search without one: it remembers the beams' tokens, not their keys and values."""
+    """Replaces BeamCache in a search without a cache: keeps the beams' tokens, not their keys and values."""
 
     def __init__(self, images, beams, max_length, device=None):
         self.tokens, self.beams = None, beams
@@ -66,7 +66,7 @@ class TokenHistory:
 
 
 def logits_without_cache(self, tokens, context, history, head):
-    """Captioner.next_logits that runs the decoder over the whole text at every step: tokens (B, K) -> (B, K, V)."""
+    """Replaces Captioner.next_logits: runs the decoder over the whole text at every step: tokens (B, K) -> (B, K, V)."""
     history.tokens = tokens[:, :, None] if history.tokens is None else torch.cat([history.tokens, tokens[:, :, None]], 2)
     hidden = self.decoder.hidden(history.tokens.flatten(0, 1), context)[:, -1]
     return F.linear(hidden, head).float().view(*tokens.shape, -1)
@@ -83,8 +83,8 @@ def one_by_one_without_cache(model, batches, settings):
 
 
 def hugging_face_captions(eager, batches, sizes, beams, length):
-    """Generate with a transformers decoder of these sizes, randomly set, on the eager encoder's tokens: as many captions of so many
-    tokens."""
+    """Generate with a randomly initialised transformers decoder of these sizes on the eager encoder's tokens: as many captions, of so
+    many tokens."""
     from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
     from transformers.modeling_outputs import BaseModelOutput
 
@@ -104,7 +104,7 @@ def hugging_face_captions(eager, batches, sizes, beams, length):
 
 
 def timed(function):
-    """Seconds that `function` takes, CUDA's work included, and what it returns."""
+    """Seconds that `function` takes, including its work on CUDA, and its result."""
     start = time.perf_counter()
     result = function()
     if torch.cuda.is_available():
@@ -116,7 +116,7 @@ def timed(function):
 
 
 class Command:
-    """hw3_2.sh of some clone on the same pictures, as a process of its own."""
+    """hw3_2.sh of a clone on the same pictures, as a separate process."""
 
     def __init__(self, images, folder, root=ROOT):
         self.root, self.images, self.output = Path(root), folder / "images", folder / "captions.json"
@@ -128,7 +128,7 @@ class Command:
         self.environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
     def __call__(self, *options):
-        """Seconds, most memory in GB, {name: caption}"""
+        """Seconds, peak memory in GB, {name: caption}"""
         command = ["bash", str(self.root / "hw3_2.sh"), str(self.images), str(self.output), *map(str, options)]
         start = time.perf_counter()
         process = subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -142,19 +142,19 @@ class Command:
 
 
 def several(images, count):
-    """So many pictures: these, again and again under other names where there are fewer."""
+    """A folder of so many pictures: these, repeated under other names if there are fewer."""
     names = list(images)
     return {names[i] if i < len(names) else f"{names[i % len(names)]}-{i // len(names)}": images[names[i % len(names)]] for i in range(count)}
 
 
 def growth(images, runtime, counts=(100, 1000, 5000), beams=(1, 3, 5, 10), lengths=(10, 20, 40)):
-    """Rows of what hw3_2.sh takes as one thing grows: pictures, with 200 pictures beams, with 200 the longest caption."""
+    """Time and memory of hw3_2.sh as one thing grows: the number of pictures; with 200 pictures, beams or the maximum length."""
     rows = []
     settings = [({"pictures": count}, []) for count in counts]
     settings += [({"pictures": 200, "beams": beam}, ["--beam_size", beam]) for beam in beams]
     settings += [({"pictures": 200, "longest caption": length}, ["--max_length", length]) for length in lengths]
     with tempfile.TemporaryDirectory() as folder:
-        Command(several(images, 1), Path(folder))("--runtime", runtime)  # what is compiled once is not to count
+        Command(several(images, 1), Path(folder))("--runtime", runtime)  # exclude one-time compilation
     for setting, options in settings:
         with tempfile.TemporaryDirectory() as folder:
             seconds, memory, _ = Command(several(images, setting["pictures"]), Path(folder))("--runtime", runtime, *options)
@@ -165,7 +165,7 @@ def growth(images, runtime, counts=(100, 1000, 5000), beams=(1, 3, 5, 10), lengt
 
 
 def draw_growth(rows, path):
-    """A picture of `growth`: seconds and memory over each thing that grows."""
+    """Plot the rows of `growth`: seconds and memory over each quantity."""
     from matplotlib.figure import Figure
 
     figure = Figure((12, 3.6), layout="constrained")
@@ -182,10 +182,10 @@ def draw_growth(rows, path):
 
 
 def against(images, other, repeats, options):
-    """hw3_2.sh of another clone and of this one in turn: medians, their ratio, and how many captions are the same."""
+    """Run hw3_2.sh of another clone and of this one alternately: medians, their ratio, and the number of equal captions."""
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
         there, here = Command(images, Path(one), other), Command(images, Path(two))
-        here(*options)  # what is compiled once is not to count
+        here(*options)  # exclude one-time compilation
         runs = [(there(*options), here(*options)) for _ in range(repeats)]
     seconds = [[run[which][0] for run in runs] for which in (0, 1)]
     (_, _, before), (_, _, after) = runs[-1]
@@ -199,7 +199,7 @@ def against(images, other, repeats, options):
 
 
 def profile(images, settings, runtime, batch_size):
-    """Print and return milliseconds a picture of each stage, one after the other, and of the search by operation."""
+    """Print and return the milliseconds per picture of each stage, run separately, and of the search by operation."""
     start, _ = timed(lambda: subprocess.run([sys.executable, str(ROOT / "p2_infer.py"), "--help"], capture_output=True, check=True))
     loading, model = timed(lambda: Captioner.load(EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, runtime=runtime))
     encoder, paths, found = model.encoder, list(images.values()), {}
@@ -236,7 +236,7 @@ def profile(images, settings, runtime, batch_size):
 
 
 def training_speed(data, steps, images_a_step=8):
-    """Print how many captions a second each of the three ways trains on."""
+    """Print the captions per second of each training method."""
     device = pick_device()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -269,7 +269,7 @@ def training_speed(data, steps, images_a_step=8):
 
 
 def hugging_face_trainer(images, batch_size, sizes, folder, device):
-    """A Trainer for one epoch over these captions, of a model of the same sizes, and the number of its trained parameters."""
+    """A Trainer for one epoch over these captions, for a model of the same sizes, and its number of trained parameters."""
     try:
         from transformers import GPT2Config, Trainer, TrainingArguments, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
     except ImportError:
@@ -298,18 +298,18 @@ def hugging_face_trainer(images, batch_size, sizes, folder, device):
     return trainer, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-# ---- all ways through the same images ---------------------------------------------------------------------------
+# ---- all methods on the same images -----------------------------------------------------------------------------
 
 
 def compare_ways(images, settings, runtime, batch_size, repeats):
-    """Print and return images per second of each way, medians."""
+    """Print and return the median images per second of each method."""
     device = pick_device()
     model = Captioner.load(EMBEDDED_CHECKPOINT, EMBEDDED_DECODER, runtime=runtime).to(device)
     eager = model.config.load_encoder().to(device)
     encoder = model.encoder
     batches = [batch.to(device) for _, batch, _ in load_ahead(images.values(), encoder.preprocess, encoder.image_size, batch_size)
                if batch is not None]
-    few = [batches[0][:32]]  # the slow way, on few images
+    few = [batches[0][:32]]  # for the slow method, few images
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         command = Command(images, Path(folder))
         options = ["--beam_size", settings.beam_size, "--clip_weight", settings.clip_weight, "--length_penalty", settings.length_penalty,
@@ -326,7 +326,7 @@ def compare_ways(images, settings, runtime, batch_size, repeats):
             "transformers": (min(1, len(batches[0]) / len(images)), lambda: hugging_face_captions(
                 eager, batches[:1], model.decoder.config, settings.beam_size, length))}
         seconds = {name: [] for name in ways}
-        for _ in range(repeats):  # in turn, so that a slow minute of the machine is everybody's
+        for _ in range(repeats):  # alternately, so that slow phases of the machine affect all methods
             for name, (part, way) in ways.items():
                 taken, result = timed(way)
                 seconds[name].append(taken / part)
@@ -345,21 +345,21 @@ def compare_ways(images, settings, runtime, batch_size, repeats):
 
 
 def main():
-    parser = ArgumentParser(description="How fast captioning is, as ratios measured in one run.")
+    parser = ArgumentParser(description="Measure the speed of captioning, as ratios in one run.")
     parser.add_argument("images", nargs="?", help="folder of images")
-    parser.add_argument("--profile", action="store_true", help="where the time goes, stage by stage")
-    parser.add_argument("--growth", action="store_true", help="with pictures, beams and the longest caption")
-    parser.add_argument("--against", metavar="CLONE", type=Path, help="hw3_2.sh of another clone, and this one's")
+    parser.add_argument("--profile", action="store_true", help="the time of each stage")
+    parser.add_argument("--growth", action="store_true", help="time and memory by pictures, beams and maximum caption length")
+    parser.add_argument("--against", metavar="CLONE", type=Path, help="compare with hw3_2.sh of another clone")
     parser.add_argument("--training", metavar="DATA", type=Path, help="measure training, on this train.json and images/train")
     parser.add_argument("--steps", type=int, default=20, help="of training, 8 images each")
-    parser.add_argument("--beam_size", type=int, help="beams of every search; default: as the embedded model's checkpoint says")
-    parser.add_argument("--clip_weight", type=float, help="what our CLIP counts in choosing among beams; default: the same")
-    parser.add_argument("--runtime", default="auto", help="what encodes")
-    parser.add_argument("--batch_size", type=int, default=128, help="images at a time")
-    parser.add_argument("--count", type=int, default=1000, help="images, the first by name")
+    parser.add_argument("--beam_size", type=int, help="of every search; default: from the embedded model's checkpoint")
+    parser.add_argument("--clip_weight", type=float, help="weight of our CLIP in reranking beams; default: likewise")
+    parser.add_argument("--runtime", default="auto", help="of the encoder")
+    parser.add_argument("--batch_size", type=int, default=128, help="images per batch")
+    parser.add_argument("--count", type=int, default=1000, help="number of images, the first by name")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", help="JSON file for the numbers")
-    parser.add_argument("--figure", help="with --growth: a picture of it")
+    parser.add_argument("--out", help="output JSON file")
+    parser.add_argument("--figure", help="with --growth: file for a plot")
     arguments = parser.parse_args()
     if (arguments.images is None) == (arguments.training is None):
         parser.error("name a folder of images, or --training and a folder of data")

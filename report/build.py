@@ -2,9 +2,9 @@
 
     python3 report/build.py [report.pdf] [--pages <folder for a PNG of each page>]
 
-The text is report/report.typ, in typst's markup. In it `⟨file/key/key|form⟩` is a number of report/results/file.json, written in a form
-of FORMS or of Python's format(), and `#numbers("name")` is a table of TABLES. The same tables stand in report/README.md between
-`<!-- table name -->` and `<!-- end -->`. The same results give the same bytes: no clock, no font of the machine, no package from elsewhere.
+The text is report/report.typ, in typst's markup. In it `⟨file/key/key|form⟩` is a number of report/results/file.json, formatted by one
+of FORMS or by Python's format(), and `#numbers("name")` is a table of TABLES. The same tables are in report/README.md between
+`<!-- table name -->` and `<!-- end -->`. The same results give the same bytes: no dates, system fonts or downloaded packages are used.
 """
 
 import json
@@ -30,7 +30,7 @@ SETS = {"coco": "COCO", "flickr8k": "Flickr8k"}
 
 
 def read_results(folder=REPORT / "results"):
-    """{name of a file without .json: what it holds}, and under "derived" what follows from them."""
+    """{name of a file without .json: its content}, and under "derived" the output of `derive`."""
     results = {path.stem: read_json(path, "results file") for path in sorted(folder.glob("*.json"))}
     return results | {"derived": derive(results)}
 
@@ -69,7 +69,7 @@ def derive(results):
 
 
 def look_up(results, path):
-    """The value at file/key/key; keys of a list are its places. Raises UserError."""
+    """The value at file/key/key; keys of a list are indices. Raises UserError."""
     found = results
     for key in path.split("/"):
         try:
@@ -88,14 +88,14 @@ def interval(difference, digits=3):
 
 
 def verdict(difference):
-    """What an interval says."""
+    """An interval in words."""
     if difference["low"] > 0:
         return "a gain beyond chance"
     return "a loss beyond chance" if difference["high"] < 0 else "no difference beyond chance"
 
 
 def shift(difference):
-    """The same of a score whose name comes before."""
+    """An interval in words, as a predicate of the score's name."""
     if difference["low"] <= 0 <= difference["high"]:
         return "does not change beyond chance"
     return "rises beyond chance" if difference["low"] > 0 else "falls beyond chance"
@@ -114,7 +114,7 @@ FORMS = {
 
 
 def fill(text, results):
-    """A text with its numbers."""
+    """A text with its numbers filled in."""
     def value(match):
         path, form = match[1].strip(), match[2].strip()
         found = look_up(results, path)
@@ -124,12 +124,12 @@ def fill(text, results):
 
 
 def fill_source(source, results):
-    """A source of typst with its numbers; what in them typst would read as markup is escaped."""
+    """A typst source with its numbers filled in; characters in them that are markup of typst are escaped."""
     return NUMBER.sub(lambda match: re.sub(r"([\\#@$*_<>`~\[\]])", r"\\\1", minus(fill(match[0], results))), source)
 
 
 def minus(text):
-    """A hyphen before a digit as a minus sign."""
+    """Replace hyphens before digits by minus signs."""
     return re.sub(r"(?<![\w.])-(?=\d)", "−", text)
 
 
@@ -138,7 +138,7 @@ def minus(text):
 
 @dataclass
 class Table:
-    """Cells as text, `like this` is code; the command that makes the numbers again."""
+    """Cells as text, with `code`; and the command that reproduces the numbers."""
 
     header: list
     rows: list
@@ -360,7 +360,7 @@ def signals(results):
 
 
 def recalls(found):
-    """R@1 / R@5 / R@10 both ways."""
+    """R@1 / R@5 / R@10 in both directions."""
     return [" / ".join(f"{found[way][at]:.3f}" for at in ("1", "5", "10")) for way in ("image to text", "text to image")]
 
 
@@ -391,7 +391,7 @@ def samples(results):
 
 
 def failures(results):
-    """The captions are those of samples.json; that the reasons are of these captions is checked."""
+    """The captions are from samples.json; raises UserError if by_eye.json explains other captions."""
     rows = []
     for failure in results["by_eye"]["failures"]:
         caption = results["samples"][failure["model"]][failure["picture"]]["caption"]
@@ -406,11 +406,11 @@ TABLES = {function.__name__: function for function in (
     clip_steps, search, frozen, signals, deletion, samples, failures, cost)}
 
 
-# ---- what is written -----------------------------------------------------------------------------------------------
+# ---- output --------------------------------------------------------------------------------------------------------
 
 
 def fill_readme(text, tables):
-    """report/README.md with its tables. Raises UserError."""
+    """report/README.md with its tables filled in. Raises UserError."""
     def table(match):
         if match[2] not in tables:
             raise UserError(f"report/README.md has a table {match[2]}, which report/build.py does not know")
@@ -420,7 +420,7 @@ def fill_readme(text, tables):
 
 
 def compile_report(results, tables, form="pdf"):
-    """The report as bytes; of form "png" a list of them, one a page, or one where there is one. Raises UserError."""
+    """The report as bytes; in form "png" a list of pages, or the only page. Raises UserError."""
     try:
         import typst
     except ImportError:
@@ -434,8 +434,8 @@ def compile_report(results, tables, form="pdf"):
 
 def main():
     parser = ArgumentParser(description="Write report.pdf and the tables of report/README.md.")
-    parser.add_argument("pdf", nargs="?", type=Path, default=ROOT / "report.pdf", help="the file to write")
-    parser.add_argument("--pages", type=Path, help="also a PNG of each page, into this folder")
+    parser.add_argument("pdf", nargs="?", type=Path, default=ROOT / "report.pdf", help="output file")
+    parser.add_argument("--pages", type=Path, help="folder for a PNG of each page")
     arguments = parser.parse_args()
     check_writable(arguments.pdf)
     results = read_results()

@@ -1,11 +1,11 @@
-"""What each step of the captioner brought, at one small equal budget: report/results/captioner_steps.json.
+"""Ablation: the gain of each step of the captioner, with the same small budget: report/results/captioner_steps.json.
 
     python3 report/captioner_steps.py --flickr8k flickr8k --coco coco coco_lowres --text caption_text/*.txt --start old.safetensors
 
-Every run starts from the same captioner, trained on Flickr8k alone, and makes as many updates of as many images: on Flickr8k
-again; with COCO's pictures among them; with concept words beside the image; with captions without pictures beside both. Each is
-scored on all of both validation sets: CIDEr, CHAIR, and the recall of things that few training pictures show. Runs that are
-there are not repeated, so it goes on where it was interrupted.
+Every run starts from the same captioner, trained on Flickr8k alone, and makes the same number of updates with the same batch size: on
+Flickr8k; on Flickr8k and COCO; also with concept words; also with captions without pictures. Each is scored on both whole validation
+sets: CIDEr, CHAIR, and the recall of things that few training pictures show. Finished runs are not repeated, so an interrupted study
+resumes.
 """
 
 import subprocess
@@ -31,20 +31,20 @@ from generation import GenerationConfig
 from metrics import cider, tokenize
 from significance import paired_bootstrap
 
-RARE = 20  # training pictures that show a rare thing, at most
-AGREED = 2  # references that must name a thing, so that it is there
-BATCH = 8  # images of an update
+RARE = 20  # a rare thing is named for fewer training pictures than this
+AGREED = 2  # minimum number of references that name a thing which counts as present
+BATCH = 8  # images per update
 OTHERS, NONE = "another picture's concepts", "no concepts"
 
 
 class RareThings:
-    """The recall of things that captions of fewer than RARE training pictures name.
+    """The recall of things that the captions of fewer than RARE training pictures name.
 
-    A thing is a noun that WordNet has for one of ImageNet's classes or for a kind of them; plurals count as singulars.
+    A thing is a noun of WordNet for an ImageNet class or one of its hypernyms; plurals count as singulars.
     """
 
     def __init__(self, training, validation):
-        """Both are lists of each image's captions."""
+        """Both are lists with each image's captions."""
         self.words = ClassWords.of_imagenet()
         shown = Counter(thing for captions in training for thing in set().union(*map(self.things, captions)))
         self.there = []
@@ -56,12 +56,12 @@ class RareThings:
         return {*self.words.find(caption)}
 
     def recall(self, captions):
-        """One caption an image -> how many of its rare things it names, and how many there are: (n, 2)"""
+        """One caption per image -> the number of its rare things that the caption names, and the number of all: (n, 2)"""
         return np.array([(len(there & self.things(caption)), len(there)) for there, caption in zip(self.there, captions)])
 
 
 def steps(arguments):
-    """{name: options of p2_train.py}: each shows as many images in an epoch."""
+    """{name: options of p2_train.py}, with the same number of images per epoch."""
     both = [arguments.flickr8k, *arguments.coco]
     share = [f"{arguments.updates * BATCH / len(both) / Folder(folder).train:.6f}" for folder in both]
     alone = f"{arguments.updates * BATCH / Folder(arguments.flickr8k).train:.6f}"
@@ -72,17 +72,17 @@ def steps(arguments):
 
 
 def main():
-    parser = ArgumentParser(description="What each step of the captioner brought, at one small equal budget.")
+    parser = ArgumentParser(description="Ablation: the gain of each step of the captioner, with the same small budget.")
     parser.add_argument("--flickr8k", required=True, help="folder in the course's layout")
     parser.add_argument("--coco", nargs="+", required=True, help="folders in the course's layout; the first has a val.json")
-    parser.add_argument("--text", nargs="+", required=True, help="captions without pictures, one a line")
-    parser.add_argument("--start", required=True, help="checkpoint that every run starts from")
+    parser.add_argument("--text", nargs="+", required=True, help="captions without pictures, one per line")
+    parser.add_argument("--start", required=True, help="initial checkpoint of every run")
     parser.add_argument("--decoder", default=str(ROOT / "weights" / "decoder_small.safetensors"), help="its GPT-2 weights")
     parser.add_argument("--updates", type=int, default=400, help="of every run")
     parser.add_argument("--work", type=Path, default=Path("output/captioner_steps"), help="folder for checkpoints and captions")
     parser.add_argument("--cache", default="cache", help="folder of the encoder's features")
-    parser.add_argument("--others", nargs="*", default=[], help="checkpoints to score beside them")
-    parser.add_argument("--others_decoder", help="their GPT-2 weights, if they are not those of --decoder")
+    parser.add_argument("--others", nargs="*", default=[], help="more checkpoints to score")
+    parser.add_argument("--others_decoder", help="their GPT-2 weights, if other than --decoder")
     parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "captioner_steps.json")
     arguments = parser.parse_args()
     runs = steps(arguments)
@@ -92,7 +92,7 @@ def main():
     checkpoints = {"start": arguments.start} | {name: arguments.work / f"{name}.safetensors" for name in runs}
     checkpoints |= {Path(path).stem: path for path in arguments.others}
     arguments.decoders = {path: arguments.others_decoder for path in arguments.others if arguments.others_decoder}
-    # What is scored: a checkpoint with its pictures' own concepts, and where it knows any, with others' and with none.
+    # Score each checkpoint with its pictures' own concepts, and if it uses concepts, also with other pictures' and with none.
     scored = [(name, path, "") for name, path in checkpoints.items()]
     scored += [(name, path, whose) for name, path in checkpoints.items() for whose in (OTHERS, NONE)
                if read_metadata(path)["model"].get("concepts")]
@@ -119,7 +119,7 @@ def train(arguments, name, options):
 
 
 def score(arguments, folder, scored, training):
-    """Scores on a folder's val.json, and their differences from the first; `scored`: (name, checkpoint, whose concepts) of each."""
+    """Scores on a folder's val.json, and their differences from the first. `scored`: [(name, checkpoint, whose concepts), …]"""
     images = read_captions(folder / "val.json", folder / "images" / "val")
     references = tokenize({str(i): image.captions for i, image in enumerate(images)})
     rare, found, first = RareThings(training, [image.captions for image in images]), {}, None
@@ -145,7 +145,7 @@ def score(arguments, folder, scored, training):
 
 @torch.inference_mode()
 def caption(model, features, whose, batch_size=100):
-    """Captions of these images by beam search, with the concepts of each, those of "others" or "no concepts"."""
+    """Captions of these images by beam search. `whose`: "" for each image's own concepts, or OTHERS, or NONE."""
     device, everyone = model.token_ids.device, np.arange(len(features))
     batches = np.array_split(everyone, -(-len(everyone) // batch_size))
 

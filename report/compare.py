@@ -1,11 +1,11 @@
-"""Train captioners that differ in one thing under equal conditions, and write report/results/<study>.json.
+"""Train captioners that differ in one respect under equal conditions, and write report/results/<study>.json.
 
     python3 report/compare.py peft --data data [--kinds none lora8 --seeds 0 1 2]
     python3 report/compare.py encoders --data data
 
-Trains each kind with `p2_train.py` on the first images of data/train.json, for the same number of steps and with the same
-options otherwise, keeps the last epoch, and scores beam search on data/val.json; each is compared with the first. Runs
-that are there are not repeated, so it goes on where it was interrupted, and can be called again with more kinds or seeds.
+Trains each kind with `p2_train.py` on the first images of data/train.json, with the same number of steps and otherwise the same
+options, and scores the last epoch by beam search on data/val.json; each is compared with the first. Finished runs are not
+repeated, so an interrupted study resumes, and more kinds or seeds can be added later.
 """
 
 import json
@@ -29,7 +29,7 @@ from metrics import bleu, cider, tokenize
 from significance import paired_bootstrap
 
 HYBRID = {"encoder": "tf_efficientnet_lite2", "encoder_levels": 1}
-STUDIES = {  # of each kind, the options of p2_train.py
+STUDIES = {  # {study: {kind: options of p2_train.py}}
     "peft": {kind: HYBRID | {"image_size": 224} | options for kind, options in {
         "none": {"lora_rank": 0},
         "lora4": {"lora_rank": 4, "lora_alpha": 8},
@@ -50,17 +50,17 @@ STUDIES = {  # of each kind, the options of p2_train.py
 
 
 def main():
-    parser = ArgumentParser(description="Train captioners that differ in one thing under equal conditions.")
-    parser.add_argument("study", choices=[*STUDIES], help="what they differ in")
+    parser = ArgumentParser(description="Train captioners that differ in one respect under equal conditions.")
+    parser.add_argument("study", choices=[*STUDIES], help="in which they differ")
     parser.add_argument("--data", type=Path, default=Path("data"), help="train.json, val.json and images/")
     parser.add_argument("--work", type=Path, help="folder for checkpoints and captions; default: output/<study>")
     parser.add_argument("--decoder", default=str(ROOT / "weights" / "decoder_small.safetensors"), help="GPT-2 weights")
-    parser.add_argument("--images", type=int, default=2000, help="to train on, the first of train.json")
+    parser.add_argument("--images", type=int, default=2000, help="number of training images, the first of train.json")
     parser.add_argument("--epochs", type=int, default=4, help="of each run")
     parser.add_argument("--views", type=int, default=2, help="of each image")
-    parser.add_argument("--kinds", nargs="*", help="to train now; default: all of the study")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of each kind, now")
-    parser.add_argument("--results", type=Path, help="the file to write; default: report/results/<study>.json")
+    parser.add_argument("--kinds", nargs="*", help="kinds to train in this call; default: all of the study")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds to train in this call")
+    parser.add_argument("--results", type=Path, help="output file; default: report/results/<study>.json")
     arguments = parser.parse_args()
     kinds = STUDIES[arguments.study]
     if unknown := set(arguments.kinds or ()) - set(kinds):
@@ -104,7 +104,7 @@ def train(arguments, subset, kind, seed, checkpoint):
 
 
 def write_results(arguments, conditions):
-    """Score every run that is there, and print a table."""
+    """Score every finished run, and print a table."""
     images = read_captions(arguments.data / "val.json", None)
     references = tokenize({str(i): image.captions for i, image in enumerate(images)})
     study, runs, scores = STUDIES[arguments.study], [], {}
@@ -150,7 +150,7 @@ def write_results(arguments, conditions):
 
 
 def images_per_second(log):
-    """The median over the log's lines: what a pause does to some of them leaves it alone."""
+    """The median over the log's lines, which is robust to pauses."""
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     return float(np.median([line["images per second"] for line in lines if "images per second" in line]))
 

@@ -2,18 +2,18 @@
 
     python3 report/faithfulness.py --data data [--images 200] [--boxes instances_val.json]
 
-Deletion, on the first images of data/val.json, for each content word of the model's own captions: how far its
-log-probability falls when a tenth of the picture's pixels takes the picture's mean colour and the picture is encoded
-again. The tenth is, for each layer,
+Deletion, on the first images of data/val.json, for each content word of the model's own captions: how much its
+log-probability falls when a tenth of the picture's pixels is replaced by the picture's mean colour and the picture is
+encoded again. The tenth is, for each layer,
     most        where the word's map is largest
-    corrected   where the map less its mean over words is largest
+    corrected   where the map minus its mean over words is largest
     least       where the map is smallest
-and, for all layers alike, drawn at random several times,
-    random      the largest values of a map whose patches are drawn at random
-    moved       a "most" of any word and layer of the same picture, moved by a random way: of the same shape, elsewhere
+and, independent of the layer, sampled several times,
+    random      where a map with random patch values is largest
+    moved       a "most" of any word and layer of the same picture, shifted randomly: the same shape elsewhere
 
-Pointing game (Zhang et al. 2016, https://arxiv.org/abs/1608.00507), with the boxes of a COCO instances file: does the
-peak of a noun's map fall into a box of its class? Beside it, what a random point and the picture's middle would reach.
+Pointing game (Zhang et al. 2016, https://arxiv.org/abs/1608.00507), with the boxes of a COCO instances file: is the
+peak of a noun's map in a box of its class? The baselines are a random point and the picture's centre.
 
 Words are averaged within a picture, and intervals are bootstrapped over pictures.
 """
@@ -39,9 +39,9 @@ from images import load_picture
 from significance import paired_bootstrap
 
 RESULTS = ROOT / "report" / "results" / "faithfulness.json"
-AREA = 0.1  # of the picture that is masked
-DRAWS = 5  # of each random mask
-NOUNS = {  # what captions call COCO's classes; the class's own name, and plurals with -s, need no entry
+AREA = 0.1  # masked fraction of the picture
+DRAWS = 5  # samples of each random mask
+NOUNS = {  # synonyms of COCO's classes in captions; the class's own name, and plurals with -s, need no entry
     "man": "person", "men": "person", "woman": "person", "women": "person", "boy": "person", "girl": "person",
     "child": "person", "children": "person", "kid": "person", "baby": "person", "people": "person", "lady": "person",
     "guy": "person", "player": "person", "skateboarder": "person", "surfer": "person", "skier": "person",
@@ -58,7 +58,7 @@ NOUNS = {  # what captions call COCO's classes; the class's own name, and plural
 
 
 def largest(values, area=AREA):
-    """Where `values` (height, width) are largest: a mask over that part of the pixels, to the pixel."""
+    """A mask of the pixels with the largest `values` (height, width), of exactly this fraction of the area."""
     count = round(area * values.size)
     mask = np.zeros(values.size, bool)
     mask[np.argpartition(-values.ravel(), count - 1)[:count]] = True
@@ -70,7 +70,7 @@ def every_layer(attention):
 
 
 def masks_of(attention, side, random):
-    """The masks of one picture: {(kind, layer, word's place): (S, S)}; layer and place None where they do not matter."""
+    """The masks of one picture: {(kind, layer, index of the word): (S, S)}; layer and index are None if they do not matter."""
     masks = {}
     for layer in every_layer(attention):
         raw, corrected = (word_maps(attention, layer, correction=correction) for correction in ("none", "subtract"))
@@ -88,7 +88,7 @@ def masks_of(attention, side, random):
 
 @torch.inference_mode()
 def log_probs_without(model, picture, attention, masks):
-    """The words' log-probabilities when each of the masks (M, S, S) hides a part of the picture: (M, W)"""
+    """The words' log-probabilities with the picture hidden by each of the masks (M, S, S): (M, W)"""
     device = model.token_ids.device
     pixels = model.encoder.preprocess(picture)  # (3, S, S)
     mean = pixels.float().mean((1, 2)).round().to(torch.uint8)
@@ -102,7 +102,7 @@ def log_probs_without(model, picture, attention, masks):
 
 
 def deletion(model, picture, attention, random):
-    """How far the content words' log-probabilities fall, in nats: {(kind, layer): mean over words}, or {} without any."""
+    """How much the content words' log-probabilities fall, in nats: {(kind, layer): mean over words}; {} without content words."""
     words = attention.content_words()
     if not words:
         return {}
@@ -119,7 +119,7 @@ def deletion(model, picture, attention, random):
 
 
 def read_boxes(path):
-    """COCO instances -> {file name: {class: boxes (n, 4)}}: left, top, right, bottom as parts of the sides. UserError."""
+    """COCO instances -> {file name: {class: boxes (n, 4)}}: left, top, right, bottom as fractions of the sides. UserError."""
     data = read_json(path, "boxes file")
     try:
         classes = {category["id"]: category["name"] for category in data["categories"]}
@@ -146,7 +146,7 @@ def class_of(word, classes):
 
 
 def inside(boxes, x, y):
-    """Which points, as parts of the sides, lie in any of the boxes (n, 4): an array like x and y"""
+    """Which points, as fractions of the sides, are in any of the boxes (n, 4): an array like x and y"""
     x, y = np.asarray(x)[..., None], np.asarray(y)[..., None]
     return ((boxes[:, 0] <= x) & (x < boxes[:, 2]) & (boxes[:, 1] <= y) & (y < boxes[:, 3])).any(-1)
 
@@ -176,9 +176,9 @@ def interval(values):
 
 
 def summarize(pictures, kinds, against):
-    """[{(kind, layer): value}, …] -> each kind's mean, and its difference from each of those `against`, by layer.
+    """[{(kind, layer): value}, …] -> each kind's mean, and its difference from each kind in `against`, by layer.
 
-    The means of those that know no layer stand under "all".
+    Means of kinds without a layer are under "all".
     """
     columns = {key: np.array([picture[key] for picture in pictures]) for key in pictures[0]}
     results = {"all": {kind: interval(values) for (kind, layer), values in columns.items() if layer is None}}
@@ -193,7 +193,7 @@ def summarize(pictures, kinds, against):
 
 
 def show(title, results, columns):
-    """Print a Markdown table with a row a layer."""
+    """Print a Markdown table with one row per layer."""
     print(f"\n{title}\n\n| layer | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for layer, entry in results.items():
         cells = [f"{v['value']:+.3f} ({v['low']:+.3f} to {v['high']:+.3f})" if " - " in name else f"{v['value']:.3f}"
@@ -205,12 +205,12 @@ def show(title, results, columns):
 def main():
     parser = ArgumentParser(description="Did the patches that a word attends to matter for it?")
     parser.add_argument("--data", type=Path, default=Path("data"), help="val.json and images/val/")
-    parser.add_argument("--images", type=int, default=200, help="how many, the first of val.json")
+    parser.add_argument("--images", type=int, default=200, help="number of images, the first of val.json")
     parser.add_argument("--boxes", help="COCO instances file of these images, for the pointing game")
     parser.add_argument("--decoder_weights", help="GPT-2 weights (default: the embedded model's)")
-    parser.add_argument("--checkpoint", help="what p2_train.py wrote")
+    parser.add_argument("--checkpoint", help="checkpoint of p2_train.py")
     parser.add_argument("--seed", type=int, default=0, help="of the random masks")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the file to write")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="output file")
     arguments = parser.parse_args()
     check_writable(arguments.results)
     boxes = read_boxes(arguments.boxes) if arguments.boxes else {}

@@ -1,12 +1,12 @@
-"""Do metrics agree with people? Kendall's tau between scores and human judgements of Flickr8k's captions.
+"""Agreement of metrics with people: Kendall's tau between scores and human judgements of Flickr8k's captions.
 
     python3 report/judgements.py <folder of the Flickr8k texts> [<folder of its images>] [--sets expert crowdflower]
 
-As Hessel et al. 2021 (https://arxiv.org/abs/2104.08718), section 4. Flickr8k-Expert (ExpertAnnotations.txt): three people graded each pair of
-an image and a caption from 1 to 4; every grade counts by itself, tau-c. CrowdFlower (CrowdFlowerAnnotations.txt): the share of people
-who said that the caption fits, tau-b. References are the image's own five captions (Flickr8k.token.txt); pairs whose caption is one of
-them are left out. With the images, the image-text score by our own CLIP, or CLIPScore by OpenAI's, is judged too. Both variants of tau
-are printed and written to report/results/judgements.json.
+As in Hessel et al. 2021 (https://arxiv.org/abs/2104.08718), section 4. Flickr8k-Expert (ExpertAnnotations.txt): three people graded each
+pair of an image and a caption from 1 to 4; every grade is a separate sample, tau-c. CrowdFlower (CrowdFlowerAnnotations.txt): the
+fraction of people who said that the caption fits, tau-b. References are the image's own five captions (Flickr8k.token.txt); pairs whose
+caption is one of them are left out. With the images, also the image-text score by our own CLIP, or CLIPScore by OpenAI's. Both variants of
+tau are printed and written to report/results/judgements.json.
 """
 
 import sys
@@ -28,7 +28,7 @@ VARIANT = {"expert": "c", "crowdflower": "b"}  # the paper's choice
 
 
 def read_lines(path, columns):
-    """Rows of a file of `columns` parts between tabs. Raises UserError."""
+    """Rows of a tab-separated file with `columns` columns. Raises UserError."""
     try:
         rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -39,7 +39,7 @@ def read_lines(path, columns):
 
 
 def read_captions(path):
-    """Flickr8k.token.txt: {image: {number of the caption: caption}}"""
+    """Flickr8k.token.txt -> {image: {number of the caption: caption}}"""
     captions = defaultdict(dict)
     for name, caption in read_lines(path, 2):
         image, _, number = name.partition("#")
@@ -48,7 +48,7 @@ def read_captions(path):
 
 
 def read_judgements(folder, kind, captions):
-    """Pairs with what people said: [(image, caption, grades), …], without captions that are the image's own. Raises UserError."""
+    """Pairs with people's grades: [(image, caption, grades), …], without the image's own captions. Raises UserError."""
     pairs = []
     for image, name, *grades in read_lines(folder / FILES[kind], {"expert": 5, "crowdflower": 5}[kind]):
         source, _, number = name.partition("#")
@@ -61,21 +61,21 @@ def read_judgements(folder, kind, captions):
             numbers = [float(grade) for grade in grades]
         except ValueError:
             raise UserError(f"{FILES[kind]} grades {image} with {grades}, which are no numbers") from None
-        pairs.append((image, caption, numbers if kind == "expert" else numbers[:1]))  # CrowdFlower's first column is the share of "yes"
+        pairs.append((image, caption, numbers if kind == "expert" else numbers[:1]))  # CrowdFlower's first column is the fraction of "yes"
     if not pairs:
         raise UserError(f"{FILES[kind]} holds no pair to judge")
     return pairs
 
 
 def taus(scores, pairs):
-    """Kendall's tau-b and tau-c of the pairs' scores with every single grade."""
+    """Kendall's tau-b and tau-c between the pairs' scores and every single grade."""
     repeated = [score for score, (_, _, grades) in zip(scores, pairs) for _ in grades]
     judged = [grade for _, _, grades in pairs for grade in grades]
     return {f"tau-{variant}": float(kendalltau(repeated, judged, variant=variant).statistic) for variant in "bc"}
 
 
 def judge(pairs, captions, images=None, clip=None):
-    """{metric: its taus}. `clip`: a ClipScorer, which looks at the pictures of the folder `images`."""
+    """{metric: its taus}. `clip`: a ClipScorer, for the pictures in the folder `images`."""
     keys = [str(i) for i in range(len(pairs))]
     references = {key: CaptionedImage(Path(image), [*captions[image].values()]) for key, (image, _, _) in zip(keys, pairs)}
     (_, scores, _), = evaluate([{key: caption for key, (_, caption, _) in zip(keys, pairs)}], references)
@@ -88,11 +88,11 @@ def judge(pairs, captions, images=None, clip=None):
 
 def main():
     parser = ArgumentParser(description="Compare metrics with human judgements of Flickr8k's captions.")
-    parser.add_argument("folder", type=Path, help="with Flickr8k.token.txt and the files of judgements")
+    parser.add_argument("folder", type=Path, help="folder with Flickr8k.token.txt and the files of judgements")
     parser.add_argument("images", type=Path, nargs="?", help="folder of Flickr8k's images, for the image-text score")
-    parser.add_argument("--sets", nargs="+", choices=[*FILES], default=[*FILES], help="which judgements")
-    parser.add_argument("--clip_weights", help="as p2_evaluate.py's")
-    parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "judgements.json", help="to write")
+    parser.add_argument("--sets", nargs="+", choices=[*FILES], default=[*FILES], help="sets of judgements")
+    parser.add_argument("--clip_weights", help="as for p2_evaluate.py")
+    parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "judgements.json", help="output file")
     arguments = parser.parse_args()
     check_writable(arguments.results)
     captions = read_captions(arguments.folder / "Flickr8k.token.txt")

@@ -1,10 +1,10 @@
-"""Score the captions of both validation sets, beside those of another captioner: report/results/captioner.json.
+"""Score the captions of both validation sets, compared with another captioner's: report/results/captioner.json.
 
     bash hw3_2.sh coco/images/val output/coco.json          # and flickr8k
     python3 report/measure_captioner.py --data coco flickr8k --captions output/coco.json output/flickr8k.json
         --before before/coco.json before/flickr8k.json
 
-The metrics are p2_evaluate.py's; differences are of the paired bootstrap over the images, with their 95% intervals.
+The metrics are p2_evaluate.py's; differences have 95% intervals from the paired bootstrap over the images.
 """
 
 import sys
@@ -22,11 +22,11 @@ from significance import compare, paired_bootstrap
 
 
 def main():
-    parser = ArgumentParser(description="Score captions of validation sets, beside another captioner's.")
+    parser = ArgumentParser(description="Score captions of validation sets, compared with another captioner's.")
     parser.add_argument("--data", nargs="+", type=Path, required=True, help="folders with val.json and images/val")
     parser.add_argument("--captions", nargs="+", required=True, help="predictions of each folder's images")
-    parser.add_argument("--before", nargs="+", required=True, help="those to compare with")
-    parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "captioner.json", help="to write")
+    parser.add_argument("--before", nargs="+", required=True, help="predictions to compare with")
+    parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "captioner.json", help="output file")
     arguments = parser.parse_args()
     if not len(arguments.data) == len(arguments.captions) == len(arguments.before):
         raise UserError("--data, --captions and --before must name as many")

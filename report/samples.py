@@ -1,10 +1,10 @@
-"""What the models that ship make of the nine pictures of samples/: captions, scores, classes, and where words looked.
+"""Results of the models in weights/ on the nine pictures of samples/: captions, scores, classes, and attention maps.
 
     python3 report/samples.py [--without_llava]
 
 Writes report/results/samples.json and the figures attention.jpg (the captioner, five pictures, every word), attention_p1.jpg (LLaVA, the
-same), pairs_p2.jpg and pairs_p1.jpg (of each the best and the worst pair by the image-text score of our own CLIP), layers.jpg (the
-captioner, one picture, every layer) and samples.jpg (the nine side by side). The classes are those of COCO's 80 kinds.
+same), pairs_p2.jpg and pairs_p1.jpg (each model's best and worst pair by the image-text score of our own CLIP), layers.jpg (the
+captioner, one picture, every layer) and samples.jpg (the nine side by side). The classes are COCO's 80 categories.
 """
 
 import io
@@ -30,7 +30,7 @@ from images import list_images, load_image
 from llava import SIDE, Llava, LlavaSettings, default_model
 from runtime import pick_runtime
 
-SHOWN = "cameraman", "cat", "coffee", "flower", "temple"  # in the figures of attention
+SHOWN = "cameraman", "cat", "coffee", "flower", "temple"  # in the attention figures
 LAYERS_OF = "cat"
 CLASSIFIED = "cat", "coffee", "raccoon"
 DPI = 140
@@ -40,7 +40,7 @@ COLUMNS = {"p1": 9, "p2": 7}  # panels side by side
 
 def main():
     parser = ArgumentParser(description="Caption, classify and explain the sample pictures.")
-    parser.add_argument("--without_llava", action="store_true", help="leave what is LLaVA's as it was")
+    parser.add_argument("--without_llava", action="store_true", help="keep the existing results of LLaVA")
     arguments = parser.parse_args()
     results, figures = ROOT / "report" / "results" / "samples.json", ROOT / "report" / "figures"
     paths = list_images(ROOT / "samples")
@@ -88,7 +88,7 @@ def llava_attentions(paths):
 
 
 def write_figure(path, figures):
-    """Matplotlib figures under each other as one JPEG."""
+    """Write Matplotlib figures, one below the other, as one JPEG."""
     pictures = [Image.open(io.BytesIO(render(figure, "png", DPI))).convert("RGB") for figure in figures]
     whole = np.full((sum(picture.height for picture in pictures), max(picture.width for picture in pictures), 3), 255, np.uint8)
     y = 0
@@ -99,7 +99,7 @@ def write_figure(path, figures):
 
 
 def write_strip(path, pictures):
-    """Pictures beside each other in square cells, each whole, with a white margin."""
+    """Write whole pictures side by side in square cells, with white margins."""
     strip = Image.new("RGB", (CELL * len(pictures), CELL), "white")
     for i, picture in enumerate(pictures):
         small = ImageOps.contain(picture, (CELL - 8, CELL - 8))

@@ -1,10 +1,10 @@
-"""How the search behaves with very many pictures: filling, being killed, asking, memory, disk.
+"""The search with very many pictures: indexing, recovery from a kill, queries, memory, disk.
 
     python3 report/search_scale.py --data coco [--pictures 100000] [--work /tmp/scale] [--out report/results/search_scale.json]
 
-The pictures are made up: files of a few pixels that hold a number, for which stand the embeddings of a real validation picture and of its
-caption with some noise, so that nothing is encoded and all the rest is done: listing, digests, dates, writing, flushing. The program
-that fills the index is killed with SIGKILL on its way, and started again.
+The pictures are synthetic: files of a few pixels that encode a number, which is mapped to the embeddings of a real validation picture and
+its caption with some noise. So nothing is encoded, but all else is done: listing, digests, dates, writing, flushing. The program that
+fills the index is killed with SIGKILL before it is done, and started again.
 """
 
 import os
@@ -29,12 +29,12 @@ from devices import memory_in_use, pick_device
 from files import write_json
 from picture_index import PictureIndex
 
-NOISE = 0.5  # length of what is added to an embedding of length one
-SIDE = 4  # pixels of a made-up picture
+NOISE = 0.5  # length of the noise added to an embedding of length one
+SIDE = 4  # pixels of a synthetic picture
 
 
 class MadeUp:
-    """Stands for a CLIP: it reads a picture's number from its pixels, and gives a real picture's embedding with the number's own noise.
+    """Replaces a CLIP: reads a picture's number from its pixels, and returns a real picture's embedding with noise seeded by the number.
 
     Args:
         images, texts: real embeddings (n, D).
@@ -57,18 +57,18 @@ class MadeUp:
         return torch.stack([self.near(self.images, number_in(picture), 0) for picture in pictures])
 
     def encode_texts(self, texts):
-        """Of made-up captions, which are "number …"."""
+        """Embeddings of synthetic captions, "number …"."""
         numbers = [int(text.split()[1]) if text.startswith("number ") else 0 for text in texts]
         return torch.stack([self.near(self.texts, number, 1) for number in numbers])
 
 
 def number_in(pixels):
-    """The number that a made-up picture's first two pixels hold."""
+    """The number in a synthetic picture's first two pixels."""
     return int.from_bytes(bytes(pixels[:, 0, :2].t().flatten().tolist()), "big")
 
 
 def draw_numbers(folder, count):
-    """So many made-up pictures, a thousand in each subfolder."""
+    """Write so many synthetic pictures, a thousand in each subfolder."""
     for number in range(count):
         place = folder / f"{number // 1000:03}"
         if number % 1000 == 0:
@@ -87,7 +87,7 @@ def real_embeddings(data, clip):
 
 
 def fill(work):
-    """What the program that is killed does."""
+    """Fill the index: run by the process that is killed."""
     index = PictureIndex(work / "search.db", MadeUp(*torch.load(work / "real.pt")))
     counts, _ = index.update(work / "pictures", lambda paths: {path: f"number {int(Path(path).stem)}" for path in paths}, progress=False)
     print(counts["new"], counts["kept"], flush=True)
@@ -110,7 +110,7 @@ def measure(work, data, count):
         draw_numbers(work / "pictures", count)
     began = time.monotonic()
     process = start(work)
-    while not (work / "search.db").exists() or size_of(work / "search.db") < count * 700:  # bytes: a part of what all take
+    while not (work / "search.db").exists() or size_of(work / "search.db") < count * 700:  # bytes: a fraction of the full index
         time.sleep(0.2)
         if process.poll() is not None:
             raise UserError("the index was full before it could be killed: take more pictures")
@@ -152,12 +152,12 @@ def measure(work, data, count):
 
 
 def main():
-    parser = ArgumentParser(description="How the search behaves with very many pictures.")
+    parser = ArgumentParser(description="Measure the search with very many pictures.")
     parser.add_argument("--data", help="folder with val.json and images/val")
     parser.add_argument("--pictures", type=int, default=100_000)
     parser.add_argument("--work", type=Path, default=Path("output/search_scale"))
-    parser.add_argument("--fill", action="store_true", help="fill the index of --work: what this program itself starts")
-    parser.add_argument("--out", help="JSON file for the numbers")
+    parser.add_argument("--fill", action="store_true", help="fill the index of --work; this program starts itself so")
+    parser.add_argument("--out", help="output JSON file")
     arguments = parser.parse_args()
     if arguments.fill:
         fill(arguments.work)

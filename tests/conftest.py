@@ -1,5 +1,5 @@
-"""Put the repository's root and report/ on the path: the scripts are flat modules there. Where the data is; tiny data to train on;
-scripts started as processes."""
+"""Puts the repository's root and report/ on the path, since their scripts are flat modules. Paths of the data, tiny training data, and
+functions that start scripts as processes."""
 
 import functools
 import gc

@@ -1,8 +1,8 @@
-"""Files that are damaged by chance: whatever is done to them, they are read, or refused in a line, soon and without much memory.
+"""Randomly damaged files are either read, or refused with a one-line error, quickly and without much memory.
 
     python3 tests/mutations.py --pictures 1000 --weights 300 --states 300 --jsons 300 --kills 60
 
-Prints what went wrong, and ends with 1 if anything did. test_mutations.py calls the same with few of each.
+Prints the failures, and exits with status 1 if there are any. test_mutations.py runs the same with few of each.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""p4_align.py keeps its promises: what is trained and what is not, what the loss counts, resuming, and a folder that p1 reads."""
+"""p4_align.py: trained and frozen parameters, the tokens in the loss, resuming, and an output folder that p1 loads."""
 
 import importlib.util
 import json

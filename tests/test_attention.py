@@ -1,4 +1,4 @@
-"""Where each word looked: the weights, their words, the maps on the picture, the figures, and whether they mattered."""
+"""Attention maps: the weights, their alignment with words, the maps on the picture, the figures, and their faithfulness."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""CHAIR: which of COCO's 80 kinds a caption names, and which of them its references do not."""
+"""CHAIR: the COCO categories that a caption names, and those of them that no reference names."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""p1_clip_classify.py keeps its promises: CLIP's labels, templates averaged as in its paper, no input overwritten."""
+"""p1_clip_classify.py: CLIP's labels, templates averaged as in the paper, no input overwritten."""
 
 import csv
 import json

@@ -1,5 +1,5 @@
-"""Images and texts in one space: our own small CLIP and its training, the dual encoders of transformers, retrieval, one name for
-all of them."""
+"""Images and texts in one space: our own small CLIP and its training, the dual encoders of transformers, retrieval, and load_clip,
+which loads any of them by name."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Concept words: the table from WordNet, what captions and pictures are taken to show, and the captioner that sees them."""
+"""Concept words: the table from WordNet, the concepts of captions and pictures, and the captioner that uses them."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Images and captions reach the model as a person sees them: odd files, captions, batches, views, cached features."""
+"""Images and captions as the model gets them: unusual image files, captions, batches, views, cached features."""
 
 import json
 import shutil

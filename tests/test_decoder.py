@@ -1,4 +1,4 @@
-"""The decoder is GPT-2: compared with Hugging Face's, and its additions start from it."""
+"""The decoder is GPT-2: it equals Hugging Face's, and so it does with untrained additions."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The picture of the demonstration."""
+"""The picture that hw3_demo.py draws."""
 
 import json
 import sys

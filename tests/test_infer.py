@@ -1,4 +1,4 @@
-"""p2_infer.py keeps its promises: what is refused and how, what is skipped, and what is written."""
+"""p2_infer.py: refused inputs and their messages, skipped pictures, and the output."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""report/judgements.py: Kendall's tau of metrics and human judgements, on a made-up Flickr8k."""
+"""report/judgements.py: Kendall's tau of metrics and human judgements, on a synthetic Flickr8k."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""p1_llava_infer.py keeps its promises: what LLaVA is told, that batches change nothing, resuming, and what is refused."""
+"""p1_llava_infer.py: LLaVA's prompts, the same answers in batches, resuming, and refused inputs."""
 
 import json
 import shutil

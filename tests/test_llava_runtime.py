@@ -1,4 +1,4 @@
-"""A language model through OpenVINO says what it says through PyTorch, however it is asked."""
+"""A language model in OpenVINO generates the same text as in PyTorch, with all kinds of settings."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""report/measure_clip.py: recalls with their intervals, wrong captions to tell from right ones, zero-shot accuracy."""
+"""report/measure_clip.py: recalls with their intervals, choice between right and wrong captions, zero-shot accuracy."""
 
 import json
 import random

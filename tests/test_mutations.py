@@ -1,4 +1,4 @@
-"""Damaged files, a few of each kind; tests/mutations.py does it at length."""
+"""Damaged files, a few of each kind; tests/mutations.py tests more."""
 
 import mutations
 import pytest

@@ -1,4 +1,4 @@
-"""p4_demo.py's page in a real browser: Debian's chromium, driven by selenium. Skipped, saying so, where there is none."""
+"""p4_demo.py's page in a real browser: Debian's chromium, driven by selenium. Skipped with a message if there is none."""
 
 import json
 import os

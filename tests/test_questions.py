@@ -1,4 +1,4 @@
-"""p4_questions.py keeps its promises: answers follow from captions that agree, and yes and no are balanced."""
+"""p4_questions.py: answers follow from captions that agree, and yes and no are balanced."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Inputs that broke something once: what is read is not written over, and what is no number is neither learnt nor believed."""
+"""Inputs that once broke something: inputs are not overwritten, and non-finite values are neither trained on nor accepted."""
 
 import json
 import os

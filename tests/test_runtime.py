@@ -1,4 +1,4 @@
-"""Networks through OpenVINO: PyTorch's outputs, kept on disk, made anew where what is kept is damaged or stale."""
+"""Networks in OpenVINO: the same outputs as PyTorch's, cached on disk, and rebuilt if the cache is damaged or stale."""
 
 import subprocess
 import sys

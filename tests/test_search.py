@@ -1,4 +1,4 @@
-"""The index of pictures, in a file and through a server, and p4_search.py."""
+"""The search index of pictures, local and on a server, and p4_search.py."""
 
 import json
 import os

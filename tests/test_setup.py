@@ -1,6 +1,6 @@
-"""The bash scripts: what they set up, what they say when something is missing, and what they pass on.
+"""The bash scripts: the environment they set up, their messages if something is missing, and the arguments they pass on.
 
-Each test works in a small copy of the repository whose path holds a space, with stand-ins for Python on PATH, so
+Each test runs in a small copy of the repository whose path contains a space, with substitutes for Python on PATH, so
 nothing is installed and no network is needed.
 """
 

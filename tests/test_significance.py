@@ -1,4 +1,4 @@
-"""The paired bootstrap: BLEU from its counts, calibration where nothing differs, power where something does."""
+"""The paired bootstrap: BLEU from its counts, calibration without a difference, power with one."""
 
 import random
 import time

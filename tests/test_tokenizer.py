@@ -1,4 +1,4 @@
-"""The tokenizer's promises: tiktoken's ids, every text comes back, `<|endoftext|>` only on request."""
+"""The tokenizer: the same ids as tiktoken's, lossless decoding, `<|endoftext|>` only on request."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""How a checkpoint's captions are searched for: what p2_tune.py finds, chooses and records."""
+"""The search settings that p2_tune.py evaluates, selects and writes into a checkpoint."""
 
 import json
 import sys

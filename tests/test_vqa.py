@@ -1,5 +1,5 @@
-"""p4_evaluate.py keeps its promises: the official rule on cases worked out by hand, files as they are published, boxes in every form,
-baselines that show something else, and a run that goes on."""
+"""p4_evaluate.py: the official rule on cases computed by hand, files as published, boxes in every format, baselines with other
+pictures, and resuming."""
 
 import csv
 import json

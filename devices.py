@@ -57,7 +57,7 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from accelerate import PartialState  # imported only when needed: it takes a second or two
 
-            # One process may encode, or tokenize, for hours while the others wait.
+            # One process may tokenize, or score, for hours while the others wait.
             self.state = PartialState(cpu=self.device == "cpu", timeout=timedelta(hours=6))
             self.number, self.count, self.device = self.state.process_index, self.state.num_processes, self.state.device.type
         self.main = self.number == 0
@@ -74,6 +74,17 @@ class Processes:
         """Wait until all processes have reached this point."""
         if self.count > 1:
             self.state.wait_for_everyone()
+
+    def told(self, stop):
+        """Whether it is time to stop, by `stop` here or in any process that was asked before. Unlike `add`, it waits for nobody."""
+        if self.count == 1:
+            return bool(stop)
+        from torch.distributed import group
+
+        store = group.WORLD.get_group_store()
+        if stop:
+            store.set("stop", "yes")
+        return bool(stop) or store.check(["stop"])
 
     def gather(self, rows):
         """Concatenate the lists of all processes, on each of them."""

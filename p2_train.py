@@ -35,7 +35,7 @@ from metrics import cider, tokenize
 from objectives import TEMPERATURE, CrossEntropy, Reward, SelfCritical, TextCrossEntropy, look_around
 from runtime import RUNTIME_HELP, pick_runtime
 from tokenizer import BPETokenizer
-from training import MovingAverage, Run, TrainingLog, adamw, comparable, cosine, prepare_output
+from training import Interruption, MovingAverage, Run, TrainingLog, adamw, comparable, cosine, prepare_output
 
 WARMUP = 0.02  # fraction of a stage's steps; short, since cross-attention, LoRA and adapters start as no-ops
 CLIP = 1.0  # gradient norm, which limits the damage of a single odd batch
@@ -157,7 +157,9 @@ class CaptionerTrainer:
         self.restore()
         self.set_objectives()
         # Last, since it can take long: mistakes above are reported first.
-        features = [features_of(folder.paths(), encoder, settings.cache, settings.views, self.device) for folder in self.mixture.folders]
+        with Interruption(settings.max_hours, self.run.begun) as stop:
+            features = [features_of(folder.paths(), encoder, settings.cache, settings.views, self.device, stop)
+                        for folder in self.mixture.folders]
         self.data.features, self.selection_features = (SomeFeatures(features, places) for places in self.mixture.places())
         self.references = tokenize({str(i): image.captions for i, image in enumerate(self.selection)}) if self.selection else {}
         if self.text or config.meaning:

@@ -2,17 +2,20 @@
 
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import images
-from cli import UserError
+from cli import Stopped, UserError
 from dataset import CaptionedImage, bucketed_batches, clean_caption, collate, read_captions, write_subset
 from encoder import ImageEncoder, JoinedEncoder, load_encoder, without_batch_norm
 from features import FeatureCache, make_view
@@ -441,10 +444,67 @@ def test_unreadable_training_images_are_all_named_at_once(vit, photos, tmp_path)
         cache_of(vit, photos, tmp_path / "cache")
 
 
-def test_two_runs_that_want_one_cache_build_it_once(vit, photos, tmp_path):
-    with Encoded(vit) as encoded, ThreadPoolExecutor(2) as pool:
-        one, two = pool.map(lambda _: cache_of(vit, photos, tmp_path / "cache").data, range(2))
-    assert encoded.images == 7 * 3 and np.array_equal(one, two)
+SHARING = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import features, torch
+from encoder import ImageEncoder
+torch.set_num_threads(1)
+torch.manual_seed(0)
+vit = ImageEncoder("test_vit", 32, "random")
+features.BLOCK, begin, seen = 1, Path("begin"), []
+encode = vit.forward
+vit.forward = lambda images: (time.sleep(0.1), seen.append(len(images)), encode(images))[-1]
+print("ready", flush=True)
+while not begin.exists():
+    time.sleep(0.01)
+cache = features.FeatureCache(vit, [Path(f"{i}.jpg") for i in range(7)], "cache", views=2, batch_size=2)
+print(sum(seen), float(sum(part.astype(float).sum() for part in cache.data)), flush=True)
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["both to the end", "one killed"])
+def test_runs_that_want_one_cache_share_the_work(vit, photos, tmp_path, killed):
+    """One picture a batch, and a batch a block. What a killed one had claimed, the other encodes."""
+    runs = [subprocess.Popen([sys.executable, "-c", SHARING, str(ROOT)], cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [run.stdout.readline() for run in runs] == ["ready\n"] * 2
+    (tmp_path / "begin").touch()
+    if killed:
+        while not (tmp_path / "cache").exists() or not [*(tmp_path / "cache").glob("*.json")]:
+            time.sleep(0.01)
+        runs[0].kill()
+    ends = [run.communicate(timeout=120)[0].split() for run in runs]
+    counts = [int(end[0]) for end in ends if end]
+    whole = cache_of(vit, photos, tmp_path / "cache", views=2)
+    assert {float(end[1]) for end in ends if end} == {float(sum(part.astype(float).sum() for part in whole.data))}
+    assert len(counts) == 1 and counts[0] >= 2 if killed else sum(counts) == 14 and min(counts) >= 4
+    other = cache_of(vit, photos, tmp_path / "other", views=2)
+    np.testing.assert_allclose(whole.data, other.data, atol=4e-3, rtol=2e-3)
+
+
+def test_progress_of_one_process_and_of_several_is_gone_on_with(vit, photos, tmp_path):
+    whole = cache_of(vit, photos, tmp_path / "cache")
+    for progress, left in (3, 5), ([[0, 3]], 5), ([[0, 1], [2, 3], [6, 7]], 6), ([[0, 2], [4, 7]], 2):
+        for file in whole.files:
+            file.with_suffix(".json").write_text(json.dumps({"done": progress}))
+        with Encoded(vit) as encoded:
+            again = cache_of(vit, photos, tmp_path / "cache")
+        # Two photos a batch, each of which is encoded unless both are done.
+        assert encoded.images == left * 3 and np.allclose(again.data, whole.data, atol=4e-3)
+
+
+def test_encoding_stops_when_it_is_time_and_goes_on(vit, photos, tmp_path):
+    images = []
+    for stop in range(1, 4):
+        with Encoded(vit) as encoded, pytest.raises(Stopped, match=f"in encoding after {2 * stop} of 7 images: the same command goes on"):
+            FeatureCache(vit, photos, tmp_path / "cache", views=3, batch_size=6, stop=True)
+        images.append(encoded.images)
+    with Encoded(vit) as encoded:
+        parts = FeatureCache(vit, photos, tmp_path / "cache", views=3, batch_size=6, stop=False)
+    assert [*images, encoded.images] == [6, 6, 6, 3]
+    assert np.array_equal(parts.data, cache_of(vit, photos, tmp_path / "other").data)
+    FeatureCache(vit, photos, tmp_path / "cache", views=3, stop=True)  # for which there is nothing to do
 
 
 def test_more_views_of_the_same_pictures_add_only_theirs(vit, photos, tmp_path):

@@ -117,6 +117,40 @@ def test_a_run_goes_on_with_another_number_of_processes(workplace, every_step):
     assert values("checkpoints/parts.jsonl") == pytest.approx(values("checkpoints/whole.jsonl"), abs=1e-4)
 
 
+SLOWLY = EVERY_STEP + """
+import features, time
+features.BLOCK = 1
+encode, features.seen = encoder.ImageEncoder.forward, []
+def forward(self, images):
+    time.sleep(0.2)
+    features.seen.append(len(images))
+    return encode(self, images)
+encoder.ImageEncoder.forward = forward
+train = p2_train.CaptionerTrainer.fit
+def fit(self):
+    print("encoded", sum(features.seen), flush=True)
+    return train(self)
+p2_train.CaptionerTrainer.fit = fit
+"""
+
+
+def test_two_processes_encode_their_parts_and_stop_together(workplace, every_step):
+    p2_train.train(CONFIG, settings(output="checkpoints/one.safetensors", cache="other", epochs=1, scst_epochs=0), "cpu")
+    run = options(settings(output="checkpoints/two.safetensors", views=8, epochs=1, scst_epochs=0))  # four pictures a batch
+    processes = start(*run, processes=2, before=SLOWLY)
+    while not [*(workplace / "cache").glob("*.json")]:
+        assert processes[0].poll() is None
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)  # to one of them only
+    out, _ = finish(processes)
+    assert out.count("stopped in encoding after ") == 1 and "encoded" not in out
+    first = int(out.split("stopped in encoding after ")[1].split()[0])
+    out, _ = finish(start(*run, processes=2, before=SLOWLY))
+    counts = [int(line.split()[1]) // 8 for line in out.splitlines() if line.startswith("encoded")]
+    assert 0 < first < 24 and len(counts) == 2 and sum(counts) == 24 - first
+    assert out.count("epoch 1:") == 1 and not (workplace / "checkpoints" / "two.state.pt").exists()
+
+
 def test_two_processes_caption_a_folder_as_one(workplace):
     p2_train.train(CONFIG, settings(scst_epochs=0), "cpu")
     folder = workplace / "data" / "images" / "train"

@@ -293,7 +293,8 @@ class Build:
     @torch.inference_mode()
     def run(self, encoder, paths, device, told, threads):
         """Encode what no other process has claimed, until `told` to stop. Returns whether it was."""
-        reading = read_batches(self.batches(), lambda number: read_views(paths[number], encoder, self.data, number), threads)
+        waiting = 2 + -(-threads // self.batch_size)  # batches, enough for all threads while one more batch is encoded
+        reading = read_batches(self.batches(), lambda number: read_views(paths[number], encoder, self.data, number), threads, waiting)
         for block, batches in groupby(reading, lambda batch: batch[0][0] // (BLOCK * self.batch_size)):
             ranges, stop = [], False
             try:

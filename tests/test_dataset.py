@@ -1,6 +1,7 @@
 """Images and captions reach the model as a person sees them: odd files, captions, batches, views, cached features."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import features
 import images
 from cli import Stopped, UserError
 from dataset import CaptionedImage, bucketed_batches, clean_caption, collate, read_captions, write_subset
@@ -492,6 +494,26 @@ def test_progress_of_one_process_and_of_several_is_gone_on_with(vit, photos, tmp
             again = cache_of(vit, photos, tmp_path / "cache")
         # Two photos a batch, each of which is encoded unless both are done.
         assert encoded.images == left * 3 and np.allclose(again.data, whole.data, atol=4e-3)
+
+
+def test_pictures_are_read_by_all_threads_and_while_others_are_encoded(vit, photos, tmp_path, monkeypatch):
+    """Also where a batch is a single picture, and across the blocks that a process claims."""
+    now, most, ahead = [], [], []
+    read = features.read_views
+
+    def slowly(path, *arguments):
+        now.append(path)
+        most.append(len(now))
+        time.sleep(0.2)
+        now.remove(path)
+        return read(path, *arguments)
+
+    monkeypatch.setattr(features, "read_views", slowly)
+    monkeypatch.setattr(features, "BLOCK", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # and four threads more, since some wait for the disk
+    with vit.register_forward_pre_hook(lambda module, inputs: ahead.append(len(most))):
+        FeatureCache(vit, photos, tmp_path / "cache", batch_size=1)
+    assert max(most) == 6 and ahead[0] >= 6
 
 
 def test_encoding_stops_when_it_is_time_and_goes_on(vit, photos, tmp_path):

@@ -25,6 +25,7 @@ from clip_small import SMALL_WEIGHTS, ClipConfig, ClipSmall
 from concepts import ClassifierWords, ClassWords, ClipWords, Concepts, RetrievedWords
 from dataset import IGNORE
 from decoder import Block, Decoder, DecoderConfig, LayerContext, init_weights
+from devices import at_once
 from encoder import EMBEDDED, load_encoder
 from files import WEIGHTS_FOLDER, check_digest, digest, first_line, read_weights, uninitialised, write_whole
 from generation import GenerationConfig, TextGenerator, best_of
@@ -463,6 +464,8 @@ def caption_folder(model, images, generation, batch_size=128, device="cpu", proc
     Returns ({name: caption}, {path: reason} of the images that could not be read). While one batch is captioned, the next is encoded in
     a thread and pictures are decoded in others. Shows a progress bar on stderr.
     """
+    if device == "cuda":
+        model.encoder.halve()
     model.to(device)
     numbers, names = {path: number for number, path in enumerate(images.values())}, {path: name for name, path in images.items()}
     number, count, main = (processes.number, processes.count, processes.main) if processes else (0, 1, True)
@@ -492,9 +495,11 @@ def encode_batch(encoder, device, batch):
         return paths, None if images is None else encoder(images.to(device)), bad
 
 
-def caption_features(model, features, numbers, generation, embeddings=None, batch_size=100):
+def caption_features(model, features, numbers, generation, embeddings=None):
     """Captions of the first view of the images with these numbers; `embeddings` (n, width): of all images in our CLIP's space, if known."""
-    captions, device = [], model.token_ids.device
+    captions, device, encoder, sizes = [], model.token_ids.device, model.encoder, model.decoder.config
+    width = sizes.cross_dim if sizes.fusion == "cross" else sizes.n_embd  # of the keys and values that each layer keeps of an image
+    batch_size = at_once(4 * encoder.num_tokens * (encoder.dim + 2 * width * sizes.n_layer), 100)
     for start in range(0, len(numbers), batch_size):
         some = numbers[start:start + batch_size]
         seen = None if embeddings is None else embeddings[some].to(device)

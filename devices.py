@@ -12,6 +12,7 @@ import torch
 from cli import UserError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MEMORY = 2 * 2**30  # bytes that images take which are computed at once
 
 
 @lru_cache
@@ -122,6 +123,11 @@ class Processes:
             flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
             for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
                 gradient.copy_(part.view_as(gradient))
+
+
+def at_once(each, most):
+    """How many images to compute at a time: at most `most`, and as many as MEMORY holds if each takes so many bytes."""
+    return max(1, min(most, MEMORY // each))
 
 
 def memory_in_use(device):

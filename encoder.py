@@ -10,6 +10,7 @@ each cell of its last feature map is one patch token. Earlier maps, and further 
 import copy
 import hashlib
 import sys
+from contextlib import nullcontext
 from functools import cached_property
 
 import numpy as np
@@ -118,7 +119,7 @@ class ImageEncoder(nn.Module):
         if self.image_size < 1:
             raise UserError(f"image_size is {self.image_size}, but must be at least 1 pixel")
         size = {"img_size": self.image_size} if config.fixed_input_size else {}
-        self.name = name
+        self.name, self.halved = name, False
         self.resampled = bool(size) and self.image_size != own_size  # its position embeddings
         for part in CLASSIFIER:  # (classes, num_features), (classes,)
             self.register_buffer(part, None, persistent=False)
@@ -204,6 +205,16 @@ class ImageEncoder(nn.Module):
             for part, value in zip(CLASSIFIER, (weight, bias)):
                 setattr(self, part, value.float())
 
+    def halve(self):
+        """Keep the matrices of a frozen ViT's blocks in fp16, for half the memory. Its features are then always those that it has under
+        autocast in fp16, which would cast these matrices in every call."""
+        _ = self.weights_hash  # of the weights as they came
+        blocks = self.model.blocks if self.is_vit and hasattr(self.model, "blocks") else nn.Module()
+        for layer in blocks.modules():
+            if isinstance(layer, nn.Linear):
+                layer.half()
+                self.halved = True
+
     def find_stages(self):
         """The stages whose maps precede the last one, last first, with their numbers of channels: {stage: channels}"""
         if not hasattr(self.model, "forward_intermediates"):
@@ -277,7 +288,8 @@ class ImageEncoder(nn.Module):
             return torch.cat([self(part) for part in images.split(step)])
         x = (images.to(self.mean.dtype) - self.mean) / self.std
         if self.is_vit:
-            return self.model.forward_features(x)  # (B, N, D)
+            with torch.autocast(x.device.type, torch.float16) if self.halved else nullcontext():
+                return self.model.forward_features(x)  # (B, N, D)
         x = x.contiguous(memory_format=torch.channels_last)
         if not self.stages:
             return cells(self.model.forward_features(x))
@@ -339,6 +351,10 @@ class JoinedEncoder(nn.Module):
     @property
     def class_ids(self):
         return self.agreed("class_ids")
+
+    def halve(self):
+        for part in self.parts:
+            part.halve()
 
     def agreed(self, attribute):
         found = [value for part in self.parts if (value := getattr(part, attribute))]

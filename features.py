@@ -18,7 +18,7 @@ from PIL import ImageOps
 from tqdm import tqdm
 
 from cli import Stopped, UserError
-from devices import Processes
+from devices import Processes, at_once
 from files import fingerprints, is_file, read_json, write_json
 from images import ImageError, load_image, read_batches
 
@@ -92,7 +92,8 @@ class LiveFeatures:
             raise UserError(f"{error}: mend the picture or drop it") from None
         images = images.to(self.encoder.device)  # not "cuda", which is GPU 0 in any other thread than the main one
         with torch.autocast("cuda", torch.float16, enabled=self.device == "cuda"):
-            return self.encoder(images).half()
+            parts = images.split(at_once(64 * self.encoder.num_tokens * self.encoder.dim, len(images)))  # a block's activations, roughly
+            return torch.cat([self.encoder(part).half() for part in parts])
 
     def read(self, number, view):
         try:

@@ -132,6 +132,8 @@ class CaptionerTrainer:
 
         torch.manual_seed(settings.seed)
         encoder = config.load_encoder(runtime=pick_runtime(settings.runtime, self.device))
+        if self.device == "cuda":
+            encoder.halve()
         decoder = config.load_decoder(settings.decoder)
         max_tokens = min(settings.max_tokens, decoder.config.n_positions - 1)
         self.data = CaptionData(self.images, BPETokenizer(), max_tokens)

@@ -105,7 +105,10 @@ class ClipTrainer:
         self.folders = [Folder(folder, selection) for folder, selection in zip(settings.data, settings.selection)]
         extra = [line.strip() for file in settings.text for line in read_lines(file)]
         torch.manual_seed(settings.seed)
-        encoder = config.load_encoder(runtime=pick_runtime(settings.runtime, self.device)).to(self.device)
+        encoder = config.load_encoder(runtime=pick_runtime(settings.runtime, self.device))
+        if self.device == "cuda":
+            encoder.halve()
+        encoder = encoder.to(self.device)
         text = TextEncoder(device=self.device)
         self.names = [name.split(", ") for name in encoder.class_names] if config.classes and settings.anchors else []
         sentences = partial_sentences(text, config, settings.cache)

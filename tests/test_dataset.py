@@ -15,12 +15,13 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import devices
 import features
 import images
 from cli import Stopped, UserError
 from dataset import CaptionedImage, bucketed_batches, clean_caption, collate, read_captions, write_subset
 from encoder import ImageEncoder, JoinedEncoder, load_encoder, without_batch_norm
-from features import FeatureCache, make_view
+from features import FeatureCache, LiveFeatures, make_view
 from images import ImageError, list_images, load_ahead, load_image
 
 RED, GREEN, BLUE, BLACK, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)
@@ -536,6 +537,35 @@ def test_more_views_of_the_same_pictures_add_only_theirs(vit, photos, tmp_path):
     assert encoded.images == 7 * 2 and many.files[:2] == few.files and len(set(many.files)) == 4
     other = cache_of(vit, photos, tmp_path / "other", views=4)  # all in one go, so in other batches
     np.testing.assert_allclose(many.data, other.data, atol=4e-3, rtol=2e-3)
+
+
+def test_a_halved_encoder_has_the_features_of_autocast_and_its_own_name(photos, tmp_path):
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    encoder, halved = make_encoder("test_vit", 32), make_encoder("test_vit", 32)
+    halved.halve()
+    with torch.inference_mode():
+        with torch.autocast("cpu", torch.float16):
+            expected = encoder(images)
+        assert torch.equal(halved(images), expected) and not torch.equal(encoder(images), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(halved(images), expected)
+    size, before = (sum(value.nbytes for value in one.model.blocks.state_dict().values()) for one in (halved, encoder))
+    assert size < 0.55 * before and halved.weights_hash == encoder.weights_hash
+    cnn = make_encoder("test_efficientnet", 64)
+    expected = cnn(images)
+    cnn.halve()
+    assert torch.equal(cnn(images), expected)
+
+
+def test_as_many_images_are_encoded_at_once_as_memory_holds(vit, photos, monkeypatch):
+    live, index = LiveFeatures(vit, photos), (np.arange(7), np.zeros(7, int))
+    with Encoded(vit) as encoded:
+        expected = live[index]
+    assert encoded.batches == 1
+    monkeypatch.setattr(devices, "MEMORY", 3 * 64 * vit.num_tokens * vit.dim)
+    with Encoded(vit) as encoded:
+        torch.testing.assert_close(live[index], expected, atol=4e-3, rtol=2e-3)
+    assert encoded.batches == 3 and devices.at_once(10**12, 100) == 1
 
 
 # ---- the encoder -----------------------------------------------------------------------------------------------

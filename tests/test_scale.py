@@ -16,6 +16,7 @@ from conftest import ROOT, VIT, finish, start
 from safetensors.torch import load_file
 
 import dataset
+import devices
 import encoder
 import p2_train
 import training
@@ -226,6 +227,17 @@ def test_mistakes_show_before_anything_is_encoded(workplace, monkeypatch):
     for wrong in {"learning_rate": 0.0}, {"seed": -1}, {"accumulation": 0}, {"average": 1.0}, {"max_tokens": 0}:
         with pytest.raises(UserError, match=next(iter(wrong))):
             settings(**wrong)
+
+
+def test_as_many_images_are_captioned_at_once_as_memory_holds(workplace, monkeypatch):
+    trainer = p2_train.CaptionerTrainer(CONFIG, settings(), "cpu")
+    sizes, generate = [], trainer.model.generate
+    monkeypatch.setattr(trainer.model, "generate", lambda features, *rest, **named: sizes.append(len(features)) or generate(
+        features, *rest, **named))
+    trainer.model.eval()
+    whole = trainer.caption_selection()
+    monkeypatch.setattr(devices, "MEMORY", 1)
+    assert trainer.caption_selection() == whole and sizes == [4, 1, 1, 1, 1]
 
 
 def test_training_without_a_selection_split_keeps_the_last_epoch(workplace):

@@ -43,6 +43,7 @@ from llava_training import (
     build,
     check_folder,
     check_trained,
+    checkpoint_layers,
     fit_projection,
     frozen_hash,
     image_tokens,
@@ -169,6 +170,7 @@ class AlignmentTrainer:
                 if name not in self.trained:
                     parameter.data = parameter.data.to(self.dtype)
         self.model.to(self.device).eval()
+        checkpoint_layers(self.model)
         self.processes.share(self.trained.values())
         if settings.fsdp:
             shard(self.model.model.language_model.layers)

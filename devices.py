@@ -142,8 +142,8 @@ def memory_in_use(device):
 
 
 def shard(layers, whole=()):
-    """Shard frozen layers over the processes (FSDP: Zhao et al. 2023, https://arxiv.org/abs/2304.11277); the trained parameters,
-    `whole`, are not sharded."""
+    """Shard frozen layers over the processes (FSDP: Zhao et al. 2023, https://arxiv.org/abs/2304.11277), and move each to this process's
+    device; the trained parameters, `whole`, are not sharded, and stay where they are."""
     from torch.distributed.fsdp import fully_shard
 
     for layer in layers:

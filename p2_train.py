@@ -139,7 +139,10 @@ class CaptionerTrainer:
         self.data = CaptionData(self.images, BPETokenizer(), max_tokens)
         self.text = TextData(settings.text, BPETokenizer(), max_tokens, config.concept_words(encoder), self.selection) if settings.text else None
         texts = [self.text.rows] if self.text else []
-        self.model = Captioner(config, encoder, decoder, token_ids(self.data.rows + texts)).to(self.device)
+        self.model = Captioner(config, encoder, decoder, token_ids(self.data.rows + texts))
+        if settings.fsdp:  # moves a layer at a time, so that no GPU ever holds the whole decoder
+            shard(self.model.decoder.h, self.model.trained_parameters().values())
+        self.model.to(self.device)
         if settings.init:
             for line in start_from(self.model, settings.init, settings.decoder):
                 if self.processes.main:
@@ -154,8 +157,6 @@ class CaptionerTrainer:
         self.scaler = torch.amp.GradScaler(self.device) if self.dtype == torch.float16 else None
         self.average = MovingAverage(self.trained, settings.average)
         self.steps = -(-self.mixture.size // settings.batch_size)
-        if settings.fsdp:
-            shard(self.model.decoder.h, self.trained.values())
         self.restore()
         self.set_objectives()
         # Last, since it can take long: mistakes above are reported first.

@@ -169,11 +169,11 @@ class AlignmentTrainer:
             for name, parameter in self.model.named_parameters():
                 if name not in self.trained:
                     parameter.data = parameter.data.to(self.dtype)
+        if settings.fsdp:  # moves a layer at a time, so that no GPU ever holds the whole language model
+            shard(self.model.model.language_model.layers)
         self.model.to(self.device).eval()
         checkpoint_layers(self.model)
         self.processes.share(self.trained.values())
-        if settings.fsdp:
-            shard(self.model.model.language_model.layers)
         projection = [value for name, value in self.trained.items() if "projector" in name]
         vision = [value for name, value in self.trained.items() if "projector" not in name]
         factor = settings.vision_learning_rate / settings.learning_rate

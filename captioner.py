@@ -25,6 +25,7 @@ from clip_small import SMALL_WEIGHTS, ClipConfig, ClipSmall
 from concepts import ClassifierWords, ClassWords, ClipWords, Concepts, RetrievedWords
 from dataset import IGNORE
 from decoder import Block, Decoder, DecoderConfig, LayerContext, init_weights
+from devices import at_once
 from encoder import EMBEDDED, load_encoder
 from files import WEIGHTS_FOLDER, check_digest, digest, first_line, read_weights, uninitialised, write_whole
 from generation import GenerationConfig, TextGenerator, best_of
@@ -69,9 +70,9 @@ class CaptionerConfig(PeftConfig):
             return None
         return ClassWords.of_imagenet() if self.concept_source == "clip" else ClassWords.of_encoder(encoder)
 
-    def load_encoder(self, weights=None, runtime="torch"):
-        """The frozen encoder. `weights`: None, or "random" for untrained ones; `runtime`: as from pick_runtime."""
-        return load_encoder(self.encoder, self.image_size, self.encoder_levels, weights, runtime)
+    def load_encoder(self, weights=None, runtime="torch", device="cpu"):
+        """The frozen encoder. `weights`: None, or "random" for untrained ones; `runtime`, `device`: as of encoder.load_encoder."""
+        return load_encoder(self.encoder, self.image_size, self.encoder_levels, weights, runtime, device=device)
 
     def load_decoder(self, path):
         """The frozen decoder from a GPT-2 state dict, with the trained parts that this configuration adds."""
@@ -463,6 +464,8 @@ def caption_folder(model, images, generation, batch_size=128, device="cpu", proc
     Returns ({name: caption}, {path: reason} of the images that could not be read). While one batch is captioned, the next is encoded in
     a thread and pictures are decoded in others. Shows a progress bar on stderr.
     """
+    if device == "cuda":
+        model.encoder.halve()
     model.to(device)
     numbers, names = {path: number for number, path in enumerate(images.values())}, {path: name for name, path in images.items()}
     number, count, main = (processes.number, processes.count, processes.main) if processes else (0, 1, True)
@@ -492,9 +495,11 @@ def encode_batch(encoder, device, batch):
         return paths, None if images is None else encoder(images.to(device)), bad
 
 
-def caption_features(model, features, numbers, generation, embeddings=None, batch_size=100):
+def caption_features(model, features, numbers, generation, embeddings=None):
     """Captions of the first view of the images with these numbers; `embeddings` (n, width): of all images in our CLIP's space, if known."""
-    captions, device = [], model.token_ids.device
+    captions, device, encoder, sizes = [], model.token_ids.device, model.encoder, model.decoder.config
+    width = sizes.cross_dim if sizes.fusion == "cross" else sizes.n_embd  # of the keys and values that each layer keeps of an image
+    batch_size = at_once(4 * encoder.num_tokens * (encoder.dim + 2 * width * sizes.n_layer), 100)
     for start in range(0, len(numbers), batch_size):
         some = numbers[start:start + batch_size]
         seen = None if embeddings is None else embeddings[some].to(device)

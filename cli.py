@@ -15,6 +15,10 @@ class UserError(Exception):
     """A mistake that the user can mend. The message is one sentence: what is wrong and what to do."""
 
 
+class Stopped(Exception):
+    """A run that was told to stop did so before its training began. The message says how far it came; "" where another process says it."""
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose complaints are one line on stderr and exit status 2, like every other user error."""
 
@@ -94,6 +98,10 @@ def run(main):
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         status = 2
+    except Stopped as stopped:
+        if str(stopped):
+            print(stopped, flush=True)
+        status = 0
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         status = 130  # as a shell reports it

@@ -51,8 +51,8 @@ class ClipConfig:
     text_layers: int = option(0, "number of the sentence encoder's last layers to train")
     text_heads: int = option(4, "of the attention pooling over a sentence's tokens; 0: none")
 
-    def load_encoder(self, weights=None, runtime="torch"):
-        return load_encoder(self.encoder, self.image_size, self.encoder_levels, weights, runtime)
+    def load_encoder(self, weights=None, runtime="torch", device="cpu"):
+        return load_encoder(self.encoder, self.image_size, self.encoder_levels, weights, runtime, device=device)
 
 
 class TextEncoder:

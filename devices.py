@@ -12,6 +12,7 @@ import torch
 from cli import UserError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MEMORY = 2 * 2**30  # bytes that images take which are computed at once
 
 
 @lru_cache
@@ -57,7 +58,7 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from accelerate import PartialState  # imported only when needed: it takes a second or two
 
-            # One process may encode, or tokenize, for hours while the others wait.
+            # One process may tokenize, or score, for hours while the others wait.
             self.state = PartialState(cpu=self.device == "cpu", timeout=timedelta(hours=6))
             self.number, self.count, self.device = self.state.process_index, self.state.num_processes, self.state.device.type
         self.main = self.number == 0
@@ -74,6 +75,17 @@ class Processes:
         """Wait until all processes have reached this point."""
         if self.count > 1:
             self.state.wait_for_everyone()
+
+    def told(self, stop):
+        """Whether it is time to stop, by `stop` here or in any process that was asked before. Unlike `add`, it waits for nobody."""
+        if self.count == 1:
+            return bool(stop)
+        from torch.distributed import group
+
+        store = group.WORLD.get_group_store()
+        if stop:
+            store.set("stop", "yes")
+        return bool(stop) or store.check(["stop"])
 
     def gather(self, rows):
         """Concatenate the lists of all processes, on each of them."""
@@ -113,6 +125,11 @@ class Processes:
                 gradient.copy_(part.view_as(gradient))
 
 
+def at_once(each, most):
+    """How many images to compute at a time: at most `most`, and as many as MEMORY holds if each takes so many bytes."""
+    return max(1, min(most, MEMORY // each))
+
+
 def memory_in_use(device):
     """Bytes: on CUDA the peak so far, on a CPU the current memory of this process without mapped files."""
     if device == "cuda":
@@ -125,8 +142,8 @@ def memory_in_use(device):
 
 
 def shard(layers, whole=()):
-    """Shard frozen layers over the processes (FSDP: Zhao et al. 2023, https://arxiv.org/abs/2304.11277); the trained parameters,
-    `whole`, are not sharded."""
+    """Shard frozen layers over the processes (FSDP: Zhao et al. 2023, https://arxiv.org/abs/2304.11277), and move each to this process's
+    device; the trained parameters, `whole`, are not sharded, and stay where they are."""
     from torch.distributed.fsdp import fully_shard
 
     for layer in layers:

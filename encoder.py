@@ -10,6 +10,7 @@ each cell of its last feature map is one patch token. Earlier maps, and further 
 import copy
 import hashlib
 import sys
+from contextlib import nullcontext
 from functools import cached_property
 
 import numpy as np
@@ -36,19 +37,23 @@ CLASSIFIER = "class_weight", "class_bias"  # buffers of an encoder whose weights
 HEADS = "image_projection", "text_projection"  # also in the files of OWN: projections into a joint space of images and texts
 
 
-def load_encoder(name, image_size=None, levels=0, weights=None, runtime="torch", frozen=True):
+def load_encoder(name, image_size=None, levels=0, weights=None, runtime="torch", frozen=True, device="cpu"):
     """The encoder of that name: an ImageEncoder, or for names joined by `+` a JoinedEncoder. Raises UserError.
 
     Args:
         image_size, levels, weights: as of ImageEncoder, but with up to three levels by default; `weights` are None or "random".
         runtime: as pick_runtime gives it; "openvino": a CompiledEncoder, for the CPU only.
         frozen: as of ImageEncoder.
+        device: where it is going to run; for "cuda" it is halved.
     """
     names = [part.strip() for part in name.split("+")]
 
     def build():
         encoders = [ImageEncoder(part, image_size, weights, levels, frozen) for part in names]
-        return encoders[0] if len(encoders) == 1 else JoinedEncoder(encoders)
+        encoder = encoders[0] if len(encoders) == 1 else JoinedEncoder(encoders)
+        if device == "cuda":
+            encoder.halve()
+        return encoder
 
     if runtime == "torch":
         return build()
@@ -118,7 +123,7 @@ class ImageEncoder(nn.Module):
         if self.image_size < 1:
             raise UserError(f"image_size is {self.image_size}, but must be at least 1 pixel")
         size = {"img_size": self.image_size} if config.fixed_input_size else {}
-        self.name = name
+        self.name, self.halved = name, False
         self.resampled = bool(size) and self.image_size != own_size  # its position embeddings
         for part in CLASSIFIER:  # (classes, num_features), (classes,)
             self.register_buffer(part, None, persistent=False)
@@ -204,6 +209,16 @@ class ImageEncoder(nn.Module):
             for part, value in zip(CLASSIFIER, (weight, bias)):
                 setattr(self, part, value.float())
 
+    def halve(self):
+        """Keep the matrices of a frozen ViT's blocks in fp16, for half the memory. Its features are then always those that it has under
+        autocast in fp16, which would cast these matrices in every call."""
+        _ = self.weights_hash  # of the weights as they came
+        blocks = self.model.blocks if self.is_vit and hasattr(self.model, "blocks") else nn.Module()
+        for layer in blocks.modules():
+            if isinstance(layer, nn.Linear):
+                layer.half()
+                self.halved = True
+
     def find_stages(self):
         """The stages whose maps precede the last one, last first, with their numbers of channels: {stage: channels}"""
         if not hasattr(self.model, "forward_intermediates"):
@@ -277,7 +292,8 @@ class ImageEncoder(nn.Module):
             return torch.cat([self(part) for part in images.split(step)])
         x = (images.to(self.mean.dtype) - self.mean) / self.std
         if self.is_vit:
-            return self.model.forward_features(x)  # (B, N, D)
+            with torch.autocast(x.device.type, torch.float16) if self.halved else nullcontext():
+                return self.model.forward_features(x)  # (B, N, D)
         x = x.contiguous(memory_format=torch.channels_last)
         if not self.stages:
             return cells(self.model.forward_features(x))
@@ -339,6 +355,10 @@ class JoinedEncoder(nn.Module):
     @property
     def class_ids(self):
         return self.agreed("class_ids")
+
+    def halve(self):
+        for part in self.parts:
+            part.halve()
 
     def agreed(self, attribute):
         found = [value for part in self.parts if (value := getattr(part, attribute))]

@@ -102,11 +102,11 @@ class Rows:
         return likely.to(device), others.nonzero().squeeze(1)
 
 
-def cached_features(model, name, images, settings, device):
+def cached_features(model, name, images, settings, device, stop=False):
     """The features of all images in --cache, computed if they are missing, by the tower's own encoder, or on a CPU through OpenVINO.
-    Raises UserError if the vision model, called `name`, is not a frozen encoder."""
+    `stop`: as of FeatureCache. Raises UserError if the vision model, called `name`, is not a frozen encoder."""
     tower, runtime = model.model.vision_tower, pick_runtime("auto", device)
     if not is_encoder(tower):
         raise UserError(f"--cache is for encoders that are named, such as tf_efficientnet_lite2, and {name} is none")
     encoder = tower.encoder if runtime == "torch" else load_encoder(name, settings.image_size or None, runtime=runtime)
-    return FeatureCache(encoder, [image.path for image in images], settings.cache, settings.views, device=device)
+    return FeatureCache(encoder, [image.path for image in images], settings.cache, settings.views, device=device, stop=stop)

@@ -18,6 +18,7 @@ from files import content_hash, first_line, make_ordinary, read_weights
 from llava import LOADING_ERRORS, without_bos
 from masks import attention_mask
 
+CHECKPOINTED = 2e9  # parameters; larger language models are trained through with gradient checkpointing
 # Without a chat template: the text before and after each query. An answer ends with the end-of-text token.
 LLAMA_FORM = "[INST] ", " [/INST]"
 PLAIN_FORM = "", "\n"
@@ -267,6 +268,18 @@ def trained_parameters(model, vision_layers):
     for parameter in chosen:
         parameter.requires_grad_(True)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def checkpoint_layers(model):
+    """Gradient checkpointing of a large language model's layers (Chen et al. 2016, https://arxiv.org/abs/1604.06174): what they compute
+    within is computed again for the backward pass, and not kept: the same gradients for a third more work and a fraction of the memory."""
+    language = model.model.language_model
+    if sum(parameter.numel() for parameter in language.parameters()) < CHECKPOINTED:
+        return
+    older = getattr(language, "gradient_checkpointing_enable", None)  # its name until transformers 6
+    getattr(language, "activation_checkpointing_enable", older)({"use_reentrant": False})
+    for layer in language.layers:
+        layer.training = True  # which transformers asks for; what is within stays in evaluation mode, without dropout
 
 
 def answer_loss(model, inputs, likely=None, drawn=None):

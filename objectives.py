@@ -16,7 +16,7 @@ from chair import kinds_named
 from cider import CiderScorer
 from concepts import Concepts, embed_texts
 from dataset import IGNORE, clean_captions, collate, count_targets
-from devices import autocast
+from devices import at_once, autocast
 from generation import GenerationConfig
 from tokenizer import END_OF_TEXT
 
@@ -95,8 +95,9 @@ class TextCrossEntropy(Objective):
             meanings, explaining = self.model.meaning(of_images, 0), self.model.meaning(of_texts, 1)
             self.slope = (meanings * explaining).sum(-1).mean()
             residuals = (meanings - self.slope * explaining).cpu()
+        batch_size = at_once(8 * self.model.encoder.num_tokens * self.model.encoder.dim, 100)
         seen = [self.model.source.recognise(features[part, np.zeros_like(part)].float().to(self.device), self.model.config.concepts)
-                for part in np.array_split(numbers, -(-len(numbers) // 100))]
+                for part in np.array_split(numbers, -(-len(numbers) // batch_size))]
         concepts, probabilities, _ = zip(*seen)
         self.text.look(self.model.source, Concepts(torch.cat(concepts).cpu(), torch.cat(probabilities).cpu(), residuals))
 

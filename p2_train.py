@@ -35,7 +35,7 @@ from metrics import cider, tokenize
 from objectives import TEMPERATURE, CrossEntropy, Reward, SelfCritical, TextCrossEntropy, look_around
 from runtime import RUNTIME_HELP, pick_runtime
 from tokenizer import BPETokenizer
-from training import MovingAverage, Run, TrainingLog, adamw, comparable, cosine, prepare_output
+from training import Interruption, MovingAverage, Run, TrainingLog, adamw, comparable, cosine, prepare_output
 
 WARMUP = 0.02  # fraction of a stage's steps; short, since cross-attention, LoRA and adapters start as no-ops
 CLIP = 1.0  # gradient norm, which limits the damage of a single odd batch
@@ -50,11 +50,9 @@ class Settings:
     text: tuple = option((), "files of captions without pictures, one per line")
     text_batch_size: int = option(40, "captions without pictures per batch of images")
     text_weight: float = option(1.0, "weight of the loss on captions without pictures")
-    folds: str = option(
-        "", "for --meaning and --scst_clip: the output of p4_clip.py --folds, since our CLIP was trained on the training images")
+    folds: str = option("", "for --meaning and --scst_clip: the output of p4_clip.py --folds, since our CLIP was trained on these images")
     decoder: str = option("weights/decoder_small.safetensors", "GPT-2 weights, .bin or .safetensors")
-    output: str = option(
-        "checkpoints/captioner.safetensors", "the checkpoint to write; beside it the log (.jsonl) and its curves (.png)")
+    output: str = option("checkpoints/captioner.safetensors", "the checkpoint; beside it the log (.jsonl) and its curves (.png)")
     cache: str = option("cache", "folder for the encoder's features; empty: run the encoder in every step, which is much slower")
     runtime: str = option("auto", RUNTIME_HELP)
     views: int = option(4, "of each image in the cache: 1, the image as it is; more: random crops too, every other one mirrored")
@@ -131,13 +129,16 @@ class CaptionerTrainer:
         self.images, self.selection = self.mixture.images, self.mixture.selection
 
         torch.manual_seed(settings.seed)
-        encoder = config.load_encoder(runtime=pick_runtime(settings.runtime, self.device))
+        encoder = config.load_encoder(runtime=pick_runtime(settings.runtime, self.device), device=self.device)
         decoder = config.load_decoder(settings.decoder)
         max_tokens = min(settings.max_tokens, decoder.config.n_positions - 1)
         self.data = CaptionData(self.images, BPETokenizer(), max_tokens)
         self.text = TextData(settings.text, BPETokenizer(), max_tokens, config.concept_words(encoder), self.selection) if settings.text else None
         texts = [self.text.rows] if self.text else []
-        self.model = Captioner(config, encoder, decoder, token_ids(self.data.rows + texts)).to(self.device)
+        self.model = Captioner(config, encoder, decoder, token_ids(self.data.rows + texts))
+        if settings.fsdp:  # before it moves, so that no GPU ever holds the whole decoder
+            shard(self.model.decoder.h, self.model.trained_parameters().values())
+        self.model.to(self.device)
         if settings.init:
             for line in start_from(self.model, settings.init, settings.decoder):
                 if self.processes.main:
@@ -152,12 +153,11 @@ class CaptionerTrainer:
         self.scaler = torch.amp.GradScaler(self.device) if self.dtype == torch.float16 else None
         self.average = MovingAverage(self.trained, settings.average)
         self.steps = -(-self.mixture.size // settings.batch_size)
-        if settings.fsdp:
-            shard(self.model.decoder.h, self.trained.values())
         self.restore()
         self.set_objectives()
         # Last, since it can take long: mistakes above are reported first.
-        features = [features_of(folder.paths(), encoder, settings.cache, settings.views, self.device) for folder in self.mixture.folders]
+        with Interruption(settings.max_hours, self.run.begun) as stop:
+            features = [features_of(folder.paths(), encoder, settings.cache, settings.views, self.device, stop) for folder in self.mixture.folders]
         self.data.features, self.selection_features = (SomeFeatures(features, places) for places in self.mixture.places())
         self.references = tokenize({str(i): image.captions for i, image in enumerate(self.selection)}) if self.selection else {}
         if self.text or config.meaning:

@@ -24,6 +24,7 @@ Shapes: B rows, N image tokens of each, T positions of a row, C the language mod
 
 import hashlib
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from llava_training import (
     build,
     check_folder,
     check_trained,
+    checkpoint_layers,
     fit_projection,
     frozen_hash,
     image_tokens,
@@ -51,7 +53,7 @@ from llava_training import (
     write_llava,
 )
 from questions import Sample, by_picture, instruction_samples, sample_epoch
-from training import Run, adamw, comparable, cosine
+from training import Interruption, Run, adamw, comparable, cosine
 from word_targets import WordTargets
 
 WORD_BATCH = 64  # images of an update of the stage before stage 1
@@ -130,7 +132,7 @@ class AlignmentTrainer:
     """One run: the model, the samples, the optimizer and the progress."""
 
     def __init__(self, vision_name, language_name, output, settings, device=None):
-        self.settings, self.output, self.names = settings, Path(output), (vision_name, language_name)
+        self.settings, self.output, self.names, begun = settings, Path(output), (vision_name, language_name), time.monotonic()
         self.processes = Processes(device)
         self.device = self.processes.device
         self.dtype = pick_precision(self.device, settings.precision)
@@ -149,7 +151,8 @@ class AlignmentTrainer:
         self.captioned = len(self.images)  # captioned images come first, then those with questions only
         self.groups = instruction_samples(settings, self.images) if settings.stage2_epochs else {}
         self.model, self.processor = build(vision_name, language_name, settings)
-        features = cached_features(self.model, str(vision_name), self.images, settings, self.device) if settings.cache else None
+        with Interruption(settings.max_hours, begun) as stop:
+            features = cached_features(self.model, str(vision_name), self.images, settings, self.device, stop) if settings.cache else None
         self.rows = Rows(self.model, self.processor, self.images, settings, features)
         self.words = None
         if settings.word_epochs:
@@ -166,10 +169,11 @@ class AlignmentTrainer:
             for name, parameter in self.model.named_parameters():
                 if name not in self.trained:
                     parameter.data = parameter.data.to(self.dtype)
-        self.model.to(self.device).eval()
-        self.processes.share(self.trained.values())
-        if settings.fsdp:
+        if settings.fsdp:  # moves a layer at a time, so that no GPU ever holds the whole language model
             shard(self.model.model.language_model.layers)
+        self.model.to(self.device).eval()
+        checkpoint_layers(self.model)
+        self.processes.share(self.trained.values())
         projection = [value for name, value in self.trained.items() if "projector" in name]
         vision = [value for name, value in self.trained.items() if "projector" not in name]
         factor = settings.vision_learning_rate / settings.learning_rate
@@ -182,7 +186,7 @@ class AlignmentTrainer:
         self.same = comparable(settings, "max_hours", "accumulation", "fsdp") | {
             "frozen weights": self.frozen, "samples": hashlib.sha256(repr(self.batches).encode()).hexdigest()}
         self.run = Run(self.state_file, self.same, self.trained, self.optimizer, processes=self.processes, clip=settings.clip,
-                       max_hours=settings.max_hours,
+                       max_hours=settings.max_hours, since=begun,
                        log=self.output.with_name(f"{self.output.name}.jsonl"))
         self.progress = self.run.progress
         self.likely, self.others = self.rows.vocabulary(self.groups, self.device) if settings.head_sample else (None, None)

@@ -27,6 +27,7 @@ embeddings of the held-out part (cross-fitting, as in stacking: Wolpert 1992). p
 """
 
 import math
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from features import FeatureCache
 from files import fingerprints, read_lines
 from retrieval import Ranks
 from runtime import RUNTIME_HELP, pick_runtime
-from training import MovingAverage, Run, adamw, comparable, cosine, prepare_output
+from training import Interruption, MovingAverage, Run, adamw, comparable, cosine, prepare_output
 
 TEXTS = 128  # batch size of sentences in the trained layers
 PHRASES = ("{}", "a photo of a {}", "a picture of a {}", "a {} in the picture", "there is a {}", "a close up of a {}",
@@ -99,12 +100,12 @@ class ClipTrainer:
     """One run: pictures and sentences in memory, heads, optimizer and progress."""
 
     def __init__(self, config, settings, device=None):
-        self.config, self.settings, self.device = config, settings, device or pick_device()
+        self.config, self.settings, self.device, self.begun = config, settings, device or pick_device(), time.monotonic()
         self.state_file = prepare_output(settings.output)
         self.folders = [Folder(folder, selection) for folder, selection in zip(settings.data, settings.selection)]
         extra = [line.strip() for file in settings.text for line in read_lines(file)]
         torch.manual_seed(settings.seed)
-        encoder = config.load_encoder(runtime=pick_runtime(settings.runtime, self.device)).to(self.device)
+        encoder = config.load_encoder(runtime=pick_runtime(settings.runtime, self.device), device=self.device).to(self.device)
         text = TextEncoder(device=self.device)
         self.names = [name.split(", ") for name in encoder.class_names] if config.classes and settings.anchors else []
         sentences = partial_sentences(text, config, settings.cache)
@@ -114,8 +115,9 @@ class ClipTrainer:
         phrased = [phrase.format(name) for names in self.names for name in names for phrase in PHRASES]
         self.phrases = sentences(phrased) if phrased else None
         self.model = self.make_model(encoder, text).to(self.device)
-        caches = [FeatureCache(encoder, folder.paths(), settings.cache, settings.views,
-                               device=self.device) for folder in self.folders]
+        with Interruption(settings.max_hours, self.begun) as stop:
+            caches = [FeatureCache(encoder, folder.paths(), settings.cache, settings.views, device=self.device, stop=stop)
+                      for folder in self.folders]
         self.measure(caches)
         self.pictures = Pictures(caches, self.model.image_head, encoder)
         self.index(captions)
@@ -154,7 +156,7 @@ class ClipTrainer:
         same = comparable(settings, "max_hours", "cache", "runtime") | comparable(self.config) | {
             "number of pictures": len(self.pictures), "number of captions": len(self.sentences)}
         self.run = Run(self.state_file, same, parameters, self.optimizer, average=self.average, processes=Processes(self.device),
-                       clip=settings.clip, after=self.bound_scale, max_hours=settings.max_hours,
+                       clip=settings.clip, after=self.bound_scale, max_hours=settings.max_hours, since=self.begun,
                        log=Path(settings.output).with_suffix(".jsonl"), first={"history": []})
         self.progress = self.run.progress
 
@@ -305,7 +307,7 @@ class CrossFit(ClipTrainer):
             total = self.steps * settings.epochs
             self.run = Run(self.state_file.with_name(f"{self.state_file.name.removesuffix('.state.pt')}.{fold + 1}.state.pt"), same,
                            parameters, self.optimizer, average=self.average, processes=Processes(self.device), clip=settings.clip,
-                           max_hours=settings.max_hours)
+                           max_hours=settings.max_hours, since=self.begun)
             runs.append(self.run)
             with self.run:
                 for step in self.run.steps(total, description=f"fold {fold + 1} of {settings.folds}"):

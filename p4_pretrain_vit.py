@@ -37,7 +37,7 @@ from features import FeatureCache
 from images import list_images
 from retrieval import recalls
 from tokenizer import END_OF_TEXT, BPETokenizer
-from training import MovingAverage, Run, comparable, cosine, prepare_output
+from training import Interruption, MovingAverage, Run, comparable, cosine, prepare_output
 from vit_student import CROP_PIXELS, LOSSES, Standardizer, Student, crop, distillation_loss, embed, jitter, parameter_groups, read_pixels, resize
 
 TEACHER = "tf_efficientnet_lite2"
@@ -120,7 +120,8 @@ class VitTrainer:
         self.restore()
         # These take a while, so they come last.
         if settings.distillation:
-            self.prepare_teacher()
+            with Interruption(settings.max_hours, self.run.begun) as stop:
+                self.prepare_teacher(stop)
         if settings.contrast:
             self.embed_captions()
 
@@ -133,10 +134,10 @@ class VitTrainer:
         tokens = SimpleNamespace(dim=self.student.vit.num_features, num_tokens=257, image_size=224, levels=1)
         self.captioner = Captioner(config, tokens, config.load_decoder(EMBEDDED_DECODER), token_ids).to(self.device)
 
-    def prepare_teacher(self):
+    def prepare_teacher(self, stop):
         """Compute the teacher's features of all views, unless every step takes new crops, and their statistics."""
         views = max(1, self.settings.views)
-        cache = partial(FeatureCache, self.teacher, folder=self.settings.cache, device=self.device)
+        cache = partial(FeatureCache, self.teacher, folder=self.settings.cache, device=self.device, stop=stop)
         self.features = [cache(paths, views=views) for paths in self.sources] if self.settings.views else []
         sample = self.features[0] if self.features else cache(self.sources[0][:512])
         sample = sample[range(min(512, len(sample))), 0].float()

@@ -47,7 +47,7 @@ class Run:
         scaler: GradScaler for fp16.
         clip: maximum gradient norm; 0: no clipping.
         after: called after each optimizer step, before the average is updated.
-        max_hours: stop after so long; 0: never.
+        max_hours: stop after so long; 0: never. since: start of the hours, as time.monotonic() gives it; default: now.
         log, tensorboard: file of the log; folder for TensorBoard, or "".
         first: initial values of `progress`, beside the numbers of updates (`step`) and seconds.
     Attributes: `progress`, a dict of plain values, saved with the state; `about`, values to add to each line of the log; `stopped`, whether
@@ -55,7 +55,7 @@ class Run:
     """
 
     def __init__(self, state_file, same, parameters, optimizer, *, average=None, processes=None, scaler=None, clip=1.0, after=None,
-                 max_hours=0.0, log=None, tensorboard="", first=None):
+                 max_hours=0.0, since=None, log=None, tensorboard="", first=None):
         self.state_file, self.same, self.parameters, self.optimizer = state_file, same, parameters, optimizer
         self.average, self.processes, self.scaler = average, processes or Processes("cpu"), scaler
         self.clip, self.after, self.max_hours, self.stopped = clip, after, max_hours, False
@@ -67,7 +67,8 @@ class Run:
         if average:
             average.steps = self.progress["step"]
         self.before = self.progress["seconds"]
-        self.created = self.started = time.monotonic()
+        self.started = time.monotonic()
+        self.begun = since or self.started
         self.log_file, self.tensorboard, self.log, self.about = log, tensorboard, None, {}
         self.values, self.items, self.since = {}, 0, self.started  # since the last line of the log
 
@@ -75,7 +76,7 @@ class Run:
         self.started = self.saved = self.since = time.monotonic()
         if self.processes.main and self.log_file:
             self.log = TrainingLog(self.log_file, self.progress["step"], self.tensorboard)
-        self.interruption = Interruption(self.max_hours, self.created)
+        self.interruption = Interruption(self.max_hours, self.begun)
         self.interruption.__enter__()
         return self
 

@@ -621,6 +621,22 @@ def test_cached_features_train_as_pictures_do(towers, data, cnn):
         trainer(towers, cache="features")
 
 
+def test_gradient_checkpointing_keeps_every_gradient(towers, data, monkeypatch):
+    plain = trainer(towers, "plain", train_vision_layers=1)
+    monkeypatch.setattr(llava_training, "CHECKPOINTED", 0)
+    run = trainer(towers, "checkpointed", train_vision_layers=1)
+    gradients = []
+    for one, passes in (plain, 1), (run, 2):  # forward and, with checkpointing, again before backward
+        count, layers = [], one.model.model.language_model.layers
+        for layer in layers:
+            layer.mlp.register_forward_pre_hook(lambda *arguments: count.append(arguments))
+        answer_loss(one.model, one.rows.collate([[Sample(1, "", CAPTIONS["green"])], [Sample(2, "Is it?", "Yes.")]])).backward()
+        assert len(count) == passes * len(layers)
+        assert not any(module.training for layer in layers for module in layer.children())
+        gradients.append({name: value.grad for name, value in one.trained.items()})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
 # ---- going on --------------------------------------------------------------------------------------------------
 
 
@@ -655,12 +671,15 @@ def test_a_run_does_not_go_on_with_other_samples(towers, data):
         trainer(towers)
 
 
-def test_two_processes_align_as_one_with_the_language_model_sharded(towers, data):
+def test_two_processes_align_as_one_with_the_language_model_sharded_and_checkpointed(towers, data):
     options = ["--batch_size=4", "--stage1_epochs=1", "--stage2_epochs=1", "--instructions=questions.json",
                "--per_picture=2", "--head_sample=40", "--mix", "qa=0.5", "caption=0.5"]
     for processes, more in (1, []), (2, ["--fsdp"]):
+        before = "import training; training.LOG_STEPS = 1"
+        if more:
+            before += "; import llava_training; llava_training.CHECKPOINTED = 0"
         finish(start(str(towers / "vision"), str(towers / "language"), f"out{processes}", *options, *more, processes=processes,
-                     module="p4_align", before="import training; training.LOG_STEPS = 1"))
+                     module="p4_align", before=before))
     one, two = ([json.loads(line)["loss"] for line in open(f"out{n}.jsonl")] for n in (1, 2))
     assert len(one) == 4 and two == pytest.approx(one, abs=1e-4)
     whole, sharded = (load_file(f"out{n}/model.safetensors") for n in (1, 2))

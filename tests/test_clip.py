@@ -17,7 +17,7 @@ import clip_model
 import clip_small
 import encoder as encoder_module
 import training
-from cli import UserError
+from cli import Stopped, UserError
 from clip_data import Sentences, VirtualPictures
 from clip_model import Clip, SmallClip, TransformersClip, default_clip, load_clip, paired_similarity, similarity
 from clip_small import ClipConfig, ClipSmall, Folds, Summary, TextEncoder, keep_loss, multi_positive_loss
@@ -209,6 +209,9 @@ def test_resumed_training_equals_training_without_interruption(place, monkeypatc
 
 
 def test_stops_in_time_and_goes_on(place):
+    for batches in 1, 2:
+        with pytest.raises(Stopped, match=f"in encoding after {min(24, 16 * batches)} of 24 images"):
+            ClipTrainer(CONFIG, settings(max_hours=1e-9, output="clip.safetensors"))
     assert ClipTrainer(CONFIG, settings(max_hours=1e-9, output="clip.safetensors")).fit() is None
     assert not Path("clip.safetensors").exists()
     assert len(ClipTrainer(CONFIG, settings(output="clip.safetensors")).fit()) == 3

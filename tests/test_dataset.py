@@ -1,21 +1,27 @@
 """Images and captions as the model gets them: unusual image files, captions, batches, views, cached features."""
 
 import json
+import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from PIL import Image
 
+import devices
+import features
 import images
-from cli import UserError
+from cli import Stopped, UserError
 from dataset import CaptionedImage, bucketed_batches, clean_caption, collate, read_captions, write_subset
 from encoder import ImageEncoder, JoinedEncoder, load_encoder, without_batch_norm
-from features import FeatureCache, make_view
+from features import FeatureCache, LiveFeatures, make_view
 from images import ImageError, list_images, load_ahead, load_image
 
 RED, GREEN, BLUE, BLACK, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0), (255, 255, 255)
@@ -441,10 +447,87 @@ def test_unreadable_training_images_are_all_named_at_once(vit, photos, tmp_path)
         cache_of(vit, photos, tmp_path / "cache")
 
 
-def test_two_runs_that_want_one_cache_build_it_once(vit, photos, tmp_path):
-    with Encoded(vit) as encoded, ThreadPoolExecutor(2) as pool:
-        one, two = pool.map(lambda _: cache_of(vit, photos, tmp_path / "cache").data, range(2))
-    assert encoded.images == 7 * 3 and np.array_equal(one, two)
+SHARING = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import features, torch
+from encoder import ImageEncoder
+torch.set_num_threads(1)
+torch.manual_seed(0)
+vit = ImageEncoder("test_vit", 32, "random")
+features.BLOCK, begin, seen = 1, Path("begin"), []
+encode = vit.forward
+vit.forward = lambda images: (time.sleep(0.1), seen.append(len(images)), encode(images))[-1]
+print("ready", flush=True)
+while not begin.exists():
+    time.sleep(0.01)
+cache = features.FeatureCache(vit, [Path(f"{i}.jpg") for i in range(7)], "cache", views=2, batch_size=2)
+print(sum(seen), float(sum(part.astype(float).sum() for part in cache.data)), flush=True)
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["both to the end", "one killed"])
+def test_runs_that_want_one_cache_share_the_work(vit, photos, tmp_path, killed):
+    """One picture a batch, and a batch a block. What a killed one had claimed, the other encodes."""
+    runs = [subprocess.Popen([sys.executable, "-c", SHARING, str(ROOT)], cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [run.stdout.readline() for run in runs] == ["ready\n"] * 2
+    (tmp_path / "begin").touch()
+    if killed:
+        while not (tmp_path / "cache").exists() or not [*(tmp_path / "cache").glob("*.json")]:
+            time.sleep(0.01)
+        runs[0].kill()
+    ends = [run.communicate(timeout=120)[0].split() for run in runs]
+    counts = [int(end[0]) for end in ends if end]
+    whole = cache_of(vit, photos, tmp_path / "cache", views=2)
+    assert {float(end[1]) for end in ends if end} == {float(sum(part.astype(float).sum() for part in whole.data))}
+    assert len(counts) == 1 and counts[0] >= 2 if killed else sum(counts) == 14 and min(counts) >= 4
+    other = cache_of(vit, photos, tmp_path / "other", views=2)
+    np.testing.assert_allclose(whole.data, other.data, atol=4e-3, rtol=2e-3)
+
+
+def test_progress_of_one_process_and_of_several_is_gone_on_with(vit, photos, tmp_path):
+    whole = cache_of(vit, photos, tmp_path / "cache")
+    for progress, left in (3, 5), ([[0, 3]], 5), ([[0, 1], [2, 3], [6, 7]], 6), ([[0, 2], [4, 7]], 2):
+        for file in whole.files:
+            file.with_suffix(".json").write_text(json.dumps({"done": progress}))
+        with Encoded(vit) as encoded:
+            again = cache_of(vit, photos, tmp_path / "cache")
+        # Two photos a batch, each of which is encoded unless both are done.
+        assert encoded.images == left * 3 and np.allclose(again.data, whole.data, atol=4e-3)
+
+
+def test_pictures_are_read_by_all_threads_and_while_others_are_encoded(vit, photos, tmp_path, monkeypatch):
+    """Also where a batch is a single picture, and across the blocks that a process claims."""
+    now, most, ahead = [], [], []
+    read = features.read_views
+
+    def slowly(path, *arguments):
+        now.append(path)
+        most.append(len(now))
+        time.sleep(0.2)
+        now.remove(path)
+        return read(path, *arguments)
+
+    monkeypatch.setattr(features, "read_views", slowly)
+    monkeypatch.setattr(features, "BLOCK", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # and four threads more, since some wait for the disk
+    with vit.register_forward_pre_hook(lambda module, inputs: ahead.append(len(most))):
+        FeatureCache(vit, photos, tmp_path / "cache", batch_size=1)
+    assert max(most) == 6 and ahead[0] >= 6
+
+
+def test_encoding_stops_when_it_is_time_and_goes_on(vit, photos, tmp_path):
+    images = []
+    for stop in range(1, 4):
+        with Encoded(vit) as encoded, pytest.raises(Stopped, match=f"in encoding after {2 * stop} of 7 images: the same command goes on"):
+            FeatureCache(vit, photos, tmp_path / "cache", views=3, batch_size=6, stop=True)
+        images.append(encoded.images)
+    with Encoded(vit) as encoded:
+        parts = FeatureCache(vit, photos, tmp_path / "cache", views=3, batch_size=6, stop=False)
+    assert [*images, encoded.images] == [6, 6, 6, 3]
+    assert np.array_equal(parts.data, cache_of(vit, photos, tmp_path / "other").data)
+    FeatureCache(vit, photos, tmp_path / "cache", views=3, stop=True)  # for which there is nothing to do
 
 
 def test_more_views_of_the_same_pictures_add_only_theirs(vit, photos, tmp_path):
@@ -454,6 +537,35 @@ def test_more_views_of_the_same_pictures_add_only_theirs(vit, photos, tmp_path):
     assert encoded.images == 7 * 2 and many.files[:2] == few.files and len(set(many.files)) == 4
     other = cache_of(vit, photos, tmp_path / "other", views=4)  # all in one go, so in other batches
     np.testing.assert_allclose(many.data, other.data, atol=4e-3, rtol=2e-3)
+
+
+def test_a_halved_encoder_has_the_features_of_autocast_and_its_own_name(photos, tmp_path):
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    encoder, halved = make_encoder("test_vit", 32), make_encoder("test_vit", 32)
+    halved.halve()
+    with torch.inference_mode():
+        with torch.autocast("cpu", torch.float16):
+            expected = encoder(images)
+        assert torch.equal(halved(images), expected) and not torch.equal(encoder(images), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(halved(images), expected)
+    size, before = (sum(value.nbytes for value in one.model.blocks.state_dict().values()) for one in (halved, encoder))
+    assert size < 0.55 * before and halved.weights_hash == encoder.weights_hash
+    cnn = make_encoder("test_efficientnet", 64)
+    expected = cnn(images)
+    cnn.halve()
+    assert torch.equal(cnn(images), expected)
+
+
+def test_as_many_images_are_encoded_at_once_as_memory_holds(vit, photos, monkeypatch):
+    live, index = LiveFeatures(vit, photos), (np.arange(7), np.zeros(7, int))
+    with Encoded(vit) as encoded:
+        expected = live[index]
+    assert encoded.batches == 1
+    monkeypatch.setattr(devices, "MEMORY", 3 * 64 * vit.num_tokens * vit.dim)
+    with Encoded(vit) as encoded:
+        torch.testing.assert_close(live[index], expected, atol=4e-3, rtol=2e-3)
+    assert encoded.batches == 3 and devices.at_once(10**12, 100) == 1
 
 
 # ---- the encoder -----------------------------------------------------------------------------------------------

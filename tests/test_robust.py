@@ -400,7 +400,7 @@ def test_a_full_cache_serves_where_nothing_can_be_written_and_a_cut_one_is_made_
     first = FeatureCache(encoder, paths, "cache", 2)
     expected = first[[0, 1], [1, 0]]
     with monkeypatch.context() as patch:
-        patch.setattr("features.flock", lambda *arguments: pytest.fail("a lock was taken"))
+        patch.setattr("features.lockf", lambda *arguments: pytest.fail("a lock was taken"))
         assert torch.equal(FeatureCache(encoder, paths, "cache", 2)[[0, 1], [1, 0]], expected)
     whole = first.files[1].read_bytes()
     for damage in whole[:-100], b"", b"nothing":

@@ -19,6 +19,7 @@ from conftest import ROOT, VIT, finish, quick_tokens, start
 from safetensors.torch import load_file, save_file
 
 import dataset
+import devices
 import encoder
 import p2_train
 import training
@@ -86,6 +87,11 @@ def check(self, epoch):
         assert isinstance(block.mlp.c_fc.weight, DTensor) and not isinstance(block.cross.c_q.weight, DTensor)
     original(self, epoch)
 p2_train.CaptionerTrainer.finish_epoch = check
+move = p2_train.Captioner.to
+def to(self, device):
+    assert all(isinstance(block.mlp.c_fc.weight, DTensor) for block in self.decoder.h)  # the whole never moves to a GPU
+    return move(self, device)
+p2_train.Captioner.to = to
 """
 
 
@@ -118,6 +124,40 @@ def test_a_run_goes_on_with_another_number_of_processes(workplace, every_step):
         assert f"stopped in {where} batches" in out and f"{processes} x cpu" in out
     p2_train.train(CONFIG, run, "cpu")
     assert values("checkpoints/parts.jsonl") == pytest.approx(values("checkpoints/whole.jsonl"), abs=1e-4)
+
+
+SLOWLY = EVERY_STEP + """
+import features, time
+features.BLOCK = 1
+encode, features.seen = encoder.ImageEncoder.forward, []
+def forward(self, images):
+    time.sleep(0.2)
+    features.seen.append(len(images))
+    return encode(self, images)
+encoder.ImageEncoder.forward = forward
+train = p2_train.CaptionerTrainer.fit
+def fit(self):
+    print("encoded", sum(features.seen), flush=True)
+    return train(self)
+p2_train.CaptionerTrainer.fit = fit
+"""
+
+
+def test_two_processes_encode_their_parts_and_stop_together(workplace, every_step):
+    p2_train.train(CONFIG, settings(output="checkpoints/one.safetensors", cache="other", epochs=1, scst_epochs=0), "cpu")
+    run = options(settings(output="checkpoints/two.safetensors", views=8, epochs=1, scst_epochs=0))  # four pictures a batch
+    processes = start(*run, processes=2, before=SLOWLY)
+    while not [*(workplace / "cache").glob("*.json")]:
+        assert processes[0].poll() is None
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)  # to one of them only
+    out, _ = finish(processes)
+    assert out.count("stopped in encoding after ") == 1 and "encoded" not in out
+    first = int(out.split("stopped in encoding after ")[1].split()[0])
+    out, _ = finish(start(*run, processes=2, before=SLOWLY))
+    counts = [int(line.split()[1]) // 8 for line in out.splitlines() if line.startswith("encoded")]
+    assert 0 < first < 24 and len(counts) == 2 and sum(counts) == 24 - first
+    assert out.count("epoch 1:") == 1 and not (workplace / "checkpoints" / "two.state.pt").exists()
 
 
 def test_two_processes_caption_a_folder_as_one(workplace):
@@ -197,6 +237,17 @@ def test_mistakes_show_before_anything_is_encoded(workplace, monkeypatch):
     for wrong in {"learning_rate": 0.0}, {"seed": -1}, {"accumulation": 0}, {"average": 1.0}, {"max_tokens": 0}:
         with pytest.raises(UserError, match=next(iter(wrong))):
             settings(**wrong)
+
+
+def test_as_many_images_are_captioned_at_once_as_memory_holds(workplace, monkeypatch):
+    trainer = p2_train.CaptionerTrainer(CONFIG, settings(), "cpu")
+    sizes, generate = [], trainer.model.generate
+    monkeypatch.setattr(trainer.model, "generate", lambda features, *rest, **named: sizes.append(len(features)) or generate(
+        features, *rest, **named))
+    trainer.model.eval()
+    whole = trainer.caption_selection()
+    monkeypatch.setattr(devices, "MEMORY", 1)
+    assert trainer.caption_selection() == whole and sizes == [4, 1, 1, 1, 1]
 
 
 def test_training_without_a_selection_split_keeps_the_last_epoch(workplace):

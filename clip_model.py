@@ -35,8 +35,8 @@ class DualEncoder:
     preprocessing is the model's own.
 
     Attributes: `name`; `preprocess`, RGB PIL image -> tensor; `logit_scale`, the factor from cosines to the logits of its
-    softmax; `limit`, the maximum number of tokens of a text, including special ones; `pixels`, the side in pixels that
-    images are needed at, so that JPEGs may be decoded smaller, or None.
+    softmax; `limit`, the maximum number of tokens of a text, including special ones; `pixels`, the image side
+    that it needs (larger JPEGs may be decoded smaller), or None.
     """
 
     is_openai = False  # CLIPScore is defined by OpenAI's CLIP

@@ -29,23 +29,23 @@ def find_weights(decoder_weights=None, checkpoint=None):
 
 
 def newest_checkpoint(decoder_hash, folders=CHECKPOINT_FOLDERS):
-    """The newest checkpoint trained with these decoder weights, or None; looks in the current folder and beside this module."""
+    """The newest checkpoint trained with these decoder weights, or None. Searches checkpoints/ here and beside this module."""
     paths = [path for folder in folders for path in Path(folder).glob("*.safetensors") if path.is_file()]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             if read_metadata(path)["decoder_hash"] == decoder_hash:
                 return path
         except (UserError, KeyError):
-            continue  # not a checkpoint, which is no error
+            continue  # not a checkpoint
     return None
 
 
 def start_from(model, checkpoint, decoder_weights):
-    """Initialise a captioner with a checkpoint's trained weights. Returns lines about what differs. Raises UserError if it is of another
-    model.
+    """Initialise a captioner with a checkpoint's trained weights. Returns notes on what differs, a line each. Raises UserError if the
+    models do not match.
 
     The checkpoint's encoder may be this one with fewer levels, or the first of the encoders joined here: its channels come first,
-    and the weights of the others start at zero. The checkpoint may lack concepts and meanings, and its decoder
+    and the projection's weights for the others start at zero. The checkpoint may lack concepts and meanings, and its decoder
     may have other weights of the same shapes.
     """
     metadata, encoder, lines = read_metadata(checkpoint), model.encoder, []

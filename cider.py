@@ -1,9 +1,9 @@
-"""CIDEr-D without Java: tokens by a regular expression, statistics of the references built once.
+"""CIDEr-D without Java: a regular expression as the tokenizer, and statistics of the references computed once.
 
     scorer = CiderScorer([["a dog runs", "the dog is running"], ...])       # references of images 0, 1, ...
     scorer.score([0, 1], ["a dog is running", "two cats"])                  # one number for each candidate
 
-For use inside training. Reports go through pycocoevalcap (p2_evaluate.py), with which this agrees: see its tests.
+For training. Evaluation uses pycocoevalcap (p2_evaluate.py), with which this agrees: see its tests.
 """
 
 import math
@@ -13,7 +13,7 @@ from itertools import repeat
 
 import numpy as np
 
-# The PTB tokenizer's words that end in a full stop of their own.
+# Words that the PTB tokenizer keeps together with a full stop.
 ABBREVIATIONS = """jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri
     ala ariz ark calif colo conn ct dak fla ga ind kan kans ky la md mich minn mo mont neb nev okla penn tenn va vt wis
     wisc wyo inc co cos corp ltd plc rt bancorp dept bhd assn univ intl sys mr mrs ms dr drs prof profs sen sens rep reps
@@ -40,7 +40,7 @@ BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-"
 
 @lru_cache(maxsize=1 << 17)
 def word_tokens(word):
-    """Tokens of what stands between two spaces. Few are new: captions repeat their words."""
+    """Tokens of a string without spaces, cached since captions repeat their words."""
     tokens = (BRACKETS.get(token, token.lower()) for token in TOKEN.findall(word))
     return tuple(token for token in tokens if token not in PUNCTUATION and token.strip("."))
 
@@ -48,10 +48,10 @@ def word_tokens(word):
 def ptb_tokens(caption):
     """The tokens that pycocoevalcap scores: PTB's, lower case, without punctuation. list of str
 
-    Where it differs from the Java tokenizer: there a single letter or an abbreviation before a full stop depends on
-    how the next caption in the file begins; and what captions of photographs hardly hold is split otherwise: tags in
-    angle brackets, web addresses, #hashtags and @mentions, smileys, signed numbers, ½, £ and °, '90s, y'all, Ph.D.,
-    feet and inches.
+    Differences from the Java tokenizer: there, how a single letter or an abbreviation before a full stop is split depends
+    on the start of the next caption in the file; and it splits some text otherwise that is rare in captions: tags in angle
+    brackets, web addresses, #hashtags and @mentions, smileys, signed numbers, ½, £ and °, '90s, y'all, Ph.D., feet and
+    inches.
     """
     caption = caption.replace("&amp;", "&").replace("&nbsp;", " ").replace("’", "'")
     return [token for word in caption.split() for token in word_tokens(word)]
@@ -61,9 +61,9 @@ class CiderScorer:
     """CIDEr-D (Vedantam et al. 2015, https://arxiv.org/abs/1411.5726): n up to 4, sigma 6, times 10.
 
     Args:
-        references: for each image, its captions, as they were written. Word weights come from them.
-        end: a token that is appended to every caption, references and candidates alike: as a reward, CIDEr without
-            one teaches captions that break off ("a man in a"). None for the metric itself.
+        references: for each image, its captions, not tokenized. Document frequencies are computed from them.
+        end: a token appended to every caption, of references and candidates: as a reward, CIDEr without it teaches
+            truncated captions ("a man in a"). None: the metric itself.
     """
 
     def __init__(self, references, end=None):
@@ -72,19 +72,19 @@ class CiderScorer:
         captions = [ptb_tokens(caption) + self.end for group in references for caption in group]
         sizes = np.array([len(group) for group in references])
         image = np.repeat(np.arange(len(sizes)), sizes)  # of each caption
-        place = np.arange(len(image)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # its place among the image's
+        place = np.arange(len(image)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of each caption, its index among its image's
         owner, gram, count = self._count(captions, {}, self.numbers)
 
-        # What each image's captions hold of an n-gram, by image and n-gram: keys, and (place, weight) from starts on.
+        # Each pair of an image and an n-gram is a key; entries starts[i] to starts[i + 1] of (places, values) give the captions with it.
         key = image[owner // 4] * len(self.numbers) + gram
         order = np.argsort(key, kind="stable")
         self.keys, first = np.unique(key[order], return_index=True)
         self.starts = np.append(first, len(key))
 
-        # In how many images each n-gram occurs, however many of their captions hold it.
+        # Document frequency: the number of images with the n-gram in any caption.
         occurs = np.bincount(self.keys % len(self.numbers), minlength=len(self.numbers))
         log_images = math.log(len(sizes))
-        self.weights = np.append(log_images - np.log(occurs), log_images)  # the last for an n-gram in no reference
+        self.weights = np.append(log_images - np.log(occurs), log_images)  # the last is for n-grams in no reference
         values = count * self.weights[gram]
         self.places, self.values = place[owner // 4][order], values[order]
 
@@ -97,14 +97,14 @@ class CiderScorer:
 
     @staticmethod
     def _count(captions, numbers, new):
-        """Captions' tokens -> three arrays: 4 * caption + (n - 1), n-gram, how often it occurs there.
+        """Captions' tokens -> three arrays: 4 * caption + (n - 1), index of the n-gram, its count there.
 
-        N-grams that are not in `numbers` are entered into `new`, and numbered from there on.
+        N-grams that are not in `numbers` are added to `new`, with the indices that follow.
         """
         grams, lengths = [], []
         for tokens in captions:
             shifted = tokens, tokens[1:], tokens[2:], tokens[3:]
-            grams += tokens  # a word stands for itself, longer ones are tuples
+            grams += tokens  # unigrams are strings, longer n-grams tuples
             for n in 2, 3, 4:
                 grams += zip(*shifted[:n])
             lengths += map(len, shifted)
@@ -117,9 +117,9 @@ class CiderScorer:
         return keys // total, keys % total, counts
 
     def score(self, images, captions, ended=None):
-        """CIDEr-D of each caption against the references of its image: numbers and strings -> (len,) float64.
+        """CIDEr-D of each caption against its image's references: image indices and strings -> (len,) float64.
 
-        `ended`: for each caption whether it came to its end, without which `end` is not appended; default: all did.
+        `ended`: for each caption, whether it is complete, so that `end` is appended; default: all are.
         """
         images, known = np.asarray(images, np.int64), len(self.numbers)
         ended = [True] * len(captions) if ended is None else ended

@@ -1,4 +1,4 @@
-"""What every script's command line shares: one-line errors, exit statuses, files written whole."""
+"""Command-line code that all scripts share: options from dataclasses, YAML configs, one-line errors and exit statuses."""
 
 import argparse
 import dataclasses
@@ -8,11 +8,11 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # what a file system says that has no room
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of a full disk, a full quota and a file that is too large
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message is one sentence: what is wrong and what to do."""
+    """An error that the user can fix. The message is one sentence: what is wrong and what to do."""
 
 
 class Stopped(Exception):
@@ -20,7 +20,7 @@ class Stopped(Exception):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose complaints are one line on stderr and exit status 2, like every other user error."""
+    """argparse with errors as one line on stderr and exit status 2, like every other user error."""
 
     def __init__(self, **kwargs):
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
@@ -32,12 +32,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def option(default, help):
-    """A field of a dataclass with its default and what the command line says of it."""
+    """A dataclass field with its default and its help on the command line."""
     return dataclasses.field(default=default, metadata={"help": help})
 
 
 def add_options(parser, config):
-    """Give the parser an option for each field of the dataclass `config`, with its default and its help."""
+    """Add an option for each field of the dataclass `config` to the parser, with the field's default and help."""
     group = parser.add_argument_group(config.__name__)
     for field in dataclasses.fields(config):
         flag, text = f"--{field.name}", field.metadata.get("help", " ")
@@ -50,12 +50,12 @@ def add_options(parser, config):
 
 
 def take_options(arguments, config):
-    """The dataclass `config` from parsed arguments that add_options declared."""
+    """An instance of the dataclass `config`, from the parsed options that add_options added."""
     return config(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(config)})
 
 
 def with_config(arguments):
-    """Command-line arguments with `--config FILE` replaced by the options that the YAML file names, which come first."""
+    """Command-line arguments with `--config FILE` replaced by the options in that YAML file, which are put first."""
     finder = ArgumentParser(add_help=False)
     finder.add_argument("--config")
     found, rest = finder.parse_known_args(arguments)
@@ -83,15 +83,15 @@ def with_config(arguments):
 
 
 def printable(text):
-    """The text with an escape for each character that a terminal would act on, or cannot show."""
+    """The text with control characters, and others that a terminal cannot show, escaped."""
     return "".join(character if character.isprintable() else character.encode("unicode_escape", "backslashreplace").decode()
                    for character in text)
 
 
 def run(main):
-    """Call `main()` and exit: with its status, or with 2 and one line on stderr after a UserError.
+    """Call `main()` and exit with its status, or, after a UserError, with 2 and one line on stderr.
 
-    Anything else is unexpected: Python prints the traceback and exits with 1.
+    Ctrl-C, a full disk and a full GPU also give one line. Other errors are unexpected: Python prints the traceback and exits with 1.
     """
     try:
         status = main()
@@ -104,7 +104,7 @@ def run(main):
         status = 0
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        status = 130  # as a shell reports it
+        status = 130  # as shells report it
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -121,8 +121,8 @@ def run(main):
 
 
 def check_settings(settings, at_least_one=(), fractions=(), signed=()):
-    """Raise UserError unless every number among a dataclass's fields is finite and, but for those `signed`, at least 0; these
-    fields at least 1, and those from 0 to below 1."""
+    """Raise UserError unless all numeric fields of a dataclass are valid: finite, and at least 0 unless named in `signed`; those
+    in `at_least_one` at least 1; those in `fractions` below 1."""
     for field in fields(settings):
         value = getattr(settings, field.name)
         if isinstance(value, (int, float)):

@@ -1,7 +1,7 @@
-"""Images and texts in one space (CLIP: Radford et al. 2021, https://arxiv.org/abs/2103.00020): OpenAI's CLIP, our own small
-one, or any dual encoder of transformers, behind one interface.
+"""Embeddings of images and texts in one space (CLIP: Radford et al. 2021, https://arxiv.org/abs/2103.00020): one interface to
+OpenAI's CLIP, our own small one, and the dual encoders of transformers.
 
-    clip = load_clip()                              # OpenAI's where weights/ViT-B-32.pt is there, else clip_small
+    clip = load_clip()                              # OpenAI's if weights/ViT-B-32.pt exists, else clip_small
     read, images, unread = clip.encode_images(paths)        # (n, D), or (n, Q, D) where an image has Q vectors
     similarity(images, clip.encode_texts(["a dog"]))        # cosines (n, 1)
 """
@@ -24,26 +24,26 @@ from images import load_ahead
 from runtime import pick_runtime
 
 CLIP_WEIGHTS = WEIGHTS_FOLDER / "ViT-B-32.pt"
-SMALL = "clip_small"  # our own, on the embedded encoder
+SMALL = "clip_small"  # our own CLIP, on the embedded encoder
 NO_CLIP = "needs CLIP's weights: `bash hw3_download.sh full`, or --clip_weights FILE or ViT-B/32"
 
 
 class DualEncoder:
-    """What all of them share. A subclass embeds a batch of images and a batch of texts.
+    """Base class. A subclass embeds a batch of images and a batch of texts.
 
-    Images are turned as their EXIF data says and transparency is shown on white, as everywhere here; the rest of the
+    As everywhere here, images are rotated as their EXIF data says and transparency becomes white; the rest of the
     preprocessing is the model's own.
 
-    Attributes: `name`; `preprocess`, RGB PIL image -> tensor; `logit_scale`, cosines times this are the logits of its
-    softmax; `limit`, the most tokens of a text that it reads, the special ones included; `pixels`, the side in pixels
-    that images are read for, or None.
+    Attributes: `name`; `preprocess`, RGB PIL image -> tensor; `logit_scale`, the factor from cosines to the logits of its
+    softmax; `limit`, the maximum number of tokens of a text, including special ones; `pixels`, the image side
+    that it needs (larger JPEGs may be decoded smaller), or None.
     """
 
     is_openai = False  # CLIPScore is defined by OpenAI's CLIP
     pixels = None
     vectors_per_image = 1
-    # (level, slope): a picture shows what a text says from a cosine of level + slope x deviation, over pictures, of the text's cosines;
-    # None: not measured.
+    # (level, slope): a picture matches a text if their cosine is at least level + slope * the standard deviation, over pictures, of the
+    # text's cosines; None: not measured.
     fit = None
     text_batch = 256
 
@@ -51,31 +51,31 @@ class DualEncoder:
         self.name, self.device, self.batch_size = str(name), device, batch_size
 
     def embed_images(self, images):
-        """A batch as `preprocess` makes it -> (B, D) or (B, Q, D), of any length."""
+        """A batch of preprocessed images -> embeddings (B, D) or (B, Q, D), not normalised."""
         raise NotImplementedError
 
     def embed_texts(self, texts):
-        """List of B strings -> (B, D), of any length."""
+        """List of B strings -> embeddings (B, D), not normalised."""
         raise NotImplementedError
 
     def count_tokens(self, text):
-        """Tokens of the text, the special ones included, were it not cut."""
+        """Number of tokens of the text before truncation, including special ones."""
         raise NotImplementedError
 
     @cached_property
     def fingerprint(self):
-        """Of all weights that embed: embeddings of models that differ in it cannot be compared."""
+        """Hash of all weights: embeddings of models with different fingerprints cannot be compared."""
         return content_hash(self.model.state_dict())
 
     @torch.inference_mode()
     def embed_pictures(self, images):
-        """A batch as `preprocess` makes it -> normalised embeddings on the CPU, (B, D) or (B, Q, D)"""
+        """A batch of preprocessed images -> normalised embeddings on the CPU, (B, D) or (B, Q, D)"""
         return F.normalize(self.embed_images(images.to(self.device)).float(), dim=-1).cpu()
 
     def encode_images(self, paths):
-        """Look at these images, with a progress bar on stderr.
+        """Embed images from files, with a progress bar on stderr.
 
-        Returns the paths that could be read, their normalised embeddings (n, D) or (n, Q, D), and {path: reason} of the
+        Returns the paths that could be read, their normalised embeddings (n, D) or (n, Q, D), and {path: error} of the
         others.
         """
         read, unread, embeddings = [], {}, []
@@ -96,27 +96,27 @@ class DualEncoder:
         return torch.cat(embeddings) if embeddings else self.encode_texts([""])[:0]
 
     def too_long(self, texts):
-        """How many of these texts are longer than the tokens that the model reads, and are cut."""
+        """How many of these texts are truncated, having more tokens than `limit`."""
         return sum(self.count_tokens(text) > self.limit for text in texts)
 
 
 def similarity(images, texts):
-    """Cosines of normalised image embeddings (n, D) with text embeddings (m, D): (n, m). Of (n, Q, D), the greatest of Q."""
+    """Cosines of normalised embeddings of images (n, D) and texts (m, D): (n, m). For images (n, Q, D), the maximum over Q."""
     cosines = images @ texts.t()
     return cosines.amax(1) if images.ndim == 3 else cosines
 
 
 def paired_similarity(images, texts):
-    """Cosines of each image with the text of the same number: (n, D) or (n, Q, D), (n, D) -> (n,)"""
+    """Cosine of each image with the text of the same index: (n, D) or (n, Q, D), (n, D) -> (n,)"""
     return (images * texts).sum(-1) if images.ndim == 2 else (images * texts[:, None]).sum(-1).amax(1)
 
 
 class Clip(DualEncoder):
-    """CLIP through OpenAI's `clip`, in fp32.
+    """OpenAI's CLIP through its package `clip`, in fp32.
 
     Args:
-        weights: a name of `clip.available_models()`, or a file of CLIP's weights: a state dict, or the TorchScript
-            archive that OpenAI publishes, of which the tensors alone are used.
+        weights: a name of `clip.available_models()`, or a file: a state dict, or the TorchScript archive that OpenAI
+            publishes, of which only the tensors are used.
     """
 
     is_openai = True
@@ -158,19 +158,19 @@ class Clip(DualEncoder):
 
 
 def import_clip():
-    """OpenAI's `clip`: slow to import, and only needed for its models."""
+    """OpenAI's package `clip`, imported only for its models because that is slow."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pkg_resources, which clip imports and setuptools wants gone
+        warnings.simplefilter("ignore")  # pkg_resources, which clip imports, is deprecated
         import clip
     return clip
 
 
 class TransformersClip(DualEncoder):
     """A dual encoder of transformers: CLIP, SigLIP, … (`get_image_features` and `get_text_features`), or BLIP-2's
-    image-text matching model (Li et al. 2023, https://arxiv.org/abs/2301.12597), whose Q query outputs are an image's vectors.
+    image-text matching model (Li et al. 2023, https://arxiv.org/abs/2301.12597), whose Q query outputs embed an image.
 
     Args:
-        name: a folder, or a name on the model hub.
+        name: a folder, or a name on the Hugging Face Hub.
     """
 
     def __init__(self, name, device="cpu", batch_size=64):
@@ -183,7 +183,7 @@ class TransformersClip(DualEncoder):
             kind = Blip2ForImageTextRetrieval if self.is_blip2 else AutoModel
             model, found = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
             self.processor = AutoProcessor.from_pretrained(name)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:  # as its client and its loaders raise
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:  # those of the hub's client and the loaders
             raise UserError(f"{name} is neither a dual encoder's folder nor to be had from the model hub: "
                             f"{first_line(error)}") from None
         if not self.is_blip2 and not hasattr(model, "get_image_features"):
@@ -209,7 +209,7 @@ class TransformersClip(DualEncoder):
         return self.model.vision_projection(outputs)  # (B, Q, D)
 
     def embed_texts(self, texts):
-        # SigLIP was trained on texts padded to its full length, and has no mask; for the others padding makes no difference.
+        # SigLIP was trained on texts padded to the full length, without a mask; for the others padding makes no difference.
         rows = self.processor.tokenizer([*map(whole_characters, texts)], truncation=True, max_length=self.limit,
                                         padding="max_length" if "siglip" in self.model.config.model_type else True,
                                         return_tensors="pt").to(self.device)
@@ -225,18 +225,18 @@ class TransformersClip(DualEncoder):
 
 
 def pooled(output):
-    """The embedding of `get_image_features`, which is an output with a pooler_output since transformers 5."""
+    """The embedding in the output of `get_image_features`: since transformers 5, its pooler_output."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 
 class SmallClip(DualEncoder):
-    """Our own CLIP of weights/clip_small.safetensors (p4_clip.py): heads on the frozen embedded encoder and MiniLM.
+    """Our own CLIP, weights/clip_small.safetensors (p4_clip.py): heads on the frozen embedded encoder and MiniLM.
 
-    Nine of ten captions of 300 training pictures of each set, by heads that had not seen them, are closer to their own picture than `fit`.
+    With `fit`, 90% of the captions of 300 training pictures of each set match their picture, by heads that were not trained on them.
 
     Args:
         weights: the file.
-        runtime: what encodes on a CPU, see pick_runtime.
+        runtime: of the image encoder on a CPU, see pick_runtime.
     """
 
     fit = 0.27, 1.1
@@ -264,8 +264,7 @@ class SmallClip(DualEncoder):
 
 
 def default_clip():
-    """What load_clip takes where none is named: OpenAI's weights if they are there, else "clip_small" if its parts are, else
-    None."""
+    """load_clip's default: OpenAI's weights if they are present, else "clip_small" if all its files are, else None."""
     if CLIP_WEIGHTS.exists():
         return CLIP_WEIGHTS
     parts = [SMALL_WEIGHTS, TEXT_FOLDER, *(WEIGHTS_FOLDER / f"{name}.safetensors" for name in EMBEDDED.split("+"))]
@@ -273,13 +272,12 @@ def default_clip():
 
 
 def load_clip(weights=None, device="cpu", batch_size=64, runtime="auto"):
-    """The dual encoder of that name. Raises UserError.
+    """Load a dual encoder by name or file. Raises UserError.
 
     Args:
-        weights: None: default_clip's; that it is clip_small is said in a line on stderr. Else "clip_small", a file that
-            p4_clip.py wrote, a file or name of OpenAI's CLIP (`ViT-B/32`, `ViT-B-32.pt`), or a folder or hub name of a
-            dual encoder of transformers.
-        runtime: what encodes on a CPU, of our own; see pick_runtime.
+        weights: "clip_small", a file of p4_clip.py, a file or name of OpenAI's CLIP (`ViT-B-32.pt`, `ViT-B/32`), or a folder
+            or hub name of a dual encoder of transformers. None: default_clip(); if that is clip_small, a line on stderr says so.
+        runtime: of our own CLIP's image encoder on a CPU, see pick_runtime.
     """
     if weights is None:
         weights = default_clip()
@@ -312,7 +310,7 @@ def is_small_clip(path):
 
 
 def whole_characters(text):
-    """The text with "?" for each half of a surrogate pair, which neither CLIP's tokenizer nor matplotlib takes."""
+    """The text with "?" for each lone surrogate, which neither CLIP's tokenizer nor matplotlib accepts."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -320,16 +318,16 @@ def whole_characters(text):
 
 TEMPLATE = "A photo of a {object}."  # the paper's default
 ASSIGNMENT_TEMPLATES = ["This is a photo of {object}", "This is not a photo of {object}", "No {object}, no score."]
-CLASS_NAME = re.compile(r"\{(object)?\}")  # {object} as the assignment writes it, {} as CLIP's own lists of prompts
+CLASS_NAME = re.compile(r"\{(object)?\}")  # {object} as in the assignment, {} as in CLIP's own prompt lists
 
 
 def prompt_name(name):
-    """A class's name as a sentence has it: aquarium_fish -> aquarium fish."""
+    """A class's name as words: aquarium_fish -> aquarium fish."""
     return " ".join(name.replace("_", " ").split())
 
 
 def embed_classes(clip, names, templates):
-    """Normalised embeddings (K, C, D) of each of K templates filled with each of C class names."""
+    """Normalised embeddings (K, C, D) of K templates, each filled with each of C class names."""
     prompts = [CLASS_NAME.sub(lambda _: prompt_name(name), template) for template in templates for name in names]
     if cut := clip.too_long(prompts):
         print(f"{cut} prompts are longer than CLIP's {clip.limit} tokens and were cut", file=sys.stderr)
@@ -337,5 +335,5 @@ def embed_classes(clip, names, templates):
 
 
 def average(embeddings):
-    """One classifier (C, D) of those of several templates (K, C, D): their mean, of length 1 again, as in the paper."""
+    """Ensemble the classifiers of several templates (K, C, D) into one (C, D): their normalised mean, as in the paper."""
     return F.normalize(embeddings.mean(0), dim=-1)

@@ -1,7 +1,7 @@
 # Sourced by hw3_1.sh, hw3_2.sh and hw3_4.sh: . find_python.sh <packages>...
 #
-# Puts .venv first on PATH where it exists and no environment is active (venv, or conda, but not conda's base). Exits with 2 after one
-# line on stderr unless python3 has these packages; `here` is the folder of the scripts.
+# Puts .venv first on PATH if it exists and no environment is active (venv, or conda other than base). Exits with status 2 and one
+# line on stderr unless python3 has these packages. Sets `here` to the scripts' folder.
 
 here=$(dirname "${BASH_SOURCE[0]}")
 if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ] && [ -x "$here/.venv/bin/python3" ]; then

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from cli import UserError, check_settings, option
 from decoder import BeamCache, Cache
 
-LEAVE = 0.75  # finished images are removed once at most this fraction of the batch is left, since removing copies the others' context
+LEAVE = 0.75  # finished images are removed once at most this fraction of the batch is unfinished, since removal copies the others' context
 
 
 @dataclass
@@ -38,13 +38,13 @@ class GenerationConfig:
 
 
 def best_of(scores, cosines, clip_weight):
-    """The index of an image's best hypothesis, by its score and its weighted cosine."""
+    """The index of an image's best hypothesis, by score plus weighted cosine."""
     totals = [score + clip_weight * cosine for score, cosine in zip(scores, cosines)]
     return totals.index(max(totals))
 
 
 class TextGenerator:
-    """Generation for a module that has a `decoder`, `token_ids` (V) that may be generated, and `end`, the index of <|endoftext|> among
+    """Generation, for a module with a `decoder`, `token_ids` (V,) that may be generated, and `end`, the index of <|endoftext|> in
     them."""
 
     def next_logits(self, tokens, context, cache, head):
@@ -59,9 +59,9 @@ class TextGenerator:
         """Image tokens (B, N, C) -> the hypotheses of beam search for each image, best first: B lists of (score, token ids).
 
         Each image has K active beams. Of each step's 2K best continuations, those among the first K that end become
-        finished hypotheses, and the K best that do not end remain active. An image is done
-        when K hypotheses have finished (first come, first served: Kasai et al. 2022, arXiv:2204.05424) or
-        max_length is reached, where its best active beam is taken as it is.
+        finished hypotheses, and the K best that do not end remain active. An image is done when K hypotheses have finished
+        (first come, first served: Kasai et al. 2022, arXiv:2204.05424), or at max_length, where its best active beam is
+        added unfinished.
         """
         K, alpha, max_length = generation.beam_size, generation.length_penalty, generation.max_length
         max_length = min(max_length, self.decoder.config.n_positions)
@@ -75,13 +75,13 @@ class TextGenerator:
         scores = torch.zeros(images, 1, device=device)  # initially one beam; all are -inf once a slot's image is done
         tokens = torch.full((images, 1, max_length + 1), end, device=device)  # indices into token_ids
         finished = torch.zeros(images, dtype=torch.long, device=device)  # number of hypotheses of each slot
-        # Each image's hypotheses in the order of finishing: fewer than K before a step, and up to K more in it.
+        # Each image's hypotheses in the order of finishing: fewer than K before a step, which adds up to K.
         found_scores = torch.full((images, 2 * K), -torch.inf, device=device)
         found = torch.full((images, 2 * K, max_length + 1), end, device=device)
 
         for length in range(1, max_length + 1):
             logits = self.next_logits(self.token_ids[tokens[:, :, length - 1]], context, cache, head)  # (B, K, V)
-            best, token = logits.topk(min(2 * K, logits.shape[-1]))  # per beam; more cannot be among the image's 2K best
+            best, token = logits.topk(min(2 * K, logits.shape[-1]))  # per beam; others cannot be among the image's 2K best
             scores = scores[:, :, None] + (best - logits.logsumexp(-1, keepdim=True))
             scores, flat = scores.flatten(1).topk(min(2 * K, scores[0].numel()))  # (B, 2K)
             beam, token = flat // best.shape[-1], token.flatten(1).gather(1, flat)
@@ -133,7 +133,7 @@ class TextGenerator:
         return self.token_ids[places].tolist()
 
     def sample(self, image, generation, seeds=None):
-        """Image tokens (B, N, C) -> as many lists of token ids as seeds, sampled with temperature, top-k and top-p.
+        """Image tokens (B, N, C) -> a list of token ids for each seed (default: one per image), with temperature, top-k and top-p.
 
         Top-p is nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751). A token is sampled as the largest of log p + Gumbel
         noise, with separate noise for each image, so that a caption depends neither on the rest of the batch nor on the last bit of p.
@@ -154,7 +154,7 @@ class TextGenerator:
                 if generation.top_k:
                     likely = likely[:, :generation.top_k]
                 probs = likely.softmax(-1)
-                # Keep tokens whose predecessors have less than top_p, which includes the token that crosses it.
+                # Keep tokens while those more likely sum to less than top_p, so that the one that crosses top_p is included.
                 kept = (probs.cumsum(-1) - probs < generation.top_p).sum(-1, keepdim=True)
                 log_probs = log_probs.masked_fill(log_probs < likely.gather(1, kept - 1), -torch.inf)
             noise = np.stack([rng.standard_exponential(len(head), dtype=np.float32) for rng in random])

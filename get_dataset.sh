@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# COCO 2017's captions and images in the course's layout, as p2_train.py reads them:
-#   bash get_dataset.sh <folder>                     download them (20 GB; 41 GB of disk meanwhile)
-#   bash get_dataset.sh <folder> <copy of COCO>      take a copy that is here (annotations/, train2017/, val2017/)
+# Get COCO 2017's captions and images in the course's layout, which p2_train.py reads:
+#   bash get_dataset.sh <folder>                     download them (20 GB; temporarily 41 GB of disk)
+#   bash get_dataset.sh <folder> <copy of COCO>      link a local copy (annotations/, train2017/, val2017/)
 
 here=$(dirname "${BASH_SOURCE[0]}")
 if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ] && [ -x "$here/.venv/bin/python3" ]; then

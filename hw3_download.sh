@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetch pretrained weights into weights/:
+# Download pretrained weights into weights/:
 #   bash hw3_download.sh [embedded|full|llava --accept_gemma_terms|llava_7b|vit|gdrive:<id> [file]]      (default: embedded)
 
 here=$(dirname "${BASH_SOURCE[0]}")

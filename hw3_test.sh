@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up Python packages, fetch the embedded weights and run the tests, a process for each core; arguments go to pytest:
+# Install Python packages, download the embedded weights and run the tests, in up to 4 processes; arguments go to pytest:
 #   bash hw3_test.sh -n 0 -x -k tokenizer
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) || exit 1

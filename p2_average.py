@@ -1,9 +1,9 @@
-"""Average checkpoints of one captioner, trained from the same one: what each has learnt, in part.
+"""Average the weights of checkpoints of one captioner that were trained from the same start.
 
     python3 p2_average.py checkpoints/both.safetensors checkpoints/one.safetensors checkpoints/other.safetensors --weights 1 1
 
-Between a model and what further training made of it the weights often give more of both than either has (Wortsman et al. 2022,
-https://arxiv.org/abs/2203.05482). How captions are searched for is the first one's affair: p2_tune.py finds out what is best now.
+Weights between those of a model and of its fine-tuned version often combine the strengths of both (Wortsman et al. 2022,
+https://arxiv.org/abs/2203.05482). The first checkpoint's beam search settings are kept: p2_tune.py finds the best ones for the average.
 """
 
 import torch
@@ -14,9 +14,9 @@ from files import check_digest, check_output, digest, read_weights
 
 
 def average(checkpoints, weights):
-    """The mean of checkpoints' tensors, weighed so, and the metadata of a checkpoint of it.
+    """The weighted mean of checkpoints' tensors, and the metadata of a checkpoint with it.
 
-    The tokens that may be said are those of any. Raises UserError where they are not of one model, or one is damaged.
+    Tokens that any of them may generate may be generated. Raises UserError for checkpoints of different models, or a damaged one.
     """
     total, described, tensors = sum(weights), [read_metadata(path) for path in checkpoints], []
     for path, metadata in zip(checkpoints, described):
@@ -34,15 +34,15 @@ def average(checkpoints, weights):
 
 
 def parts_of(metadata):
-    """What must be the same in checkpoints that are averaged."""
+    """What averaged checkpoints must have in common."""
     return {"options": recorded_config(metadata), "encoder weights": metadata["encoder_hash"], "decoder weights": metadata["decoder_hash"]}
 
 
 def main():
     parser = ArgumentParser(description="Average checkpoints of one captioner.")
     parser.add_argument("output", help="checkpoint to write")
-    parser.add_argument("checkpoints", nargs="+", help="two or more, as p2_train.py wrote them")
-    parser.add_argument("--weights", nargs="+", type=float, help="of each (default: alike)")
+    parser.add_argument("checkpoints", nargs="+", help="two or more checkpoints of p2_train.py")
+    parser.add_argument("--weights", nargs="+", type=float, help="one weight per checkpoint (default: equal)")
     arguments = parser.parse_args()
     weights = arguments.weights or [1.0] * len(arguments.checkpoints)
     if len(arguments.checkpoints) < 2:

@@ -1,11 +1,11 @@
-"""How good are these captions, are they really better than those, and which went best and worst?
+"""Score captions, test whether they are better than others, and draw the best and worst.
 
     python3 p2_evaluate.py --pred_file out.json --images_root images/val --annotation_file val.json
         [--out scores.csv] [--compare other.json] [--rank 5 --rank_by CIDEr]
 
-Scores against the captions that people wrote: CIDEr, BLEU, METEOR, ROUGE-L, SPICE where its models are present, and with
-OpenAI's CLIP CLIPScore and RefCLIPScore; without it, ImageTextScore and RefImageTextScore by our own small CLIP. CHAIR says how
-often captions make things up.
+Metrics against reference captions: CIDEr, BLEU, METEOR, ROUGE-L, and SPICE if its models are present; with OpenAI's CLIP,
+CLIPScore and RefCLIPScore; without it, ImageTextScore and RefImageTextScore by our own small CLIP. CHAIR measures how often
+captions hallucinate objects.
 """
 
 import csv
@@ -33,8 +33,8 @@ def check_form(predictions, name):
 def check_predictions(predictions, references, allow_partial=False, name="the predictions"):
     """The keys that can be scored, in the order of `references`.
 
-    Raises UserError unless `predictions` is {key: caption} with exactly the keys of `references` and words in each;
-    with `allow_partial` only where nothing is left to score.
+    Raises UserError unless `predictions` is {key: caption} with exactly the keys of `references` and no empty caption;
+    with `allow_partial`, only if nothing is left to score.
     """
     check_form(predictions, name)
     no_text = [key for key, caption in predictions.items() if not isinstance(caption, str)]
@@ -53,26 +53,26 @@ def check_predictions(predictions, references, allow_partial=False, name="the pr
 
 
 def some(keys):
-    """The first few of them."""
+    """The first five keys, as text."""
     return ", ".join(map(repr, keys[:5])) + (", …" if len(keys) > 5 else "")
 
 
 def write_scores(path, predictions, corpus, each, keys, chair=None):
-    """The scores of every image: CSV, or JSON with the corpus scores and CHAIR's, by the file's suffix."""
+    """Write the scores of every image: as CSV, or as JSON with the corpus scores and CHAIR, by the file's suffix."""
     if Path(path).suffix == ".json":
         images = {key: {"caption": predictions[key]} | {name: float(values[i]) for name, values in each.items()}
                   for i, key in enumerate(keys)}
         write_json(path, {"corpus": corpus} | ({"CHAIR": chair} if chair else {}) | {"images": images})
         return
     table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # a lone \r needs its quotes
+    writer = csv.writer(table, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # a lone \r must be quoted
     writer.writerow(["image", "caption", *each])
     writer.writerows([key, predictions[key], *(float(values[i]) for values in each.values())] for i, key in enumerate(keys))
     write_whole(path, table.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def plot_ranking(path, name, scores, predictions, images, number):
-    """A picture of the `number` best and worst pairs by the metric `name`: image, score, caption and references."""
+    """Draw the `number` best and worst captions by the metric `name`: image, score, caption and references."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed
@@ -105,25 +105,25 @@ def plot_ranking(path, name, scores, predictions, images, number):
 
 
 def print_difference(name, difference, kind, width):
-    """One line of a comparison; `width` of the name's column."""
+    """Print one line of a comparison; `width` is that of the name's column."""
     print(f"{name:<{width}}{difference.value:+.4f}  95% interval {difference.low:+.4f} to {difference.high:+.4f}  "
           f"p = {difference.p:.4f}  ({kind})")
 
 
 def main():
-    parser = ArgumentParser(description="Score captions against the captions that people wrote.")
-    parser.add_argument("--pred_file", required=True, help='the predictions: {"file name without extension": "caption"}')
-    parser.add_argument("--images_root", help="the folder of images, for CLIPScore or ImageTextScore, and --rank")
-    parser.add_argument("--annotation_file", required=True, help="the captions that people wrote, in COCO's form")
+    parser = ArgumentParser(description="Score captions against reference captions.")
+    parser.add_argument("--pred_file", required=True, help='predictions: {"file name without extension": "caption"}')
+    parser.add_argument("--images_root", help="folder of the images, for CLIPScore or ImageTextScore, and --rank")
+    parser.add_argument("--annotation_file", required=True, help="reference captions, in COCO format")
     parser.add_argument("--clip_weights", help="CLIP's weights, or the name of a model "
                         "(default: weights/ViT-B-32.pt, else clip_small)")
-    parser.add_argument("--clip_prefix", default="", help='before each caption for CLIP; Hessel et al.: "A photo depicts "')
-    parser.add_argument("--allow_partial", action="store_true", help="score the images that have a caption")
+    parser.add_argument("--clip_prefix", default="", help='put before each caption for CLIP; Hessel et al. use "A photo depicts "')
+    parser.add_argument("--allow_partial", action="store_true", help="score only the images that have a caption")
     parser.add_argument("--out", help="write the scores of every image: .csv or .json")
-    parser.add_argument("--compare", metavar="OTHER", help="other predictions, for differences with their intervals")
-    parser.add_argument("--rank", type=int, default=0, metavar="N", help="draw the N best and worst pairs")
+    parser.add_argument("--compare", metavar="OTHER", help="other predictions: print differences with 95%% intervals")
+    parser.add_argument("--rank", type=int, default=0, metavar="N", help="draw the N best and worst captions")
     parser.add_argument("--rank_by", default="CIDEr", help="metric to rank by")
-    parser.add_argument("--rank_file", default="rank.png", help="picture of the ranking")
+    parser.add_argument("--rank_file", default="rank.png", help="where to draw them")
     args = parser.parse_args()
     if args.images_root and not Path(args.images_root).is_dir():
         raise UserError(f"the image folder {args.images_root} does not exist")
@@ -139,7 +139,7 @@ def main():
         check_output(path, SUFFIX_KINDS[Path(path).suffix], [args.pred_file, args.annotation_file, args.compare])
     files = [args.pred_file] + ([args.compare] if args.compare else [])
     systems = [read_json(file, "predictions file") for file in files]
-    for file, predictions in zip(files, systems):  # before CLIP is loaded
+    for file, predictions in zip(files, systems):  # checked before CLIP is loaded
         check_form(predictions, file)
     clip, lacking = clip_scorer(args.images_root, args.clip_weights, args.clip_prefix)
     names = text_metrics() + (clip.names if clip else [])

@@ -1,9 +1,9 @@
-"""Train a small GPT-2 on captions alone: the language model that the captioner's decoder starts from.
+"""Train a small GPT-2 on captions without images, as the captioner's pretrained decoder.
 
     python3 p2_pretrain_decoder.py --text flickr30k.txt coco.txt --captions data/train.json
 
-Writes a state dict in the Hugging Face layout (fp16), which GPT2LMHeadModel loads as well. An interrupted run
-resumes when the same command is given again.
+Writes a state dict in the Hugging Face layout (fp16), which GPT2LMHeadModel loads as well. The same command
+resumes an interrupted run.
 """
 
 import math
@@ -26,19 +26,19 @@ from training import Run, adamw, cosine, prepare_output
 @dataclass
 class Settings:
     output: str = "weights/decoder_small.safetensors"
-    init: str = option("", "a decoder of the same size to go on from; empty: from nothing")
+    init: str = option("", "weights of a decoder of the same size to start from; empty: random")
     n_layer: int = 6
     n_embd: int = 256
     n_positions: int = 128
     dropout: float = 0.0
     epochs: int = 1
-    batch_size: int = option(64, "captions")
+    batch_size: int = option(64, "captions per batch")
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.1
-    warmup: float = option(0.03, "part of all steps")
-    clip: float = option(1.0, "gradient norm; 0: not clipped")
-    held_out: int = option(500, "images at the end of each captions file that are kept out: p2_train.py selects on them")
-    min_count: int = option(5, "captions with a token that occurs less often are left out: each token costs a row of the head")
+    warmup: float = option(0.03, "fraction of all steps")
+    clip: float = option(1.0, "maximum gradient norm; 0: no clipping")
+    held_out: int = option(500, "images at the end of each captions file that are left out, as p2_train.py selects on them")
+    min_count: int = option(5, "leave out captions with a token that occurs less often, since each token costs a row of the head")
     seed: int = 0
 
     def __post_init__(self):
@@ -46,7 +46,7 @@ class Settings:
 
 
 def read_texts(text_files, caption_files, held_out):
-    """Cleaned captions, each once -> (training texts, held-out texts); no text stands in both."""
+    """Cleaned captions without duplicates: (training texts, held-out texts); no text is in both."""
     texts, kept_out = [], []
     for file in caption_files:
         images = read_captions(file, None)
@@ -64,23 +64,23 @@ def read_texts(text_files, caption_files, held_out):
 
 
 def letters(text):
-    """What makes two captions the same for all that case and punctuation do: letters and digits, lower case."""
+    """Letters and digits in lower case, to compare captions regardless of case and punctuation."""
     return "".join(character for character in text.lower() if character.isalnum())
 
 
 def drop_rare(rows, min_count):
-    """Token lists without those that hold a token of fewer than `min_count` occurrences."""
+    """The token lists in which every token occurs at least `min_count` times overall."""
     counts = Counter(token for row in rows for token in row)
     return [row for row in rows if all(counts[token] >= min_count for token in row)]
 
 
 class SeenTokens:
-    """The exact softmax over the whole vocabulary at the cost of the tokens that occur.
+    """The exact softmax over the whole vocabulary at the cost of only the tokens that occur.
 
-    A token that never occurs in training has no target and, as an input, no gradient. If its embedding is zero,
-    its logit is 0 whatever the text, and all such tokens together add count * exp(0) to the softmax's denominator:
-    one more term, as of a logit log(count). So a decoder of the seen tokens alone is trained, and `whole_table` gives
-    its table all 50,257 rows, as any GPT-2 expects.
+    A token that never occurs in training is never a target and, as an input, gets no gradient. If its embedding is zero,
+    its logit is always 0, and all such tokens together add count * exp(0) to the softmax's denominator: one more term, with
+    the logit log(count). So a decoder of only the seen tokens is trained, and `whole_table` extends its embedding table to
+    all 50,257 rows, as any GPT-2 expects.
     """
 
     def __init__(self, rows, vocab_size=VOCAB_SIZE):
@@ -94,7 +94,7 @@ class SeenTokens:
         return self
 
     def loss(self, decoder, tokens, targets, reduction="mean"):
-        """Cross-entropy of next tokens; ids of tokens and targets (R, T), IGNORE where there is no target."""
+        """Cross-entropy of next tokens, from ids of tokens and targets (R, T); IGNORE: no target."""
         used = targets != IGNORE
         logits = F.linear(decoder.hidden(self.column_of[tokens])[used], decoder.head_weight()).float()
         denominator = logits.logsumexp(-1)
@@ -104,7 +104,7 @@ class SeenTokens:
         return losses.mean() if reduction == "mean" else losses.sum()
 
     def whole_table(self, table):
-        """Embeddings of the seen tokens (len(ids), C) -> of all tokens (vocab_size, C)"""
+        """Embeddings of the seen tokens (len(ids), C) -> of all tokens (vocab_size, C), zero for unseen ones."""
         whole = table.new_zeros(len(self.column_of), table.shape[1])
         whole[self.ids] = table
         return whole
@@ -112,9 +112,9 @@ class SeenTokens:
 
 @torch.no_grad()
 def start_from(path, decoder, seen):
-    """Take over another decoder's weights; a token that it never met keeps the embedding that it was drawn with.
+    """Initialise a decoder with another's weights; tokens that the other never saw keep their random embeddings.
 
-    Returns the hash of those weights. Raises UserError where they are of another size.
+    Returns the hash of those weights. Raises UserError if they are of another size.
     """
     known = Decoder.from_pretrained(path)
     state = known.state_dict()
@@ -131,7 +131,7 @@ def start_from(path, decoder, seen):
 
 @torch.inference_mode()
 def perplexity(decoder, seen, rows, device, batch_size=256):
-    """exp of the mean cross-entropy per token, <|endoftext|> included, on the rows whose tokens were all seen."""
+    """Perplexity per token, including <|endoftext|>, on the rows whose tokens all occur in training."""
     decoder.eval()
     total = count = 0
     known = set(seen.ids.tolist())
@@ -146,8 +146,8 @@ def perplexity(decoder, seen, rows, device, batch_size=256):
 
 
 def train(settings, text_files, caption_files, device=None):
-    """Train and write the decoder. Returns the perplexity on the held-out captions after each epoch; None where it was interrupted, ready
-    to go on."""
+    """Train and write the decoder. Returns the perplexity on the held-out captions after each epoch; None if interrupted (the
+    state for resuming is saved)."""
     device = device or pick_device()
     state_file = prepare_output(settings.output)
     texts, kept_out = read_texts(text_files, caption_files, settings.held_out)

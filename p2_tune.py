@@ -1,10 +1,10 @@
-"""How are a checkpoint's captions best searched for? Beam size, length penalty, and what our CLIP's choice among beams counts.
+"""Tune a checkpoint's beam search: beam size, length penalty, and the weight of our CLIP's score in choosing among beams.
 
     python3 p2_tune.py checkpoints/captioner.safetensors --annotation_file val.json --images_root images/val [--write]
 
-Searches once for each beam size and scores every combination of the others on what was found, by CIDEr. `--write` records the
-best in the checkpoint, so that p2_infer.py takes it unless told otherwise. Do it on pictures that are not those of the final
-score, and that neither the captioner nor our CLIP was trained on: for the pictures that our CLIP learnt from, name --folds.
+Runs beam search once per beam size, and scores every combination of the other two on its hypotheses, by CIDEr. `--write` records
+the best in the checkpoint, as p2_infer.py's default. Use pictures that are not in the final evaluation, and that neither the
+captioner nor our CLIP was trained on; for training pictures of our CLIP, use --folds.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from runtime import pick_runtime
 
 @torch.inference_mode()
 def find_hypotheses(model, features, embeddings, beam_size, batch_size=100):
-    """What beam search finds for each image: lists of (log p, tokens' number with the end, caption, cosine in our CLIP's space)."""
+    """Each image's beam search hypotheses: lists of (log p, number of tokens including the end, caption, cosine by our CLIP)."""
     found = []
     for batch in np.array_split(np.arange(len(features)), -(-len(features) // batch_size)):
         some = features[batch, np.zeros_like(batch)].to(model.token_ids.device).float()
@@ -48,7 +48,7 @@ def choose(found, length_penalty, clip_weight):
 
 
 def write_generation(checkpoint, generation):
-    """Record in a checkpoint how its captions are searched for; its tensors stay as they are."""
+    """Record beam search settings in a checkpoint; its tensors stay unchanged."""
     metadata = read_metadata(checkpoint) | {"generation": asdict(generation)}
     with safe_open(checkpoint, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -56,17 +56,17 @@ def write_generation(checkpoint, generation):
 
 
 def main():
-    parser = ArgumentParser(description="Find out how a checkpoint's captions are best searched for.")
-    parser.add_argument("checkpoint", help="what p2_train.py wrote")
+    parser = ArgumentParser(description="Tune a checkpoint's beam search.")
+    parser.add_argument("checkpoint", help="checkpoint of p2_train.py")
     parser.add_argument("--decoder_weights", default=str(EMBEDDED_DECODER), help="the GPT-2 weights that it was trained with")
-    parser.add_argument("--annotation_file", required=True, help="captions that people wrote, in COCO's form")
-    parser.add_argument("--images_root", required=True, help="the folder of their images")
-    parser.add_argument("--folds", help="embeddings of these images that p4_clip.py --folds wrote, instead of what our CLIP says of them")
-    parser.add_argument("--cache", default="cache", help="folder of the encoder's features")
+    parser.add_argument("--annotation_file", required=True, help="reference captions, in COCO format")
+    parser.add_argument("--images_root", required=True, help="folder of their images")
+    parser.add_argument("--folds", help="the images' embeddings by p4_clip.py --folds, instead of our CLIP's own")
+    parser.add_argument("--cache", default="cache", help="folder for the encoder's features")
     parser.add_argument("--beam_size", nargs="+", type=int, default=[3, 5])
     parser.add_argument("--length_penalty", nargs="+", type=float, default=[0.0, 0.5, 1.0])
     parser.add_argument("--clip_weight", nargs="+", type=float, default=[0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
-    parser.add_argument("--write", action="store_true", help="record the best in the checkpoint")
+    parser.add_argument("--write", action="store_true", help="record the best settings in the checkpoint")
     arguments = parser.parse_args()
     if min(arguments.beam_size) < 1:
         raise UserError("--beam_size must be at least 1")

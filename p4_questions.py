@@ -1,13 +1,13 @@
-"""Questions and instructions derived from captions, to teach and to test a model that is asked about pictures.
+"""Derive questions and answers from captions, to train and test visual question answering.
 
     python3 p4_questions.py data/val.json questions.json [--number 300]
     python3 p4_questions.py data/train.json instructions.json --each_thing 500
 
-Nobody wrote the answers: each follows from words that at least two of an image's captions share and none contradicts, so that
-they are right as often as captions are. Kinds: animal, count, colour, action, presence (yes and no in equal numbers,
-before --number draws from them), where, and detail (the captions told together). Each question stands in one of several wordings.
+Answers are not annotated: each follows from words that at least two of an image's captions share and none contradicts, so that
+they are as correct as captions. Kinds: animal, count, colour, action, presence (yes and no in equal numbers, before
+--number samples from them), where, and detail (the captions joined). Each question is asked in one of several wordings.
 
-Shapes of the output: [{"image": file name, "kind", "query", "answer"}, …]
+Output: [{"image": file name, "kind", "query", "answer"}, …]
 """
 
 import random
@@ -22,13 +22,13 @@ from questions import WORDINGS, derive_all
 
 def main():
     parser = ArgumentParser(description="Derive questions and answers from captions.")
-    parser.add_argument("captions", help="captions in COCO's form")
+    parser.add_argument("captions", help="captions in COCO format")
     parser.add_argument("output", help="JSON file to write")
-    parser.add_argument("--number", type=int, help="so many, drawn from all; default: all")
-    parser.add_argument("--kinds", nargs="+", default=[*WORDINGS], choices=[*WORDINGS], help="of these alone")
-    parser.add_argument("--each_thing", type=int, help="ask every picture whether each thing is there; at most so many yes, and as "
-                        "many no, of a thing; default: one thing that is there and one that is not")
-    parser.add_argument("--seed", type=int, default=0, help="of wordings and of the drawing")
+    parser.add_argument("--number", type=int, help="sample so many questions; default: all")
+    parser.add_argument("--kinds", nargs="+", default=[*WORDINGS], choices=[*WORDINGS], help="only questions of these kinds")
+    parser.add_argument("--each_thing", type=int, help="ask about all things in every picture, with at most so many yes, and as "
+                        "many no, for each thing; default: one present and one absent thing per picture")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the wordings and the sampling")
     arguments = parser.parse_args()
     check_output(arguments.output, "JSON", [arguments.captions])
     if arguments.each_thing is not None and arguments.each_thing < 1:

@@ -1,7 +1,7 @@
-"""Parameter-efficient fine-tuning: one class per kind. What a kind adds to the decoder is trained; pretrained weights stay frozen.
+"""Parameter-efficient fine-tuning: one class per kind. The parameters that a kind adds are trained; pretrained weights stay frozen.
 
-A kind declares `Options`, which become options of the command line and fields of the checkpoint, and adds modules to the decoder: `at` a place
-within a layer, or before the text. The parameters it adds are marked with the kind's name, which tells what is trained. To add a kind,
+A kind declares `Options`, which become command-line options and are stored in checkpoints, and adds modules to the decoder: `at` a place
+within a layer, or before the text. The added parameters are marked with the kind's name; marked parameters are trained. To add a kind,
 write its class and add it to KINDS.
 
 Shapes: R rows, T text tokens, C width, P learned positions.
@@ -22,14 +22,14 @@ ACTIVATIONS = "key", "value", "inner"  # places within sublayers: keys and value
 
 
 def mark(module, kind):
-    """Mark a module's parameters as added to the pretrained model by this kind, and hence trained. Returns the module."""
+    """Mark a module's parameters as added by this kind, hence trained. Returns the module."""
     for parameter in module.parameters():
         parameter.added = kind
     return module
 
 
 class Kind:
-    """Defaults of a kind: nothing is added within layers, and all values of its options are valid."""
+    """Base class, with defaults: nothing is added within layers, and all option values are valid."""
 
     @classmethod
     def at(cls, config, place, width):
@@ -41,10 +41,10 @@ class Kind:
 
 
 class LoRA(Kind):
-    """Low-rank updates of linear layers and embeddings (Hu et al. 2021, https://arxiv.org/abs/2106.09685): loralib's layers.
+    """Low-rank updates of linear layers and embeddings (Hu et al. 2021, https://arxiv.org/abs/2106.09685), by loralib's layers.
 
-    Merging is left to `Decoder.merge_lora`: loralib merges at every eval() and subtracts at train(), which accumulates rounding errors, so
-    that a resumed run would differ.
+    `Decoder.merge_lora` merges them: loralib itself would merge at every eval() and subtract at train(), which accumulates rounding errors,
+    so that a resumed run would differ.
     """
 
     name = "LoRA"
@@ -52,7 +52,7 @@ class LoRA(Kind):
     class Options:
         lora_rank: int = option(16, "rank of LoRA; 0: none")
         lora_alpha: float = option(32.0, "LoRA's update is scaled by lora_alpha / lora_rank")
-        lora_dropout: float = option(0.0, "of the input of LoRA's update")
+        lora_dropout: float = option(0.0, "dropout on the input of LoRA's update")
         lora_targets: tuple = option(("q", "k", "v", "attn_proj", "mlp"), f"layers with LoRA, of {' '.join(LORA_TARGETS)}")
 
     @staticmethod
@@ -73,7 +73,7 @@ class LoRA(Kind):
 
     @classmethod
     def linear(cls, config, n_in, n_out, target, bias=True):
-        """A linear layer, with a low-rank update if `target` is one of the targets."""
+        """A linear layer, with a low-rank update if LoRA updates `target`."""
         if not cls.updates(config, target):
             return nn.Linear(n_in, n_out, bias)
         return cls.mark(loralib.Linear(n_in, n_out, bias=bias, r=config.lora_rank, lora_alpha=config.lora_alpha,
@@ -81,7 +81,7 @@ class LoRA(Kind):
 
     @classmethod
     def qkv_linear(cls, config, width):
-        """GPT-2's fused projection to queries, keys and values, with updates for those among the targets."""
+        """GPT-2's fused projection to queries, keys and values, with low-rank updates of those among the targets."""
         enabled = [cls.updates(config, target) for target in "qkv"]
         if not any(enabled):
             return nn.Linear(width, 3 * width)
@@ -129,8 +129,7 @@ class Adapter(Kind, nn.Module):
 class Prefix(Kind, nn.Module):
     """Keys and values of P learned positions in every layer (prefix-tuning: Li and Liang 2021, https://arxiv.org/abs/2101.00190).
 
-    With `prefix_hidden` they are the output of an MLP, as in the paper, which makes training more stable; the MLP is not needed
-    afterwards.
+    With `prefix_hidden`, they are the output of an MLP, which makes training more stable, as in the paper; it is dropped after training.
     """
 
     name = "prefix"
@@ -155,14 +154,14 @@ class Prefix(Kind, nn.Module):
             nn.init.normal_(self.mlp[0].weight, std=self.mlp[0].in_features**-0.5)
 
     def forward(self):
-        """(layers, 2, P, C): keys and values"""
+        """Keys and values of all layers: (layers, 2, P, C)"""
         if not self.hidden:
             return self.values
         layers, _, length, width = self.shape
         return self.mlp(self.tokens.weight).view(length, layers, 2, width).permute(1, 2, 0, 3)
 
     def saved(self):
-        """What a checkpoint stores: the MLP's output, not the MLP."""
+        """The tensors to store in a checkpoint: the MLP's output, not the MLP."""
         with torch.no_grad():
             return {"values": self().detach().contiguous()}
 
@@ -178,7 +177,7 @@ class Prompt(Kind, nn.Embedding):
 
 
 class IA3(Kind, nn.Module):
-    """Learned factors for keys, values and the MLP's inner activations, starting at one (Liu et al. 2022,
+    """Learned factors for keys, values and the MLP's inner activations, initialised to one (Liu et al. 2022,
     https://arxiv.org/abs/2205.05638): a hundredth of LoRA's parameters."""
 
     name = "IA3"
@@ -209,7 +208,7 @@ class PeftConfig(*(kind.Options for kind in reversed(KINDS))):
     def __post_init__(self):
         for field in fields(PeftConfig):
             value = getattr(self, field.name)
-            if isinstance(value, list):  # on the command line and in a checkpoint
+            if isinstance(value, list):  # from the command line or a checkpoint
                 setattr(self, field.name, tuple(value))
             elif isinstance(value, (int, float)) and value < 0:
                 raise UserError(f"{field.name} is {value}, but must be at least 0")
@@ -218,7 +217,7 @@ class PeftConfig(*(kind.Options for kind in reversed(KINDS))):
 
     @classmethod
     def off(cls, **options):
-        """Only what these options add; nothing by default."""
+        """A configuration with only these options; without any, no PEFT."""
         return cls(**{"lora_rank": 0} | options)
 
 
@@ -228,6 +227,6 @@ def known(what, names, choices):
 
 
 def at(config, place, width):
-    """The module that the kinds apply at a place of a layer, to activations of this width; the identity if none does."""
+    """The modules of all kinds at a place in a layer, for activations of this width, as one; the identity if there are none."""
     modules = [mark(module, kind.name) for kind in KINDS if (module := kind.at(config, place, width)) is not None]
     return modules[0] if len(modules) == 1 else nn.Sequential(*modules) if modules else nn.Identity()

@@ -1,4 +1,4 @@
-"""Frozen networks on a CPU through OpenVINO: the same outputs as PyTorch's, faster, and later starts do not build PyTorch's network.
+"""Run frozen networks on a CPU through OpenVINO: the same outputs as PyTorch, faster, and later starts need not build the PyTorch network.
 
 A network is traced and compiled once and stored in weights/openvino, under a name derived from its weights and all versions; damaged or
 outdated files are rebuilt. PyTorch is used if OpenVINO is not installed, or with `--runtime torch`.
@@ -27,20 +27,20 @@ from files import digest_of, first_line, read_json, write_json, write_whole
 from images import resize_to_square
 
 RUNTIMES = "auto", "openvino", "torch"
-PREFERRED = "openvino"  # what "auto" is on a CPU
-RUNTIME_HELP = "what encodes on a CPU: auto (openvino where it is installed), openvino or torch"
-# OpenVINO's binding sets itself up where it first converts an array: two threads that come there together wait for each other for ever.
+PREFERRED = "openvino"  # what "auto" means on a CPU
+RUNTIME_HELP = "of networks on a CPU: auto (openvino if it is installed), openvino or torch"
+# OpenVINO's binding initialises itself when it first converts an array; two threads that do so at the same time deadlock.
 CONVERTING = threading.Lock()
-MOST = 12  # networks that are kept, the newest
-STEP = 2  # images that a stream takes at a time
-# Of an encoder, what those ask for who use it: kept beside its network.
+MOST = 12  # stored networks; older ones are deleted
+STEP = 2  # images per call of a stream
+# Attributes of an encoder that its users need: stored beside its network.
 FACTS = "name", "image_size", "levels", "dim", "grid", "num_prefix_tokens", "num_tokens", "weights_hash", "class_names", "class_ids"
 
 
 def pick_runtime(name, device):
-    """"openvino" or "torch": what encodes. Raises UserError for an unknown name, and where "openvino" is asked for and is not there.
+    """Resolve `--runtime` to "openvino" or "torch". Raises UserError for an unknown name, and for "openvino" if it cannot be used.
 
-    Where "auto" has to do without OpenVINO on a CPU, a line on stderr says so.
+    If "auto" finds no OpenVINO on a CPU, a line on stderr says so.
     """
     if name not in RUNTIMES:
         raise UserError(f"--runtime is {name}: choose from {', '.join(RUNTIMES)}")
@@ -51,7 +51,7 @@ def pick_runtime(name, device):
     try:
         import openvino  # noqa: F401
         return "openvino"
-    except (ImportError, OSError) as error:  # not there, or its libraries do not load
+    except (ImportError, OSError) as error:  # not installed, or its libraries do not load
         if name == "openvino":
             raise UserError(f"openvino cannot be imported ({first_line(error)}): pip install openvino, or say --runtime torch") from None
         print("PyTorch encodes, since openvino cannot be imported: with it, pictures take two thirds of the time", file=sys.stderr)
@@ -65,7 +65,7 @@ class SignalStack(ctypes.Structure):
 
 
 def signal_stack(new=None):
-    """The memory in which this thread handles signals, of Linux's sigaltstack; `new` takes its place."""
+    """This thread's signal stack, by Linux's sigaltstack; `new` replaces it."""
     old = SignalStack()
     ctypes.CDLL(None).sigaltstack(ctypes.byref(new) if new else None, ctypes.byref(old))
     return old
@@ -73,8 +73,8 @@ def signal_stack(new=None):
 
 @contextmanager
 def kept_signal_stack():
-    """For what sets OpenVINO up: it gives the thread a stack for signals, and later frees that while it is in use, so that the next SIGTERM
-    would end the program on the spot (seen with OpenVINO 2026.4 on Linux)."""
+    """Restore the thread's signal stack after OpenVINO's initialisation, which installs one and later frees it while it is in use, so that
+    the next SIGTERM would kill the program immediately (seen with OpenVINO 2026.4 on Linux)."""
     if sys.platform != "linux":
         yield
         return
@@ -87,7 +87,7 @@ def kept_signal_stack():
 
 @contextmanager
 def quiet():
-    """Without what libraries log below an error: tracing looks at every attribute, and some of `transformers` complain of being seen."""
+    """Disable log messages below errors: tracing reads every attribute, and some of `transformers` then log warnings."""
     logging.disable(logging.WARNING)
     try:
         yield
@@ -99,12 +99,12 @@ class Network:
     """A PyTorch module on the CPU through OpenVINO, with one output.
 
     Args:
-        of: what decides the outputs, as JSON has it; with the versions of all that is involved it names what is kept.
-        build: () -> module, examples, shapes, facts, called where nothing is kept: example inputs to trace it with, each one's
-            shape, with -1 for what varies, and what to keep beside it (a dict, as JSON has it).
-        folder: where it is kept.
-        streams: calls that run side by side, each on its share of the threads.
-    Attributes: `facts`. Raises UserError for a module that OpenVINO cannot take.
+        of: JSON value that identifies the module and its weights; with all packages' versions, it determines the stored file's name.
+        build: () -> module, examples, shapes, facts, called if the network is not stored: example inputs to trace it with, each
+            input's shape, with -1 for dimensions that vary, and a JSON dict to store beside it.
+        folder: where it is stored.
+        streams: calls that run in parallel, each on its share of the threads.
+    Attributes: `facts`. Raises UserError for a module that OpenVINO cannot convert.
     """
 
     def __init__(self, of, build, folder, streams=1):
@@ -121,10 +121,10 @@ class Network:
                 self.compiled = self.read() or self.make(*build())
         except RuntimeError as error:
             raise UserError(f"OpenVINO cannot take this network ({first_line(error)}): say --runtime torch") from None
-        self.own = threading.local()  # of each thread, its request
+        self.own = threading.local()  # each thread's inference request
 
     def read(self):
-        """The network that is kept; None where there is none, or it is damaged."""
+        """The stored network, or None if there is none, or it is damaged."""
         try:
             kept, content = read_json(self.file.with_suffix(".json"), "record"), self.file.read_bytes()
             if kept["sha256"] == hashlib.sha256(content).hexdigest():
@@ -135,7 +135,7 @@ class Network:
         return None
 
     def make(self, module, examples, shapes, facts):
-        """Trace it, compile it, and keep it where that can be."""
+        """Trace and compile the module, and store it if possible."""
         self.facts = json.loads(json.dumps(facts))
         compiled = self.core.compile_model(self.trace(module, examples, shapes), "CPU", self.options)
         content = compiled.export_model().getvalue()
@@ -153,13 +153,13 @@ class Network:
 
     @staticmethod
     def trace(module, examples, shapes):
-        """The module as OpenVINO's model, by its frontend itself: its `convert_model` reports to its makers over the network."""
+        """The module as an OpenVINO model, by its frontend directly, because `convert_model` sends telemetry over the network."""
         import openvino
         from openvino.frontend import FrontEndManager
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
         with torch.no_grad(), warnings.catch_warnings(), quiet():
-            warnings.simplefilter("ignore")  # of branches on shapes, which `shapes` answers for
+            warnings.simplefilter("ignore")  # about branches on shapes, for which `shapes` are right
             traced = torch.jit.trace(module, examples, check_trace=False)
             graph = TorchScriptPythonDecoder(traced, example_input=examples if len(examples) > 1 else examples[0])
             frontend = FrontEndManager().load_by_framework("pytorch")
@@ -168,7 +168,7 @@ class Network:
         return model
 
     def __call__(self, *inputs):
-        """Tensors on the CPU -> a tensor."""
+        """Tensors on the CPU -> tensor"""
         with CONVERTING:
             if not hasattr(self.own, "request"):
                 self.own.request = self.compiled.create_infer_request()
@@ -176,7 +176,7 @@ class Network:
 
 
 def infer(request, inputs):
-    """Tensors on the CPU -> a network's first output, as a tensor, which the next call with this request may write to."""
+    """Tensors on the CPU -> the network's first output, a tensor that the next call with this request may overwrite."""
     import openvino
 
     with CONVERTING:
@@ -190,7 +190,7 @@ def infer(request, inputs):
 
 
 class Classifier(nn.Module):
-    """An encoder's `class_probabilities`, as a module that can be traced."""
+    """An encoder's `class_probabilities` as a module, for tracing."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -201,19 +201,19 @@ class Classifier(nn.Module):
 
 
 class CompiledEncoder(nn.Module):
-    """An ImageEncoder or a JoinedEncoder through OpenVINO: its attributes, and its outputs to 1e-4, independent of the batch to the bit.
+    """An ImageEncoder or JoinedEncoder through OpenVINO, with its attributes; its outputs to 1e-4, and bit for bit independent of the batch.
 
     Args:
-        of: what decides it, as JSON has it; see Network.
-        build: () -> the encoder, called where nothing is kept.
-        folder: where its networks are kept.
+        of: JSON value that identifies the encoder, see Network.
+        build: () -> the encoder, called if its networks are not stored.
+        folder: where they are stored.
     """
 
     runtime = "openvino"
 
     def __init__(self, of, build, folder):
         super().__init__()
-        made = []  # the encoder, if it has to be
+        made = []  # the encoder, once it is built
 
         def encoder():
             if not made:
@@ -230,7 +230,7 @@ class CompiledEncoder(nn.Module):
             shape = encoder().num_tokens, encoder().dim
             return Classifier(encoder()), (torch.zeros(2, *shape),), [[-1, *shape]], {}
 
-        streams = torch.get_num_threads()  # layers of one thread wait for nobody
+        streams = torch.get_num_threads()  # one thread per stream, without synchronisation within layers
         self.network, self.pool = Network(["tokens", of], tokens, folder, streams), ThreadPoolExecutor(streams)
         self.facts = self.network.facts
         self.classifier = Network(["classes", of], classes, folder) if self.class_names else None
@@ -243,7 +243,7 @@ class CompiledEncoder(nn.Module):
 
     @cached_property
     def first(self):
-        """Name and hash of a JoinedEncoder's first part; of another, itself."""
+        """A JoinedEncoder's first part, with its name and hash; any other encoder itself."""
         return self if self.facts["first"]["name"] == self.name else SimpleNamespace(**self.facts["first"])
 
     @property
@@ -251,7 +251,7 @@ class CompiledEncoder(nn.Module):
         return torch.device("cpu")
 
     def preprocess(self, image):
-        """RGB PIL image of any size -> uint8 tensor (3, S, S): the whole picture, aspect ignored, bicubic."""
+        """RGB PIL image of any size -> uint8 tensor (3, S, S): the whole image, resized to a square, bicubic."""
         return resize_to_square(image, self.image_size)
 
     def class_probabilities(self, features):

@@ -1,14 +1,14 @@
 # Sourced by hw3_demo.sh and hw3_test.sh: . setup_env.sh <requirements file>...
 #
-# Puts a Python environment that holds the requirements first on PATH: the active one (venv or conda, but not
-# conda's base) if there is one, else .venv beside this file, made on the first run. Packages come from pip with
-# constraints.txt. A stamp in the environment names what was installed, so a second run costs one start of Python.
-# Returns 2 after one line on stderr if something is missing. Being sourced, it neither exits nor sets options.
+# Puts a Python environment with the requirements first on PATH: the active one (venv, or conda other than base) if
+# there is one, else .venv beside this file, created on the first run. Packages are installed by pip with
+# constraints.txt. A stamp file in the environment lists what was installed, so a second run costs one start of Python.
+# Returns 2 after one line on stderr if something is missing. Being sourced, it neither exits nor sets shell options.
 
 hw3_say() { printf '%s: %s\n' "$(basename -- "$0")" "$*" >&2; }
 
-# One line for each requirements file: a hash of this Python, the constraints and the file.
-# The same Python start finds an interpreter that is too old or has gone.
+# Print one line per requirements file: a hash of the Python version, the constraints and the file.
+# Fails if the interpreter is too old or gone.
 hw3_hashes() {
     local python=$1
     shift
@@ -26,7 +26,7 @@ for name in files:
 EOF
 }
 
-# Print the first Python that can make an environment, or say why none can.
+# Print the first Python that can create an environment, or say why none can.
 hw3_find_python() {
     local name version old="" bare=""
     for name in python3 python3.13 python3.12 python3.11 python3.10 python3.14 python; do
@@ -50,7 +50,7 @@ hw3_find_python() {
     return 2
 }
 
-# Make .venv unless there is a working one. An interrupted run leaves one without pip: that is made anew.
+# Create .venv unless there is a working one. One without pip, left by an interrupted run, is created again.
 hw3_make_venv() {
     local python log
     if "$hw3_env/bin/python3" -I -c 'import sys, pip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
@@ -64,13 +64,13 @@ hw3_make_venv() {
     fi
 }
 
-# Say in one line why pip failed: no network, or the last error that it named.
+# Say in one line why pip failed: no network, or its last error.
 hw3_pip_failed() {
     local log=$1 reason
     if grep -qE '(NewConnection|ConnectTimeout|NameResolution|Proxy|ReadTimeout)Error|Network is unreachable' "$log"; then
         reason="pip cannot reach the package index (no network?)"
     else
-        reason=$(grep '^ERROR' "$log" | grep -v ResolutionImpossible | tail -n 1) # which only points to a manual
+        reason=$(grep '^ERROR' "$log" | grep -v ResolutionImpossible | tail -n 1) # ResolutionImpossible only points to documentation
         reason=${reason:-$(grep -v '^ *$' "$log" | tail -n 1)}
     fi
     hw3_say "installing failed: ${reason:-pip said nothing} (all of it: $log)"
@@ -102,7 +102,7 @@ hw3_setup() {
     fi
     for name in "$@"; do requirements+=(-r "$hw3_root/$name"); done
     log=$hw3_env/hw3-pip.log
-    # From here on the environment is unfinished until pip is done.
+    # The environment is incomplete from here until pip is done.
     if ! { rm -f "$stamp" && : >"$log"; } 2>/dev/null; then
         hw3_say "cannot write to the environment $hw3_env"
         return 2

@@ -1,10 +1,10 @@
-"""Is one set of captions really better than another? The paired bootstrap over images.
+"""Test whether one set of captions is better than another: the paired bootstrap over images.
 
-    difference = paired_bootstrap(scores_a - scores_b)      # of a metric that is a mean over images
+    difference = paired_bootstrap(scores_a - scores_b)      # for a metric that is a mean over images
     difference.value, difference.low, difference.high, difference.p
 
-Koehn 2004, "Statistical significance tests for machine translation evaluation". Images are drawn with replacement; the
-captions of both systems go with them. CIDEr's word weights stay those of all images.
+Koehn 2004, "Statistical significance tests for machine translation evaluation". Images are sampled with replacement, together
+with both systems' captions. CIDEr's document frequencies remain those of all images.
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ BLEU = "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"
 
 @dataclass
 class Difference:
-    """A difference of two scores, its 95% interval, and the two-sided p-value of there being none."""
+    """A difference of two scores, its 95% interval, and the two-sided p-value for no difference."""
 
     value: float
     low: float
@@ -28,16 +28,16 @@ class Difference:
     @classmethod
     def of_draws(cls, value, draws):
         low, high = np.quantile(draws, [0.025, 0.975])
-        # How often the draws, moved to where there is no difference, lie as far out as the difference itself.
+        # p: the fraction of draws, centred at 0, that are at least as far from 0 as the difference.
         extreme = (np.abs(draws - draws.mean()) >= abs(value) - 1e-12).sum()
         return cls(float(value), float(low), float(high), float((extreme + 1) / (len(draws) + 1)))
 
 
 def resampled_sums(columns, draws=DRAWS, seed=0):
-    """Sums of each column over images drawn with replacement, as many as there are: (images, m) -> (draws, m)"""
+    """Sums of each column over bootstrap samples of the images: (images, m) -> (draws, m)"""
     random = np.random.default_rng(seed)
     images = len(columns)
-    counts = np.empty((max(1, min(draws, 2**22 // images)), images))  # 32 MiB, or a single draw
+    counts = np.empty((max(1, min(draws, 2**22 // images)), images))  # at most 32 MiB, or a single draw
     sums = np.empty((draws, columns.shape[1]))
     for start in range(0, draws, len(counts)):
         part = counts[:draws - start]
@@ -48,16 +48,16 @@ def resampled_sums(columns, draws=DRAWS, seed=0):
 
 
 def paired_bootstrap(differences, draws=DRAWS, seed=0):
-    """Difference of a metric that is a mean over images, from the images' differences (n,)."""
+    """The Difference of a metric that is a mean over images, from the differences of each image (n,)."""
     differences = np.asarray(differences, np.float64)
     return Difference.of_draws(differences.mean(), resampled_sums(differences[:, None], draws, seed)[:, 0] / len(differences))
 
 
 def bleu_statistics(references, candidates, longest=4):
-    """What corpus BLEU is computed from, for each image: (n, 10)
+    """Each image's sufficient statistics for corpus BLEU: (n, 10)
 
-    Matched and all n-grams of the candidate for n = 1 … 4, its length, and the closest length of a reference.
-    Tokenized captions {key: [captions]}, {key: [caption]}.
+    Numbers of matched and of all n-grams of the candidate for n = 1 … 4, its length, and the closest reference's length.
+    Takes tokenized captions {key: [captions]}, {key: [caption]}.
     """
     rows = []
     for key, group in references.items():
@@ -73,7 +73,7 @@ def bleu_statistics(references, candidates, longest=4):
 
 
 def corpus_bleu(totals):
-    """Sums of bleu_statistics (…, 10) -> BLEU-1 … BLEU-4 (…, 4), as pycocoevalcap has them."""
+    """Sums of bleu_statistics (…, 10) -> BLEU-1 … BLEU-4 (…, 4), as pycocoevalcap computes them."""
     totals = np.asarray(totals, np.float64)
     precisions = (totals[..., 0:8:2] + 1e-15) / (totals[..., 1:8:2] + 1e-9)
     bleu = np.cumprod(precisions, -1) ** (1 / np.arange(1, 5))
@@ -82,9 +82,9 @@ def corpus_bleu(totals):
 
 
 def compare(ours, other, bleu_ours=None, bleu_other=None, draws=DRAWS, seed=0):
-    """Differences of all metrics: {name: scores of the images} of two systems -> {name: Difference}, in the order of `ours`.
+    """Differences of two systems: {metric: scores of the images} of each -> {metric: Difference}, in the order of `ours`.
 
-    BLEU's come from the n-gram counts (bleu_statistics) where they are given, all others are means over images.
+    BLEU is that of the corpus if its statistics (bleu_statistics) are given; all other metrics are means over images.
     """
     means = [name for name in ours if name in other and not (bleu_ours is not None and name in BLEU)]
     columns = [np.asarray(ours[name], np.float64) - other[name] for name in means]

@@ -1,4 +1,4 @@
-"""GPT-2's byte-level BPE (Radford et al. 2019), from `encoder.json` and `vocab.bpe` on the `tokenizers` library."""
+"""GPT-2's byte-level BPE (Radford et al. 2019), from `encoder.json` and `vocab.bpe`, by the `tokenizers` library."""
 
 from functools import cache
 from operator import index
@@ -10,7 +10,7 @@ from tokenizers.models import BPE
 from cli import UserError
 from files import read_json
 
-END_OF_TEXT = 50256  # starts and ends a caption, pads the input
+END_OF_TEXT = 50256  # start and end of a caption, and padding
 SPECIAL = "<|endoftext|>"
 VOCAB_SIZE = 50257
 
@@ -23,7 +23,7 @@ class BPETokenizer:
         encoder_file=Path(__file__).with_name("encoder.json"),
         vocab_file=Path(__file__).with_name("vocab.bpe"),
     ):
-        """Read the vocabulary (`encoder_file`, token to id) and the merges (`vocab_file`); UserError if either is bad."""
+        """Read the vocabulary (`encoder_file`, token to id) and the merges (`vocab_file`). Raises UserError if either is invalid."""
         self._bpe = read_bpe(encoder_file, vocab_file)
         self.eos_id = END_OF_TEXT
 
@@ -31,10 +31,10 @@ class BPETokenizer:
         return VOCAB_SIZE
 
     def encode(self, text, allowed_special=None):
-        """Token ids of `text`, a list of ints without start or end.
+        """Token ids of `text`, a list of ints without start or end token.
 
-        `<|endoftext|>` in the text is ordinary characters, unless `allowed_special` is "all" or holds it:
-        then it becomes its one id.
+        `<|endoftext|>` in the text is encoded as ordinary characters, or, if `allowed_special` is "all" or contains it,
+        as the special token's id.
         """
         if allowed_special == "all" or SPECIAL in (allowed_special or ()):
             first, *rest = self.encode_batch(text.split(SPECIAL))
@@ -42,27 +42,27 @@ class BPETokenizer:
         return self._bpe.encode(well_formed(text)).ids
 
     def encode_batch(self, texts):
-        """`[encode(text) for text in texts]`, on all cores."""
+        """`[encode(text) for text in texts]`, in parallel."""
         return [encoding.ids for encoding in self._bpe.encode_batch_fast([well_formed(text) for text in texts])]
 
     def decode(self, tokens):
         """The text of `tokens`, a list, array or tensor of ids (T,). Bytes that are not UTF-8 become U+FFFD.
 
-        ValueError for anything but whole numbers from 0 to 50256.
+        Raises ValueError for anything but integers from 0 to 50256.
         """
         try:
             tokens = [index(token) for token in (tokens.tolist() if hasattr(tokens, "tolist") else tokens)]
         except TypeError:
             raise ValueError(f"decode takes one flat list of token ids, not {tokens!r}") from None
         for token in tokens:
-            if not 0 <= token < VOCAB_SIZE:  # the library would skip it in silence
+            if not 0 <= token < VOCAB_SIZE:  # the library would skip it silently
                 raise ValueError(f"{token} is no token id: they run from 0 to {VOCAB_SIZE - 1}")
         return self._bpe.decode(tokens, skip_special_tokens=False)
 
 
 @cache
 def read_bpe(encoder_file, vocab_file):
-    """The library's tokenizer of these two files, which takes a while to read, once for all. UserError if either is bad."""
+    """The library's tokenizer from these two files, cached since reading takes a while. Raises UserError if either is invalid."""
     vocab = read_json(encoder_file, "tokenizer file")
     try:
         lines = Path(vocab_file).read_text(encoding="utf-8").split("\n")
@@ -71,13 +71,13 @@ def read_bpe(encoder_file, vocab_file):
         raise UserError(f"the tokenizer file {vocab_file} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the tokenizer file {vocab_file}: {error}") from None
-    # A shortened list of merges would load and quietly give other ids, so count: bytes, merges, end of text.
+    # A truncated list of merges would load and silently give other ids, so check the count: bytes, merges, end of text.
     whole = isinstance(vocab, dict) and len(vocab) == VOCAB_SIZE and vocab.get(SPECIAL) == END_OF_TEXT
     if not whole or 256 + len(merges) + 1 != VOCAB_SIZE:
         raise UserError(f"{encoder_file} and {vocab_file} are not GPT-2's vocabulary and merges")
     try:
         bpe = Tokenizer(BPE(vocab, merges))
-    except Exception as error:  # what the library raises
+    except Exception as error:  # the library raises no narrower type
         raise UserError(f"{encoder_file} and {vocab_file} do not fit together: {error}") from None
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -85,5 +85,5 @@ def read_bpe(encoder_file, vocab_file):
 
 
 def well_formed(text):
-    """`text` with half surrogate pairs, which JSON can hold and UTF-8 cannot, as U+FFFD: tiktoken does the same."""
+    """`text` with lone surrogates, which JSON allows but UTF-8 does not, replaced by U+FFFD, as in tiktoken."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

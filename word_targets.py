@@ -1,9 +1,8 @@
-"""Teach image tokens to be like the words of captions, before a language model reads them.
+"""Initialise a projection so that its image tokens resemble the embeddings of the captions' words.
 
-A language model knows its own words' embeddings, and a projection that begins at random takes thousands of its passes to find them. This
-finds them without one pass: the tokens of a picture, as directions among the embeddings of words, are to make the words of its
-captions likely, each word through whichever tokens show it (multiple instance learning, as Fang et al. 2015, arXiv:1411.4952, learn
-words of regions from captions).
+Through a language model's loss, a random projection needs thousands of the model's forward passes to reach its word embeddings. This
+loss needs none: by their cosines with word embeddings, a picture's tokens predict the words of its captions, and each word needs only
+some tokens that show it (multiple instance learning, as Fang et al. 2015, arXiv:1411.4952, learn words of regions from captions).
 """
 
 import re
@@ -15,12 +14,12 @@ import torch.nn.functional as F
 from attention import STOP_WORDS
 from dataset import clean_captions
 
-LEAST = 3  # times that a word must be there
-SCALE = 25.0  # of the cosines between image tokens and words
+LEAST = 3  # fewest occurrences of a word
+SCALE = 25.0  # factor from cosines between image tokens and words to logits
 
 
 class WordTargets:
-    """The words of pictures' captions as tokens of a language model, and the loss of image tokens that are to be like them.
+    """The words of pictures' captions as tokens of a language model, and a loss that makes image tokens similar to them.
 
     Args:
         images: CaptionedImages. tokenizer: of the language model. embedding: its input embedding.
@@ -30,7 +29,7 @@ class WordTargets:
         rows = [[word for text in clean_captions(image) for word in re.findall(r"[a-z]+", text.lower()) if word not in STOP_WORDS]
                 for image in images]
         known = {}
-        for word in {word for row in rows for word in row}:  # with the space before it that it has within a text
+        for word in {word for row in rows for word in row}:  # with a leading space, as within a text
             known[word] = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
         counts = [Counter(token for word in row for token in known[word]) for row in rows]
         total = sum(counts, Counter())
@@ -46,7 +45,7 @@ class WordTargets:
         return len(self.tokens)
 
     def shares(self, numbers):
-        """What part of its caption's words each word is, for some pictures: (B, words); rows of zeros where there is none."""
+        """Each word's share of the words in a picture's captions, for some pictures: (B, words); rows of zeros if there are none."""
         found = torch.zeros(len(numbers), len(self))
         for row, number in zip(found, numbers):
             for token, count in self.counts[number].items():
@@ -55,9 +54,9 @@ class WordTargets:
         return found / found.sum(1, keepdim=True).clamp(min=1)
 
     def loss(self, tokens, shares):
-        """Image tokens (B, N, C) and `shares` (B, words) -> the cross-entropy of each picture's words, summed over pictures.
+        """Image tokens (B, N, C) and `shares` (B, words) -> the cross-entropy of the pictures' words, summed over pictures.
 
-        A word's probability is the mean of its probabilities at the N tokens; how common words are is known, and need not be learnt.
+        A word's probability is the mean over the N tokens. A bias gives the words' frequencies, which need not be learned.
         """
         logits = F.normalize(tokens.float(), dim=-1) @ self.words.to(tokens.device).t() * SCALE + self.bias.to(tokens.device)
         mean = logits.log_softmax(-1).logsumexp(1) - torch.tensor(float(tokens.shape[1])).log()

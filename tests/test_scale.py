@@ -148,9 +148,9 @@ def test_two_processes_encode_their_parts_and_stop_together(workplace, every_ste
     run = options(settings(output="checkpoints/two.safetensors", views=8, epochs=1, scst_epochs=0))  # four pictures a batch
     processes = start(*run, processes=2, before=SLOWLY)
     while not [*(workplace / "cache").glob("*.json")]:
-        assert processes[0].poll() is None
+        assert processes[0].is_alive()
         time.sleep(0.02)
-    processes[1].send_signal(signal.SIGTERM)  # to one of them only
+    os.kill(processes[1].pid, signal.SIGTERM)  # to one of them only
     out, _ = finish(processes)
     assert out.count("stopped in encoding after ") == 1 and "encoded" not in out
     first = int(out.split("stopped in encoding after ")[1].split()[0])

@@ -457,8 +457,9 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 vit = ImageEncoder("test_vit", 32, "random")
 features.BLOCK, begin, seen = 1, Path("begin"), []
-encode = vit.forward
-vit.forward = lambda images: (time.sleep(0.1), seen.append(len(images)), encode(images))[-1]
+encode, read = vit.forward, features.read_batches
+vit.forward = lambda images: (time.sleep(0.3), seen.append(len(images)), encode(images))[-1]
+features.read_batches = lambda batches, load, threads, waiting: read(batches, load, 1, 1)  # who reads far ahead would claim all there is
 print("ready", flush=True)
 while not begin.exists():
     time.sleep(0.01)
@@ -481,7 +482,7 @@ def test_runs_that_want_one_cache_share_the_work(vit, photos, tmp_path, killed):
     counts = [int(end[0]) for end in ends if end]
     whole = cache_of(vit, photos, tmp_path / "cache", views=2)
     assert {float(end[1]) for end in ends if end} == {float(sum(part.astype(float).sum() for part in whole.data))}
-    assert len(counts) == 1 and counts[0] >= 2 if killed else sum(counts) == 14 and min(counts) >= 4
+    assert len(counts) == 1 and counts[0] >= 2 if killed else sum(counts) == 14 and min(counts) >= 2
     other = cache_of(vit, photos, tmp_path / "other", views=2)
     np.testing.assert_allclose(whole.data, other.data, atol=4e-3, rtol=2e-3)
 

@@ -62,13 +62,13 @@ def test_taus_are_those_of_the_definitions():
     assert taus([1, 2, 3], [("", "", [1.0]), ("", "", [2.0]), ("", "", [4.0])]) == pytest.approx({"tau-b": 1, "tau-c": 1})
 
 
-def test_a_metric_that_sees_what_people_see_agrees_with_them(flickr):
+def test_a_metric_that_sees_what_people_see_agrees_with_them(flickr, without_meteor):
     captions = read_captions(flickr / "Flickr8k.token.txt")
     found = judge(read_judgements(flickr, "crowdflower", captions), captions)
     assert found["CIDEr"]["tau-b"] > 0.8 and found["BLEU-1"]["tau-b"] > 0.8
 
 
-def test_the_script_writes_both_sets(flickr, monkeypatch, capsys):
+def test_the_script_writes_both_sets(flickr, monkeypatch, capsys, without_meteor):
     monkeypatch.setattr(sys, "argv", ["judgements.py", str(flickr), "--results", str(flickr / "out.json")])
     judgements.main()
     found = json.loads((flickr / "out.json").read_text())
@@ -76,7 +76,7 @@ def test_the_script_writes_both_sets(flickr, monkeypatch, capsys):
     assert "tau-c" in capsys.readouterr().out and found["expert"]["metrics"]["CIDEr"]["tau-c"] > 0.5
 
 
-def test_the_images_are_looked_at_once_each(flickr):
+def test_the_images_are_looked_at_once_each(flickr, without_meteor):
     class Clip:
         names = ["ImageTextScore"]
 

@@ -162,7 +162,7 @@ class EncoderTrainer:
         with self.average.in_place():
             for file, part in zip(self.files, getattr(self.clip.encoder, "parts", [self.clip.encoder])):
                 write_encoder(file, part, asdict(settings))
-        self.run.finish([*LOSSES, *(f"selection {name}" for name in (*LOSSES, "text to image@1"))])
+        self.run.finish([*LOSSES, "selection text to image@1"])
         return self.run.progress["history"]
 
     def step(self, step):
@@ -195,7 +195,7 @@ class EncoderTrainer:
         """{loss: its value}.
 
         Args:
-            images: float (B, 3, S, S), from 0 to 255. numbers: (B,), their indices. drawn: indices of each one's captions to use.
+            images: float (B, 3, S, S), from 0 to 255. numbers: (B,), of training pictures. drawn: indices of each one's captions to use.
         """
         features = self.clip.encoder(images).float()  # (B, N, D)
         owners = torch.tensor([place for place, some in enumerate(drawn) for _ in some], device=self.device)
@@ -203,8 +203,8 @@ class EncoderTrainer:
         seen, read = self.embed_images(features, dropout), self.embed_texts(captions, dropout / 5)
         with torch.autocast(self.device, enabled=False):  # half precision is too coarse for a scale of 100
             contrast = multi_positive_loss(seen.float(), read.float(), owners, self.clip.log_scale.exp())
-        rows = [[self.data.rows[number][k] for k in some.tolist()] if number < len(self.images) else [] for number, some in zip(numbers, drawn)]
-        most = max(1, *map(len, rows))
+        rows = [[self.data.rows[number][k] for k in some.tolist()] for number, some in zip(numbers, drawn)]
+        most = max(map(len, rows))
         tokens, targets = collate([row for of_one in rows for row in of_one + [[]] * (most - len(of_one))])
         caption = self.captioner.loss(features, tokens.to(self.device), targets.to(self.device))
         with torch.no_grad():
@@ -228,7 +228,6 @@ class EncoderTrainer:
         numbers = torch.arange(len(self.images), len(self.images) + len(self.selection))
         if len(numbers):
             with self.average.in_place(), autocast(self.device):
-                self.captioner.eval()
                 features = [self.clip.encoder(part.to(self.device)).float() for part in self.selection_pixels.split(BATCH)]
                 images = torch.cat([self.embed_images(part) for part in features])
                 before = torch.cat([self.teacher.class_probabilities(self.teacher(part.to(self.device)).float())
@@ -236,7 +235,6 @@ class EncoderTrainer:
                 now = torch.cat([self.clip.encoder.class_probabilities(part) for part in features])
                 texts = torch.cat([self.embed_texts(part) for part in torch.arange(
                     int(self.starts[numbers[0]]), int(self.starts[-1])).split(BATCH)])
-                self.captioner.train()
             owners = torch.arange(len(numbers)).repeat_interleave(torch.tensor(self.counts(numbers)))
             entry["same class"] = (before.argmax(-1) == now.argmax(-1)).float().mean().item()
             entry |= {f"{way}@{k}": value for way, found in Ranks.of((texts @ images.t()).float().cpu(), owners).recalls().items()

@@ -101,6 +101,14 @@ class Folder:
         return [image.path for image in self.images]
 
 
+def read_folders(paths, selection):
+    """A Folder for each path. `selection`: how many images each holds out, one number for all or one per folder. Raises UserError if
+    there are others."""
+    if not paths or len(selection) not in (1, len(paths)) or min(selection) < 0:
+        raise UserError("--selection is one number for every folder of --data, or one for each, at least 0")
+    return [Folder(path, count) for path, count in zip(paths, selection * (len(paths) if len(selection) == 1 else 1))]
+
+
 class Mixture:
     """Images of several folders: those to train on, those to select on, and how many of each make an epoch.
 
@@ -112,7 +120,7 @@ class Mixture:
     """
 
     def __init__(self, paths, selection=(0,), weights=()):
-        self.folders = [Folder(path, kept) for path, kept in zip(paths, selection * (len(paths) if len(selection) == 1 else 1))]
+        self.folders = read_folders(paths, selection)
         self.images = [image for folder in self.folders for image in folder.images[:folder.train]]
         self.selection = [image for folder in self.folders for image in folder.images[folder.train:]]
         self.without_captions = sum(folder.without_captions for folder in self.folders)

@@ -91,8 +91,6 @@ class Settings:
         if not self.data or len(self.data_weights) not in (0, len(self.data)) or not all(
                 0 < weight < math.inf for weight in self.data_weights):
             raise UserError("--data names at least one folder, --data_weights none or one number above 0 for each")
-        if len(self.selection) not in (1, len(self.data)):
-            raise UserError("--selection is one number for every folder of --data, or one for each")
         check_settings(self, ("batch_size", "text_batch_size", "accumulation", "views", "max_tokens"), ("label_smoothing", "average"))
         if self.learning_rate <= 0:
             raise UserError("--learning_rate must be above 0")

@@ -29,6 +29,7 @@ embeddings of the held-out part (cross-fitting, as in stacking: Wolpert 1992). p
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +39,13 @@ import torch.nn.functional as F
 from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options
 from clip_data import Pictures, VirtualPictures, joined, partial_sentences, sample_of
 from clip_small import SMALL_WEIGHTS, USUAL, ClipConfig, ClipSmall, Folds, ImageHead, Summary, TextEncoder, keep_loss, multi_positive_loss
-from dataset import Folder, clean_captions
+from dataset import clean_captions, read_folders
 from devices import Processes, pick_device
 from features import FeatureCache
 from files import fingerprints, read_lines
 from retrieval import Ranks
 from runtime import RUNTIME_HELP, pick_runtime
-from training import Interruption, MovingAverage, Run, adamw, comparable, cosine, prepare_output
+from training import Interruption, MovingAverage, Run, adamw, bound_scale, comparable, cosine, epoch_order, prepare_output, step_generator
 
 TEXTS = 128  # batch size of sentences in the trained layers
 PHRASES = ("{}", "a photo of a {}", "a picture of a {}", "a {} in the picture", "there is a {}", "a close up of a {}",
@@ -82,13 +83,9 @@ class Settings:
     def __post_init__(self):
         self.data, self.text = tuple(map(str, self.data)), tuple(map(str, self.text))
         self.selection = tuple(map(int, self.selection))
-        if len(self.selection) == 1:
-            self.selection *= len(self.data)
         check_settings(self, ("batch_size", "views", "captions", "epochs"), ("warmup", "average", "dropout", "text_dropout"))
         if self.folds == 1:
             raise UserError("--folds must be at least 2: a head learns from the other parts")
-        if not self.data or len(self.selection) != len(self.data) or min(self.selection) < 0:
-            raise UserError("--selection takes one number for all folders of --data, or one for each, at least 0")
         if min(self.learning_rate, self.text_learning_rate) <= 0:
             raise UserError("the learning rates must be above 0")
 
@@ -102,7 +99,7 @@ class ClipTrainer:
     def __init__(self, config, settings, device=None):
         self.config, self.settings, self.device, self.begun = config, settings, device or pick_device(), time.monotonic()
         self.state_file = prepare_output(settings.output)
-        self.folders = [Folder(folder, selection) for folder, selection in zip(settings.data, settings.selection)]
+        self.folders = read_folders(settings.data, settings.selection)
         extra = [line.strip() for file in settings.text for line in read_lines(file)]
         torch.manual_seed(settings.seed)
         encoder = config.load_encoder(runtime=pick_runtime(settings.runtime, self.device), device=self.device).to(self.device)
@@ -156,7 +153,7 @@ class ClipTrainer:
         same = comparable(settings, "max_hours", "cache", "runtime") | comparable(self.config) | {
             "number of pictures": len(self.pictures), "number of captions": len(self.sentences)}
         self.run = Run(self.state_file, same, parameters, self.optimizer, average=self.average, processes=Processes(self.device),
-                       clip=settings.clip, after=self.bound_scale, max_hours=settings.max_hours, since=self.begun,
+                       clip=settings.clip, after=partial(bound_scale, self.model.log_scale), max_hours=settings.max_hours, since=self.begun,
                        log=Path(settings.output).with_suffix(".jsonl"), first={"history": []})
         self.progress = self.run.progress
 
@@ -183,18 +180,12 @@ class ClipTrainer:
         """One update; all randomness depends only on the seed and the step."""
         settings = self.settings
         epoch, place = divmod(step, self.steps)
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch))
+        order = epoch_order(len(self.train), settings.seed, epoch)
         numbers = torch.tensor(self.train)[order[place * settings.batch_size:][:settings.batch_size]]
-        generator = torch.Generator().manual_seed((settings.seed << 32) + step)
-        torch.manual_seed((settings.seed << 32) + step)  # dropout
-        losses = self.losses(numbers, generator)
+        losses = self.losses(numbers, step_generator(settings.seed, step))
         sum(weight * loss for weight, loss in losses.values()).backward()
         warmup = max(1, int(settings.warmup * total))
         self.run.update(settings.learning_rate * cosine(step, total, warmup), **{name: loss.item() for name, (_, loss) in losses.items()})
-
-    @torch.no_grad()
-    def bound_scale(self):
-        self.model.log_scale.clamp_(max=math.log(100))  # as CLIP's
 
     def losses(self, numbers, generator):
         """{loss: (its weight, its value)} for these pictures."""

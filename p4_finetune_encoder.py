@@ -25,6 +25,7 @@ Shapes: B pictures, M captions, S pixels a side, N patches, D the encoder's widt
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ from encoder import CLASSIFIER, EMBEDDED, TUNED, load_encoder
 from files import write_whole
 from retrieval import Ranks
 from tokenizer import BPETokenizer
-from training import MovingAverage, Run, adamw, comparable, cosine, prepare_output
+from training import MovingAverage, Run, adamw, bound_scale, comparable, cosine, epoch_order, prepare_output, step_generator
 from vit_student import crop, jitter, read_pixels
 
 BATCH = 64  # pictures, or captions, in a batch at evaluation
@@ -77,8 +78,6 @@ class Settings:
     def __post_init__(self):
         self.data, self.selection = tuple(map(str, self.data)), tuple(map(int, self.selection))
         check_settings(self, ("epochs", "batch_size", "captions"), ("warmup", "average"))
-        if len(self.selection) not in (1, len(self.data)) or min(self.selection) < 0:
-            raise UserError("--selection is one number for every folder of --data, or one for each, at least 0")
         if min(self.learning_rate, self.encoder_learning_rate) <= 0:
             raise UserError("the learning rates must be above 0")
         if not self.contrast + self.caption:
@@ -139,12 +138,8 @@ class EncoderTrainer:
         same = comparable(settings, "max_hours", "cache") | {
             "training images": data_digest(self.images), "encoder's weights": self.teacher.weights_hash}
         self.run = Run(self.state_file, same, parameters | usual, self.optimizer, average=self.average, processes=Processes(self.device),
-                       after=self.bound_scale, max_hours=settings.max_hours,
+                       after=partial(bound_scale, self.clip.log_scale), max_hours=settings.max_hours,
                        log=self.state_file.with_name("finetune_encoder.jsonl"), first={"history": []})
-
-    @torch.no_grad()
-    def bound_scale(self):
-        self.clip.log_scale.clamp_(max=math.log(100))  # as CLIP's
 
     def fit(self):
         """Train to the end and return the metrics of each epoch; None if interrupted, ready to resume."""
@@ -171,10 +166,8 @@ class EncoderTrainer:
         epoch, place = divmod(step, self.steps)
         for weight in self.weights.values():
             weight.requires_grad_(epoch >= settings.head_epochs)
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch))
-        numbers = order[place * settings.batch_size:][:settings.batch_size]
-        generator = torch.Generator().manual_seed((settings.seed << 32) + step)
-        torch.manual_seed((settings.seed << 32) + step)  # dropout
+        numbers = epoch_order(len(self.images), settings.seed, epoch)[place * settings.batch_size:][:settings.batch_size]
+        generator = step_generator(settings.seed, step)
         pixels = self.pixels[numbers.to(self.device)]
         with autocast(self.device):
             images = jitter(crop(pixels, pixels.shape[-1], generator, SMALLEST), generator)

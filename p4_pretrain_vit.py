@@ -19,7 +19,6 @@ Shapes: B pictures, S pixels a side, N patches, D the teacher's width.
 """
 
 import itertools
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,7 @@ from features import FeatureCache
 from images import list_images
 from retrieval import recalls
 from tokenizer import END_OF_TEXT, BPETokenizer
-from training import Interruption, MovingAverage, Run, comparable, cosine, prepare_output
+from training import Interruption, MovingAverage, Run, bound_scale, comparable, cosine, epoch_order, prepare_output, step_generator
 from vit_student import CROP_PIXELS, LOSSES, Standardizer, Student, crop, distillation_loss, embed, jitter, parameter_groups, read_pixels, resize
 
 TEACHER = "tf_efficientnet_lite2"
@@ -162,7 +161,7 @@ class VitTrainer:
         parameters = dict(self.student.named_parameters()) | {f"captioner.{name}": value for name, value in parts.items()}
         same = comparable(settings, "max_hours", "cache") | {"number of pictures": self.count}
         self.run = Run(self.state_file, same, parameters, self.optimizer, average=self.average, processes=Processes(self.device),
-                       clip=settings.clip, after=self.bound_scale, max_hours=settings.max_hours,
+                       clip=settings.clip, after=partial(bound_scale, self.student.log_scale), max_hours=settings.max_hours,
                        log=Path(settings.output).with_suffix(".jsonl"), first={"history": []})
         self.progress = self.run.progress
 
@@ -201,17 +200,11 @@ class VitTrainer:
         """One update. All randomness depends only on the seed and the step."""
         settings, step = self.settings, self.progress["step"]
         epoch, place = divmod(step, self.epoch_steps)
-        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch))
-        indices = order[place * settings.batch_size:][:settings.batch_size]
-        torch.manual_seed((settings.seed << 32) + step)  # dropout in the captioner
-        losses = self.losses(indices, torch.Generator().manual_seed((settings.seed << 32) + step))
+        indices = epoch_order(self.count, settings.seed, epoch)[place * settings.batch_size:][:settings.batch_size]
+        losses = self.losses(indices, step_generator(settings.seed, step))
         sum(getattr(settings, name) * loss for name, loss in losses.items()).backward()
         warmup = max(1, round(settings.warmup * self.total))
         self.run.update(settings.learning_rate * cosine(step, self.total, warmup), **{name: loss.item() for name, loss in losses.items()})
-
-    @torch.no_grad()
-    def bound_scale(self):
-        self.student.log_scale.clamp_(max=math.log(100))  # as CLIP's
 
     def losses(self, indices, generator):
         """{loss: its value} for these pictures."""

@@ -307,6 +307,23 @@ def step_optimizer(optimizer, learning_rate, clip, scaler=None):
     return norm
 
 
+def epoch_order(count, seed, epoch):
+    """The order (count,) in which an epoch visits its examples; it depends only on the seed and the epoch."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def step_generator(seed, step):
+    """A generator for what a step draws; PyTorch's own, which dropout uses, gets the same seed."""
+    torch.manual_seed((seed << 32) + step)
+    return torch.Generator().manual_seed((seed << 32) + step)
+
+
+@torch.no_grad()
+def bound_scale(log_scale):
+    """Clamp a learned temperature's logarithm in place: similarities are multiplied by 100 at most (CLIP)."""
+    log_scale.clamp_(max=math.log(100))
+
+
 def check_finite(value, what):
     """Return the value, a loss or a gradient's norm. Raises UserError if it is not finite."""
     if not math.isfinite(value):

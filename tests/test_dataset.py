@@ -19,7 +19,7 @@ import devices
 import features
 import images
 from cli import Stopped, UserError
-from dataset import CaptionedImage, bucketed_batches, clean_caption, collate, read_captions, write_subset
+from dataset import CaptionedImage, bucketed_batches, clean_caption, collate, read_captions, read_folders, write_subset
 from encoder import ImageEncoder, JoinedEncoder, load_encoder, without_batch_norm
 from features import FeatureCache, LiveFeatures, make_view
 from images import ImageError, list_images, load_ahead, load_image
@@ -294,6 +294,25 @@ def test_a_subset_is_the_first_images_with_their_captions(tmp_path):
         write_subset(tmp_path, tmp_path / "new", 1)
         (image,) = read_captions(tmp_path / "new" / "train.json", tmp_path / "new" / "images" / "train")
         assert image.path.name == "b.jpg" and image.captions == ["two", "zwei"]
+
+
+@pytest.mark.parametrize("selection, held_out", [((1,), ["a.jpg", "a.jpg"]), ((0, 1), ["a.jpg"]), ((0,), [])])
+def test_each_folder_holds_out_its_last_images(tmp_path, selection, held_out):
+    (tmp_path / "images").mkdir()
+    touch(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "images" / "train").symlink_to(tmp_path)
+    captions_file(tmp_path, COCO).rename(tmp_path / "train.json")
+    folders = read_folders([tmp_path, tmp_path], selection)
+    assert [image.path.name for folder in folders for image in folder.images[folder.train:]] == held_out
+    assert [image.path.name for folder in folders for image in folder.images[:folder.train]][0] == "b.jpg"
+    with pytest.raises(UserError, match="cannot be split"):
+        read_folders([tmp_path], (2,))
+
+
+@pytest.mark.parametrize("paths, selection", [([], (1,)), (["data"], (1, 1)), (["a", "b"], (1, 1, 1)), (["data"], (-1,))])
+def test_counts_of_held_out_images_that_do_not_fit_are_refused(paths, selection):
+    with pytest.raises(UserError, match="--selection is one number"):
+        read_folders(paths, selection)
 
 
 def test_missing_captions_and_images_are_refused(tmp_path):

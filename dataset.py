@@ -104,8 +104,8 @@ class Folder:
 def read_folders(paths, selection):
     """A Folder for each path. `selection`: how many images each holds out, one number for all or one per folder. Raises UserError if
     there are others."""
-    if not paths or len(selection) not in (1, len(paths)) or min(selection) < 0:
-        raise UserError("--selection is one number for every folder of --data, or one for each, at least 0")
+    if not paths or len(selection) not in (1, len(paths)):
+        raise UserError("--selection is one number for every folder of --data, or one for each")
     return [Folder(path, count) for path, count in zip(paths, selection * (len(paths) if len(selection) == 1 else 1))]
 
 

@@ -309,7 +309,7 @@ def test_each_folder_holds_out_its_last_images(tmp_path, selection, held_out):
         read_folders([tmp_path], (2,))
 
 
-@pytest.mark.parametrize("paths, selection", [([], (1,)), (["data"], (1, 1)), (["a", "b"], (1, 1, 1)), (["data"], (-1,))])
+@pytest.mark.parametrize("paths, selection", [([], (1,)), (["data"], (1, 1)), (["a", "b"], (1, 1, 1))])
 def test_counts_of_held_out_images_that_do_not_fit_are_refused(paths, selection):
     with pytest.raises(UserError, match="--selection is one number"):
         read_folders(paths, selection)

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import act, forge
 from PIL import Image
 
 import devices
@@ -467,9 +465,8 @@ def test_unreadable_training_images_are_all_named_at_once(vit, photos, tmp_path)
 
 
 SHARING = """
-import sys, time
+import time
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
 import features, torch
 from encoder import ImageEncoder
 torch.set_num_threads(1)
@@ -488,19 +485,29 @@ print(sum(seen), float(sum(part.astype(float).sum() for part in cache.data)), fl
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["both to the end", "one killed"])
-def test_runs_that_want_one_cache_share_the_work(vit, photos, tmp_path, killed):
+def test_runs_that_want_one_cache_share_the_work(vit, photos, tmp_path, monkeypatch, killed):
     """One picture a batch, and a batch a block. What a killed one had claimed, the other encodes."""
-    runs = [subprocess.Popen([sys.executable, "-c", SHARING, str(ROOT)], cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [run.stdout.readline() for run in runs] == ["ready\n"] * 2
-    (tmp_path / "begin").touch()
+    monkeypatch.chdir(tmp_path)
+    outputs = [[Path(f"{number}.out"), Path(f"{number}.err")] for number in range(2)]
+    runs = [forge().Process(target=act, args=(SHARING, [], {}, files)) for files in outputs]
+    for run in runs:
+        run.start()
+    while not all(out.exists() and out.read_text() for out, _ in outputs):
+        assert all(run.is_alive() for run in runs)
+        time.sleep(0.01)
+    Path("begin").touch()
     if killed:
-        while not (tmp_path / "cache").exists() or not [*(tmp_path / "cache").glob("*.json")]:
+        while not [*Path("cache").glob("*.json")]:
             time.sleep(0.01)
         runs[0].kill()
-    ends = [run.communicate(timeout=120)[0].split() for run in runs]
-    counts = [int(end[0]) for end in ends if end]
+    for run in runs:
+        run.join(timeout=120)
+    assert [run.exitcode for run in runs] == [-9 if killed else 0, 0]
+    ends = [out.read_text().split() for out, _ in outputs]
+    assert [end[0] for end in ends] == ["ready"] * 2
+    counts = [int(end[1]) for end in ends if end[1:]]
     whole = cache_of(vit, photos, tmp_path / "cache", views=2)
-    assert {float(end[1]) for end in ends if end} == {float(sum(part.astype(float).sum() for part in whole.data))}
+    assert {float(end[2]) for end in ends if end[1:]} == {float(sum(part.astype(float).sum() for part in whole.data))}
     assert len(counts) == 1 and counts[0] >= 2 if killed else sum(counts) == 14 and min(counts) >= 2
     other = cache_of(vit, photos, tmp_path / "other", views=2)
     np.testing.assert_allclose(whole.data, other.data, atol=4e-3, rtol=2e-3)

@@ -183,7 +183,7 @@ def references(results):
         ["small LLaVA", "the same", "the same", f"Flickr8k, {ours['flickr8k']['images']:,}", f"{llava['flickr8k']['CIDEr']:.3f}", unscored],
         ["first captioner", "CNNs, small GPT-2", "Flickr8k", f"COCO, {ours['coco']['images']}",
          f"{history['first model']['coco']['CIDEr']:.3f}", unscored],
-        ["look-up", "our CLIP, no decoder", "Flickr8k, COCO", f"COCO, {ours['coco']['images']}",
+        ["retrieval baseline", "our CLIP, no decoder", "Flickr8k, COCO", f"COCO, {ours['coco']['images']}",
          f"{history['look-up']['coco']['CIDEr']:.3f}", unscored],
         ["LLaVA-1.5-7B", "CLIP ViT-L, Vicuna", "as published", "", unscored, unscored],
     ]
@@ -234,7 +234,7 @@ def llava(results):
         ["the same, COCO's 500", "", f"{now['coco']['CIDEr']:.3f}"],
         [f"{questions['questions']} questions that follow from captions, exact answers", f"{found['derived questions']['before']:.3f}",
          f"{questions['accuracy']['all']['own picture']:.3f}"],
-        [f"COCO's {people['questions']} questions of people, VQA accuracy", "", f"{people['scores']['own picture']:.3f}"],
+        [f"COCO's {people['questions']} human questions, VQA accuracy", "", f"{people['scores']['own picture']:.3f}"],
         ["images/s, `hw3_1.sh`, the same hour, 32 at a time", f"{was['images a second, 32 at a time']:.1f}", f"{is_now['images a second']:.1f}"],
         ["the same with each one's default", f"{was['images a second, its default of 8']:.1f} (8 at a time)",
          f"{is_now['images a second']:.1f} (32)"],
@@ -259,7 +259,7 @@ def instructions(results):
 def generation(results):
     def title(name, entry):
         if entry["temperature"]:
-            return f"drawn, temperature {entry['temperature']}, the likeliest {entry['top_p']:.0%} of probability"
+            return f"sampling, temperature {entry['temperature']}, top-p {entry['top_p']}"
         return f"{entry['num_beams']} beams" if entry["num_beams"] > 1 else "greedy"
 
     return settings(results["llava_generation"], "generation", lambda name, entry: title(name, entry), {"flickr8k": "Flickr8k's first 200"})
@@ -269,17 +269,18 @@ def own_layers(results):
     found = results["llava"]["own layers"]
     names = ["CIDEr, Flickr8k", "CIDEr, COCO", "derived", "people's"]
     rows = [[str(row["own layers"]), str(row["MB"]), *(f"{row[name]:.3f}" for name in names)] for row in found["rows"]]
-    return Table(["own layers", "trained, MB", "CIDEr, Flickr8k", "CIDEr, COCO", "derived questions", "people's, exact"], rows, found["command"])
+    header = ["own layers", "trained, MB", "CIDEr, Flickr8k", "CIDEr, COCO", "derived questions", "human questions, exact"]
+    return Table(header, rows, found["command"])
 
 
 def people(results):
     found = results["llava_vqa"]
     kinds = ["yes/no", "number", "other"]
-    names = {"own picture": "own picture", "another's picture": "another's picture", "grey picture": "a grey picture",
-             "commonest answer": "the commonest answer of the kind of question"}
+    names = {"own picture": "right image", "another's picture": "another image", "grey picture": "grey image",
+             "commonest answer": "most frequent answer to the kind of question"}
     rows = [[title, f"{found['scores'][name]:.3f}", *(f"{found['answer_kind'][kind][name]:.3f}" for kind in kinds),
              interval(found["differences"][name]) if name in found["differences"] else ""] for name, title in names.items()]
-    return Table(["", "all", *(f"{kind} ({found['answer_kind'][kind]['questions']})" for kind in kinds), "the own picture over it, 95%"], rows,
+    return Table(["", "all", *(f"{kind} ({found['answer_kind'][kind]['questions']})" for kind in kinds), "gain of the right image, 95%"], rows,
                  found["command"])
 
 
@@ -287,7 +288,7 @@ def questions(results):
     found = results["llava_questions"]["accuracy"]
     rows = [[kind, str(entry["questions"]), *(f"{entry[name]:.3f}" for name in ("own picture", "another's picture", "constant"))]
             for kind, entry in found.items()]
-    return Table(["kind", "questions", "own picture", "another's picture", "best constant"], rows,
+    return Table(["kind", "questions", "right image", "another image", "best constant"], rows,
                  "python3 report/ask_llava.py output/questions.json data/images/val")
 
 
@@ -316,7 +317,7 @@ def templates(results):
 
 
 def clip_steps(results):
-    titles = ["statistics of the patches alone", "+ attention over the words, larger batches", "+ attention over patches, class probabilities",
+    titles = ["statistics of the patches", "+ attention over words, larger batches", "+ attention over patches, class probabilities",
               "+ names of classes, two views"]
     rows = []
     for title, found in zip(titles, results["clip_steps"].values()):

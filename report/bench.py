@@ -4,6 +4,7 @@
     python3 report/bench.py <images> --profile
     python3 report/bench.py <images> --growth
     python3 report/bench.py <images> --against <clone at another commit>
+    python3 report/bench.py <images> --int8                            # needs nncf: pip install nncf
     python3 report/bench.py --training data [--steps 20]
 
 Methods on the same images, medians of `--repeats`, each with its images per second and its ratio to the first, the frozen
@@ -16,7 +17,8 @@ encoder, which limits the speed:
   transformers  the eager encoder, and VisionEncoderDecoderModel.generate with a decoder of the same size, as many tokens and beams
 
 `--profile` measures the milliseconds of each stage; `--growth` how the whole command's time and memory grow with pictures, beams and the
-maximum caption length; `--against` runs hw3_2.sh here and in another clone alternately, and compares their captions.
+maximum caption length; `--against` runs hw3_2.sh here and in another clone alternately, and compares their captions; `--int8` compares
+the encoder in OpenVINO with itself, quantised to int8 after training.
 
 And three methods to train the same model, a ViT-Tiny with random weights and a frozen GPT-2 of six layers, with a projection
 and cross-attention between them, in captions per second, without the start:
@@ -30,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -50,7 +53,7 @@ from devices import pick_device
 from encoder import ImageEncoder
 from files import read_json, write_json
 from images import list_images, load_ahead, load_image
-from runtime import pick_runtime
+from runtime import STEP, Network, infer, pick_runtime
 from tokenizer import BPETokenizer
 
 
@@ -232,6 +235,40 @@ def profile(images, settings, runtime, batch_size):
     return {"ms an image": stages, "seconds to help": start, "seconds to load": loading, "search by operation": parts}
 
 
+def int8(images, repeats):
+    """Quantise the encoder with NNCF, calibrated on half of the pictures, and run it and the fp32 network on the others: images per
+    second of both, and the relative error of the features."""
+    try:
+        import nncf
+    except ImportError:
+        raise UserError("--int8 quantises with nncf: pip install nncf") from None
+    import openvino
+
+    with torch.inference_mode():
+        encoder = CaptionerConfig().load_encoder()
+        pictures = torch.stack([encoder.preprocess(load_image(path, encoder.image_size)) for path in images.values()])
+        known, others = pictures.split(-(-len(pictures) // 2))
+        network = Network.trace(encoder, (others[:2],), [[-1, *others.shape[1:]]])
+        calibration = nncf.Dataset([picture[None].numpy() for picture in known])
+        quantized = nncf.quantize(network, calibration, preset=nncf.QuantizationPreset.MIXED, subset_size=len(known))
+    options = {"NUM_STREAMS": torch.get_num_threads(), "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    networks = {name: openvino.Core().compile_model(model, "CPU", options | {"INFERENCE_PRECISION_HINT": "f32"})
+                for name, model in (("fp32", network), ("int8", quantized))}
+    seconds, features = {name: [] for name in networks}, {}
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in range(repeats):
+            for name, compiled in networks.items():
+                taken, parts = timed(lambda: [*pool.map(lambda part: infer(compiled.create_infer_request(), [part]).clone(), others.split(STEP))])
+                seconds[name].append(taken)
+                features[name] = torch.cat(parts)
+    found = {"images": len(others), "calibrated on": len(known), "images per second": {
+        name: len(others) / median(values) for name, values in seconds.items()}}
+    found["times as fast"] = median(seconds["fp32"]) / median(seconds["int8"])
+    found["relative error"] = ((features["int8"] - features["fp32"]).norm() / features["fp32"].norm()).item()
+    print("\n".join(f"{name}: {value}" for name, value in found.items()))
+    return found
+
+
 # ---- training --------------------------------------------------------------------------------------------------
 
 
@@ -350,6 +387,7 @@ def main():
     parser.add_argument("--profile", action="store_true", help="the time of each stage")
     parser.add_argument("--growth", action="store_true", help="time and memory by pictures, beams and maximum caption length")
     parser.add_argument("--against", metavar="CLONE", type=Path, help="compare with hw3_2.sh of another clone")
+    parser.add_argument("--int8", action="store_true", help="the encoder, quantised")
     parser.add_argument("--training", metavar="DATA", type=Path, help="measure training, on this train.json and images/train")
     parser.add_argument("--steps", type=int, default=20, help="of training, 8 images each")
     parser.add_argument("--beam_size", type=int, help="of every search; default: from the embedded model's checkpoint")
@@ -377,6 +415,8 @@ def main():
         elif arguments.against:
             options = [part for name, value in changes.items() for part in (f"--{name}", value)]
             found = against(images, arguments.against, arguments.repeats, options)
+        elif arguments.int8:
+            found = int8(images, arguments.repeats)
         elif arguments.profile:
             found = profile(images, settings, runtime, arguments.batch_size)
         else:

@@ -42,14 +42,16 @@ def derive(results):
     layers = {name: found["most - moved"]["value"] for name, found in results["faithfulness"]["deletion"].items() if name.isdigit()}
     pictures = results["samples"]["p2"]
     models = results["training"]["models"]
-    operations = results["speed"]["profile"]["search by operation"]
+    operations, stages = results["speed"]["profile"]["search by operation"], results["speed"]["profile"]["ms an image"]
+    total, int8 = sum(stages.values()), results["speed_more"]["int8"]["times as fast"]
     return {
         "OpenVINO over eager": ways["encoder"] / ways["eager"],
         "captioning over transformers": ways["captioning"] / ways["transformers"],
         "training over transformers": training["cached"] / training["transformers"],
         "images/s of 1,000": against["images"] / sorted(against["here, seconds"])[1],
         "of the encoder": {name: value / ways["encoder"] for name, value in ways.items()},
-        "ms of a picture": sum(results["speed"]["profile"]["ms an image"].values()),
+        "ms of a picture": total,
+        "captioning with an encoder in int8": total / (total - stages["encoding"] * (1 - 1 / int8)),
         "search by operation, %": {name: 100 * share for name, share in operations.items()},
         "vit_small over its start": encoders["vit_small"]["CIDEr"] - encoders["vit_small_focus"]["CIDEr"],
         "spread of a recall of 0.1 of 1,000": math.sqrt(0.1 * 0.9 / 1000),

@@ -1,5 +1,6 @@
 """Answers of a LLaVA to many pictures: in batches, saved after each, so that an interrupted run can resume."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -48,6 +49,11 @@ class PartFile:
             file.write("".join(f"{json.dumps(entry)}\n" for entry in entries))
 
 
+def digest_of_model(name):
+    """sha256 over the fingerprints of the files in a model's folder; a name on the hub has none."""
+    return hashlib.sha256(json.dumps(fingerprints(sorted(path for path in Path(name).glob("*") if path.is_file()))).encode()).hexdigest()
+
+
 def answer_all(model, asked, settings, output, what, batch_size, description="answering", change=None):
     """Ask about many pictures; answers of an earlier run with the same `what` and batches are kept in `output`.part.
 
@@ -57,7 +63,7 @@ def answer_all(model, asked, settings, output, what, batch_size, description="an
     Returns ({name: answer}, {name: reason} for unreadable pictures).
     """
     names, paths = list(asked), [path for path, _ in asked.values()]
-    part = PartFile(output, what, {name: fingerprint for name, (_, *fingerprint) in zip(names, fingerprints(paths))})
+    part = PartFile(output, what, {name: [*fingerprint, asked[name][1]] for name, (_, *fingerprint) in zip(names, fingerprints(paths))})
     batches = [(start, names[start:start + batch_size]) for start in range(0, len(names), batch_size)]
     batches = [(start, batch) for start, batch in batches if not all(name in part.entries for name in batch)]
 

@@ -59,7 +59,7 @@ class CaptionerConfig(PeftConfig):
     cross_dim: int = option(0, "inner width of cross-attention; 0: the decoder's")
 
     def __post_init__(self):
-        check_settings(self, fractions=("projection_dropout", "patch_dropout", "concept_dropout", "dropout", "lora_dropout"))
+        check_settings(self, ("projection_dim",), fractions=("projection_dropout", "patch_dropout", "concept_dropout", "dropout", "lora_dropout"))
         super().__post_init__()
         if self.concept_source not in CONCEPT_SOURCES:
             raise UserError(f"unknown concept_source {self.concept_source}: choose from {', '.join(CONCEPT_SOURCES)}")
@@ -187,6 +187,9 @@ class Captioner(TextGenerator, nn.Module):
         self.tokenizer = BPETokenizer()
         self.generation = GenerationConfig()  # default settings of the search
         self.words = config.concept_words(encoder)
+        kinds = self.words and len(self.words.nouns if config.concept_source == "clip" else self.words.levels)
+        if config.concepts and config.concepts > kinds:
+            raise UserError(f"concepts is {config.concepts}, but there are only {kinds} to recognise")
         self.register_buffer("concept_vectors", self.vectors_of_concepts(config.concept_source == "clip"), persistent=False)
         token_ids = known if token_ids is None else token_ids[torch.isin(token_ids, known)]
         # The column of each token among those scored; as targets, others are ignored.
@@ -492,7 +495,7 @@ def encode_batch(encoder, device, batch):
     """A batch of load_ahead with features (B, N, D) in place of the images."""
     paths, images, bad = batch
     with torch.autocast("cuda", torch.float16, enabled=device == "cuda"):
-        return paths, None if images is None else encoder(images.to(device)), bad
+        return paths, None if images is None else encoder(images.to(encoder.device)), bad  # "cuda" is GPU 0 in this thread
 
 
 def caption_features(model, features, numbers, generation, embeddings=None):

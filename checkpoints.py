@@ -52,20 +52,20 @@ def start_from(model, checkpoint, decoder_weights):
     known = encoder.first if metadata["model"]["encoder"] == encoder.first.name else encoder
     check_hash(checkpoint, metadata, "encoder", known.weights_hash, known.name)
     if metadata["decoder_hash"] != model.decoder.weights_hash:
-        lines.append(f"{checkpoint} was trained with other decoder weights than {decoder_weights}: a start, and no more")
+        lines.append(f"{checkpoint} was trained with other decoder weights than {decoder_weights}: it is used only as a starting point")
     try:
         state = read_weights(checkpoint, "checkpoint")
         if known is encoder.first and metadata["model"].get("encoder_levels", 1) <= encoder.levels:
             weight = state["projection.input.weight"]
             state["projection.input.weight"] = F.pad(weight, (0, encoder.dim - weight.shape[1]))
             if weight.shape[1] < encoder.dim:
-                lines.append(f"{checkpoint} knows {weight.shape[1]} of the encoder's {encoder.dim} channels: the others count nothing "
-                             "to begin with")
+                lines.append(f"{checkpoint} knows {weight.shape[1]} of the encoder's {encoder.dim} channels: the weights of the others "
+                             "start at zero")
         for part in "concepts", "meaning":
             if not metadata["model"].get(part):
                 state |= {name: value for name, value in model.trained_parameters().items()
                           if name.startswith(f"projection.{part}.")}
-        if (centres := state.pop("centres", None)) is not None:
+        if (centres := state.pop("centres", None)) is not None and model.centres is not None:
             model.centres.copy_(centres)
         model.load_trained({name: value for name, value in state.items() if name != "token_ids"})
     except (KeyError, RuntimeError):

@@ -6,6 +6,7 @@ import errno
 import math
 import sys
 from dataclasses import fields
+from itertools import takewhile
 from pathlib import Path
 
 FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of a full disk, a full quota and a file that is too large
@@ -40,7 +41,7 @@ def add_options(parser, config):
     """Add an option for each field of the dataclass `config` to the parser, with the field's default and help."""
     group = parser.add_argument_group(config.__name__)
     for field in dataclasses.fields(config):
-        flag, text = f"--{field.name}", field.metadata.get("help", " ")
+        flag, text = f"--{field.name}", field.metadata.get("help", "(default: %(default)s)")
         if isinstance(field.default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
         elif isinstance(field.default, tuple):
@@ -55,7 +56,7 @@ def take_options(arguments, config):
 
 
 def with_config(arguments):
-    """Command-line arguments with `--config FILE` replaced by the options in that YAML file, which are put first."""
+    """Command-line arguments with `--config FILE` replaced by the options in that YAML file; those of the command line win."""
     finder = ArgumentParser(add_help=False)
     finder.add_argument("--config")
     found, rest = finder.parse_known_args(arguments)
@@ -72,14 +73,16 @@ def with_config(arguments):
     if not isinstance(options, dict) or "config" in options:
         raise UserError(f"the config {found.config} is not a list of `option: value`")
     read = []
-    for name, value in options.items():
+    # Positional arguments come first, then lists, so that neither is taken for the rest of a list.
+    leading = [*takewhile(lambda part: not part.startswith("-"), rest)]
+    for name, value in sorted(options.items(), key=lambda item: not isinstance(item[1], list)):
         if isinstance(value, bool):
             read.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):
             read += [f"--{name}", *map(str, value)]
         else:
             read.append(f"--{name}={'' if value is None else value}")
-    return read + rest
+    return leading + read + rest[len(leading):]
 
 
 def printable(text):
@@ -114,10 +117,18 @@ def run(main):
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which not every script imports
             raise
-        print(f"{Path(sys.argv[0]).name}: the GPU has no room for so much at a time: lower --batch_size, or for training raise "
+        print(f"{Path(sys.argv[0]).name}: the GPU is out of memory: lower --batch_size, or for training raise "
               "--accumulation", file=sys.stderr)
         status = 1
     sys.exit(status or 0)
+
+
+def whole_numbers(name, values):
+    """The values of an option with several whole numbers: a tuple. Raises UserError."""
+    try:
+        return tuple(map(int, values))
+    except ValueError as error:
+        raise UserError(f"--{name} takes whole numbers: {error}") from None
 
 
 def check_settings(settings, at_least_one=(), fractions=(), signed=()):

@@ -161,8 +161,19 @@ def import_clip():
     """OpenAI's package `clip`, imported only for its models because that is slow."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pkg_resources, which clip imports, is deprecated
-        import clip
+        try:
+            import clip
+        except ImportError:
+            raise UserError("OpenAI's CLIP needs a package: pip install -c constraints.txt clip-anytorch") from None
     return clip
+
+
+def is_openai_name(name):
+    """Whether OpenAI's package `clip`, if it is installed, has a model of this name."""
+    try:
+        return name in import_clip().available_models()
+    except UserError:
+        return False
 
 
 class TransformersClip(DualEncoder):
@@ -291,7 +302,7 @@ def load_clip(weights=None, device="cpu", batch_size=64, runtime="auto"):
     if path.is_file() and is_small_clip(path):
         return SmallClip(path, device, runtime=runtime)
     is_a_file = path.is_file() or path.suffix in (".pt", ".pth", ".bin", ".safetensors")
-    if not path.is_dir() and (is_a_file or name in import_clip().available_models()):
+    if not path.is_dir() and (is_a_file or is_openai_name(name)):
         return Clip(weights, device, batch_size)
     return TransformersClip(name, device, batch_size)
 

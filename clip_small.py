@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
-from cli import UserError, option
+from cli import UserError, check_settings, option
 from encoder import EMBEDDED, load_encoder
 from files import WEIGHTS_FOLDER, check_digest, content_hash, digest, digest_of, fingerprints, first_line, read_weights, uninitialised, write_whole
 from runtime import Network
@@ -50,6 +50,9 @@ class ClipConfig:
     classes: bool = option(True, "also use the class probabilities of the encoder's own classifier")
     text_layers: int = option(0, "number of the sentence encoder's last layers to train")
     text_heads: int = option(4, "of the attention pooling over a sentence's tokens; 0: none")
+
+    def __post_init__(self):
+        check_settings(self, ("width", "cell_dim"))
 
     def load_encoder(self, weights=None, runtime="torch", device="cpu"):
         return load_encoder(self.encoder, self.image_size, self.encoder_levels, weights, runtime, device=device)
@@ -256,6 +259,8 @@ class TextHead(nn.Module):
     def __init__(self, config, text):
         super().__init__()
         layers = text.model.encoder.layer if config.text_layers else []
+        if config.text_layers > len(layers):
+            raise UserError(f"--text_layers is {config.text_layers}, but the sentence encoder has {len(layers)}")
         self.layers = nn.ModuleList(layers[len(layers) - config.text_layers:])
         self.layers.requires_grad_(True)
         self.output = nn.Linear(text.dim, config.width, bias=False)
@@ -331,6 +336,18 @@ class ClipSmall(nn.Module):
         """Content hash of all weights that embed texts."""
         return hashlib.sha256(f"{self.text.weights_hash} {content_hash(self.text_head.state_dict())}".encode()).hexdigest()
 
+    @staticmethod
+    def read_metadata(path):
+        """A file's metadata and ClipConfig. Raises UserError."""
+        if not Path(path).is_file():
+            raise UserError(f"{path} is not here: it comes with this repository, `git checkout -- weights` brings it back")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = json.loads((file.metadata() or {})["clip_small"])
+            return metadata, ClipConfig(**metadata["model"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged, or was not written by p4_clip.py: {first_line(error)}") from None
+
     @classmethod
     def load(cls, path, encoder=None, text=None, runtime="torch"):
         """Rebuild the model for inference. Raises UserError if the encoders' weights are not those of the training.
@@ -339,14 +356,7 @@ class ClipSmall(nn.Module):
             encoder, text: if already loaded; None: load them.
             runtime: as from pick_runtime, for those loaded here.
         """
-        if not Path(path).is_file():
-            raise UserError(f"{path} is not here: it comes with this repository, `git checkout -- weights` brings it back")
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = json.loads((file.metadata() or {})["clip_small"])
-            config = ClipConfig(**metadata["model"])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged, or was not written by p4_clip.py: {first_line(error)}") from None
+        metadata, config = cls.read_metadata(path)
         state = read_weights(path, "CLIP weights")
         check_digest(path, "CLIP weights", state, metadata.get("digest"))
         state = {name: value.float() for name, value in state.items()}

@@ -10,8 +10,11 @@ Shapes: B images or captions, K concepts of each, C classes, L nouns, N patches,
 """
 
 import hashlib
+import io
 import json
 import re
+import sys
+from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -23,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cli import UserError
-from files import read_json
+from files import first_line, read_json, write_whole
 
 TABLE = Path(__file__).resolve().parent / "concepts.json"
 KINDS = 4  # hypernyms that describe a class, the most specific ones
@@ -205,12 +208,11 @@ class ClipWords:
     Args:
         words: ClassWords.
         judge: a ClipSmall on the same encoder.
-        cache: folder for the nouns' embeddings; None: always compute them.
     """
 
-    def __init__(self, words, judge, cache=None):
+    def __init__(self, words, judge):
         self.words, self.judge = words, judge
-        self.vectors = embed_texts(judge, [f"a photo of a {noun}" for noun in words.nouns], cache)  # (L, width)
+        self.vectors = embed_texts(judge, [f"a photo of a {noun}" for noun in words.nouns])  # (L, width)
 
     def recognise(self, features, count):
         images = F.normalize(self.judge.embed_images(features), dim=-1)
@@ -257,8 +259,9 @@ def embed_texts(judge, texts, cache=None, batch_size=64):
     """Unit vectors of texts in our CLIP's space (n, width), cached in the folder `cache` if there is one."""
     digest = hashlib.sha256(json.dumps([texts, judge.text_digest]).encode()).hexdigest()[:16]
     file = Path(cache) / f"vectors-{digest}.npy" if cache else None
-    if file and file.exists():
-        return torch.from_numpy(np.load(file)).float()
+    with suppress(OSError, ValueError, EOFError):  # not there, or damaged
+        if file:
+            return torch.from_numpy(np.load(file)).float()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
     vectors = None
     for start in tqdm(range(0, len(order), batch_size), desc="embedding texts", unit="batch", disable=len(texts) < 500):
@@ -267,7 +270,12 @@ def embed_texts(judge, texts, cache=None, batch_size=64):
         vectors = rows.new_empty(len(texts), rows.shape[1]) if vectors is None else vectors
         vectors[some] = rows
     if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(file, vectors.half().numpy())
+        content = io.BytesIO()
+        np.save(content, vectors.half().numpy())
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, content.getvalue())
+        except (OSError, UserError) as error:
+            print(f"the embeddings of the texts cannot be kept in {cache}: {first_line(error)}", file=sys.stderr)
         return vectors.half().float()  # the same as will be read from the cache
     return vectors

@@ -58,9 +58,9 @@ def read_captions(annotation_file, images_root):
             if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
                 raise UserError(f"{annotation_file} names {name!r}, which leads out of the folder of images")
             if image["id"] in items:
-                raise UserError(f"{annotation_file} has two images with the id {image['id']!r}: captions could mean either")
+                raise UserError(f"{annotation_file} has two images with the id {image['id']!r}: it is unclear which one a caption belongs to")
             if name in names:
-                raise UserError(f"{annotation_file} has two images with the file name {name!r}: captions could mean either")
+                raise UserError(f"{annotation_file} has two images with the file name {name!r}: it is unclear which one a caption belongs to")
             names.add(name)
             items[image["id"]] = CaptionedImage(root / image["file_name"], [])
         ids = set()
@@ -204,7 +204,7 @@ def load_references(annotation_file, images_root=None):
     references = {}
     for image in read_captions(annotation_file, images_root):
         if image.path.stem in references:
-            raise UserError(f"{annotation_file} has two images called {image.path.stem!r}: predictions could mean either")
+            raise UserError(f"{annotation_file} has two images called {image.path.stem!r}: it is unclear which one a prediction belongs to")
         if not image.captions:
             raise UserError(f"{annotation_file} has no caption for {image.path.name}")
         references[image.path.stem] = image

@@ -354,7 +354,9 @@ class Decoder(nn.Module):
         try:
             vocab_size, n_embd = state["wte.weight"].shape
             sizes = dict(vocab_size=vocab_size, n_embd=n_embd, n_positions=len(state["wpe.weight"]),
-                         n_layer=1 + max(int(key.split(".")[1]) for key in state if key.startswith("h.")))
+                         n_layer=1 + max((int(key.split(".")[1]) for key in state if key.startswith("h.")), default=-1))
+            if not sizes["n_layer"]:
+                raise KeyError("h.0.attn.c_attn.weight")
         except (KeyError, ValueError, IndexError, TypeError) as error:
             raise UserError(f"{path} does not hold GPT-2 weights in the Hugging Face layout: "
                             f"no {first_line(error)}") from None

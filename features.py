@@ -89,7 +89,7 @@ class LiveFeatures:
         try:
             images = torch.cat(list(self.pool.map(self.read, *index_and_view)))
         except ImageError as error:
-            raise UserError(f"{error}: mend the picture or drop it") from None
+            raise UserError(f"{error}: repair or remove the picture") from None
         images = images.to(self.encoder.device)  # not "cuda", which is GPU 0 in any other thread than the main one
         with torch.autocast("cuda", torch.float16, enabled=self.device == "cuda"):
             parts = images.split(at_once(64 * self.encoder.num_tokens * self.encoder.dim, len(images)))  # a block's activations, roughly
@@ -177,7 +177,8 @@ class FeatureCache:
                 self.files[view].with_suffix(".json").unlink(missing_ok=True)
             data[view] = np.lib.format.open_memmap(self.files[view], "w+" if view in new else "r+", np.float16, self.shape)
             with open(self.files[view], "r+b") as file:  # if the disk filled up later, the process would be killed
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+                if hasattr(os, "posix_fallocate"):  # not on macOS
+                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         return data
 
     @contextmanager

@@ -55,10 +55,10 @@ def check_output(path, kind, reads=()):
         return
     for source in filter(None, reads):
         if os.path.exists(source) and os.path.samefile(path, source):
-            raise UserError(f"{path} would be written over {source}, which is read: name another file")
+            raise UserError(f"{path} would overwrite {source}, which is an input: name another file")
     content = Path(path).read_bytes()
     if content and not KINDS[kind](content):
-        raise UserError(f"{path} is there already and is no {kind} file, which would be written over it: name another file")
+        raise UserError(f"{path} exists and is not a {kind} file: name another file, so that it is not overwritten")
 
 
 def is_json(content):

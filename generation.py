@@ -19,7 +19,7 @@ LEAVE = 0.75  # finished images are removed once at most this fraction of the ba
 class GenerationConfig:
     """Generation settings: sampling with `sample`, otherwise beam search, which is greedy with beam_size 1."""
 
-    beam_size: int = option(3, "1: greedy; the default of this and the next two is what the checkpoint records")
+    beam_size: int = option(3, "1: greedy")
     length_penalty: float = option(0.0, "a hypothesis of n tokens scores log p / n ** this")
     clip_weight: float = option(0.0, "weight of our CLIP's image-text cosine, added to that score")
     max_length: int = option(40, "tokens, including the final <|endoftext|>")

@@ -127,7 +127,10 @@ def write_captions(folder, split, coco):
         images = [{key: item[key] for key in ("file_name", "id")} for item in coco["images"] if item["id"] in captioned]
     except (KeyError, TypeError) as error:
         raise UserError(f"the captions of {split} are not in COCO's form: {type(error).__name__} {error}") from None
-    write_json(folder / f"{split}.json", {"annotations": annotations, "images": images})
+    file, content = folder / f"{split}.json", {"annotations": annotations, "images": images}
+    if file.exists() and read_json(file, "captions file") != content:
+        raise UserError(f"{file} is there already, with other captions: delete it, or name another folder")
+    write_json(file, content)
     print(f"{folder / split}.json: {len(images)} images, {len(annotations)} captions")
 
 

@@ -61,7 +61,7 @@ def read_references(references, instances, pictures, split=""):
 
 
 def fractions_of_padded_square(numbers, width, height):
-    """LLaVA-1.5's format: fractions of a square with the longer side's length, with the picture centred in it."""
+    """LLaVA-1.5's format: fractions of a square with the longer side's length, with the picture centred in it, as it was shown."""
     side = max(width, height)
     left, top = (side - width) / 2, (side - height) / 2
     return [numbers[0] * side - left, numbers[1] * side - top, numbers[2] * side - left, numbers[3] * side - top]

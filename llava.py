@@ -90,7 +90,7 @@ class Llava:
             if damaged:
                 raise UserError(f"the weights of {name} hold values in {damaged[0]} that are not numbers: they are damaged")
         except torch.OutOfMemoryError:
-            raise UserError(f"the GPU has no room for {name}: --load_in_4bit needs a quarter of it") from None
+            raise UserError(f"the GPU has no room for {name}: p1_llava_infer.py has --load_in_4bit, which needs a quarter of it") from None
         except LOADING_ERRORS as error:
             raise UserError(f"{name} is no LLaVA that can be loaded ({first_line(error)}): `bash hw3_download.sh llava` "
                             "makes one") from None
@@ -209,7 +209,7 @@ class Llava:
             texts = self.texts(self.generate(self.inputs(pictures, instructions), settings))
         except torch.OutOfMemoryError:
             raise UserError(f"the GPU has no room for {len(pictures)} pictures at a time: lower --batch_size or --num_beams, or "
-                            "choose --load_in_4bit") from None
+                            "choose p1_llava_infer.py's --load_in_4bit") from None
         return [*map(first_sentence, texts)] if settings.one_sentence else texts
 
 

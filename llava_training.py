@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from cli import UserError, option
 from dataset import IGNORE
-from encoder import OWN
+from encoder import architecture_of
 from files import content_hash, first_line, make_ordinary, read_weights
 from llava import LOADING_ERRORS, without_bos
 from masks import attention_mask
@@ -112,7 +112,7 @@ def read_vision(name, settings):
 
     from vision_tower import EncoderImageProcessor, EncoderVisionModel, QFormerVisionModel
 
-    if not Path(name).exists() and all(part in OWN or is_model(part) for part in name.split("+")):
+    if not Path(name).exists() and all(is_model(architecture_of(part)) for part in name.split("+")):
         vision = EncoderVisionModel.of_encoder(name, settings.image_size or None, settings.side, layers=settings.own_layers,
                                                width=settings.own_width, dropout=settings.own_dropout, seed=settings.seed)
         return vision, EncoderImageProcessor()

@@ -13,18 +13,17 @@ which has each setting's CIDEr and CLIPScore, or our own CLIP's ImageTextScore.
 """
 
 import hashlib
-import json
 import os
 import re
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from answers import answer_all
+from answers import answer_all, digest_of_model
 from cli import ArgumentParser, UserError, add_options, printable, run, take_options
 from dataset import load_references
 from devices import pick_device
-from files import check_output, fingerprints, first_line, write_json
+from files import check_output, first_line, write_json
 from images import list_images
 from llava import Llava, LlavaSettings, default_model
 from runtime import RUNTIME_HELP
@@ -59,6 +58,9 @@ def caption_to_file(model, images, settings, output, what, batch_size):
 # ---- comparing settings ----------------------------------------------------------------------------------------
 
 
+KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
 def read_settings(path, defaults):
     """A YAML file {name: {option: value}} -> {name: LlavaSettings}; other options are those of `defaults`."""
     import yaml
@@ -77,11 +79,12 @@ def read_settings(path, defaults):
         if not re.fullmatch(r"[\w-]+", str(name)):
             raise UserError(f"the settings {path} name one {name!r}: letters, digits, _ and - make a file's name")
         if unknown := set(options) - known:
-            raise UserError(f"the settings {path} have no option {min(unknown)}: choose from {', '.join(sorted(known))}")
-        try:
-            found[str(name)] = LlavaSettings(**asdict(defaults) | options)
-        except TypeError as error:
-            raise UserError(f"the settings {name} of {path}: {error}") from None
+            raise UserError(f"the settings {path} have no option {min(map(str, unknown))}: choose from {', '.join(sorted(known))}")
+        for option, value in options.items():
+            kind = type(getattr(defaults, option))
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise UserError(f"the settings {name} of {path}: {option} is {value!r}, but must be {KINDS[kind]}")
+        found[str(name)] = LlavaSettings(**asdict(defaults) | options)
     return found
 
 
@@ -159,8 +162,7 @@ def main():
     model = Llava(name, arguments.load_in_4bit, runtime=arguments.runtime, many=len(images) >= MANY or bool(arguments.settings))
     folder, written = Path(arguments.images).resolve(), []
     same_images = hashlib.sha256(b"\0".join(os.fsencode(folder / path.name) for path in images.values())).hexdigest()
-    weights = sorted(path for path in Path(name).glob("*") if path.is_file())
-    same_weights = hashlib.sha256(json.dumps(fingerprints(weights)).encode()).hexdigest()
+    same_weights = digest_of_model(name)
 
     def caption(settings, output):
         what = {"model": str(name), "4bit": arguments.load_in_4bit, "batch_size": arguments.batch_size,

@@ -6,6 +6,8 @@ Weights between those of a model and of its fine-tuned version often combine the
 https://arxiv.org/abs/2203.05482). The first checkpoint's beam search settings are kept: p2_tune.py finds the best ones for the average.
 """
 
+import math
+
 import torch
 
 from captioner import read_metadata, recorded_config, write_checkpoint
@@ -47,7 +49,7 @@ def main():
     weights = arguments.weights or [1.0] * len(arguments.checkpoints)
     if len(arguments.checkpoints) < 2:
         raise UserError("name at least two checkpoints to average")
-    if len(weights) != len(arguments.checkpoints) or min(weights) < 0 or not sum(weights):
+    if len(weights) != len(arguments.checkpoints) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
         raise UserError("--weights needs a number of at least 0 for each checkpoint, and one above")
     check_output(arguments.output, "safetensors", arguments.checkpoints)
     tensors, metadata = average(arguments.checkpoints, weights)

@@ -25,6 +25,13 @@ from images import list_images
 from runtime import RUNTIME_HELP, pick_runtime
 
 
+class Recorded:
+    """An option's default while the checkpoint is not read yet, as --help prints it."""
+
+    def __str__(self):
+        return "the checkpoint's"
+
+
 def read_datastore(path):
     """The captions in a file in COCO format, or of the form {name: caption}. Raises UserError."""
     data = read_json(path, "datastore")
@@ -50,6 +57,7 @@ def main():
     parser.add_argument("--all_tokens", action="store_true", help="allow all tokens, not only those in the training captions")
     parser.add_argument("--runtime", default="auto", help=RUNTIME_HELP)
     add_options(parser, GenerationConfig)
+    parser.set_defaults(**dict.fromkeys(("beam_size", "length_penalty", "clip_weight"), Recorded()))
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         raise UserError("--batch_size must be at least 1")
@@ -76,8 +84,8 @@ def main():
     if processes.main:
         try:
             write_json(arguments.output, captions)
-        except OSError:  # such as a full disk: do not lose the work
-            with suppress(OSError):
+        except (OSError, UserError):  # such as a full disk: do not lose the work
+            with suppress(OSError, UserError):
                 rescued = Path(tempfile.mkdtemp()) / Path(arguments.output).name
                 write_json(rescued, captions)
                 print(f"{arguments.output} could not be written: the captions are in {rescued}", file=sys.stderr)

@@ -25,7 +25,7 @@ from training import Run, adamw, cosine, prepare_output
 
 @dataclass
 class Settings:
-    output: str = "weights/decoder_small.safetensors"
+    output: str = "checkpoints/decoder_small.safetensors"
     init: str = option("", "weights of a decoder of the same size to start from; empty: random")
     n_layer: int = 6
     n_embd: int = 256
@@ -158,6 +158,8 @@ def train(settings, text_files, caption_files, device=None):
     rows, held_out_rows = ([row[:limit] for row in tokenizer.encode_batch(part)] for part in (texts, kept_out))
 
     rows = drop_rare(rows, settings.min_count)
+    if not rows:
+        raise UserError(f"every caption has a token that occurs fewer than {settings.min_count} times: lower --min_count")
 
     torch.manual_seed(settings.seed)
     seen = SeenTokens(rows).to(device)
@@ -192,7 +194,7 @@ def train(settings, text_files, caption_files, device=None):
                 return None
             scores.append(perplexity(decoder, seen, held_out_rows, device))
             if held_out_rows:
-                print(f"epoch {epoch + 1}: perplexity {scores[-1]:.2f} on {len(held_out_rows)} held-out captions")
+                print(f"epoch {epoch + 1}: perplexity {scores[-1]:.2f} on the held-out captions whose tokens all occur in training")
             run.save()
     state = decoder.pretrained_state()
     state["wte.weight"] = seen.whole_table(state["wte.weight"])

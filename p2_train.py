@@ -61,7 +61,7 @@ class Settings:
     fusion_epochs: int = option(0, "of cross-entropy that train the projection and cross-attention only, before PEFT")
     epochs: int = option(9, "of cross-entropy")
     batch_size: int = option(8, "images per update, over all processes, each with all its captions")
-    accumulation: int = option(1, "split each batch into so many parts, to save memory")
+    accumulation: int = option(1, "number of parts that each batch is split into, to save memory")
     precision: str = option("auto", "auto (bf16 on CUDA, else fp32), fp32, bf16 or fp16")
     fsdp: bool = option(False, "shard the frozen decoder over the processes")
     max_tokens: int = option(64, "longer captions are truncated")
@@ -79,7 +79,7 @@ class Settings:
         (500,), "images held out at the end of each train.json to select checkpoints on: one number, or one per folder; 0: train "
         "on all and keep the last epoch")
     seed: int = 0
-    max_hours: float = option(0.0, "stop after so long, ready to resume; 0: no limit")
+    max_hours: float = option(0.0, "stop after so many hours, ready to resume; 0: no limit")
     tensorboard: str = option("", "folder for TensorBoard's files; empty: none")
 
     def __post_init__(self):
@@ -94,7 +94,7 @@ class Settings:
         check_settings(self, ("batch_size", "text_batch_size", "accumulation", "views", "max_tokens"), ("label_smoothing", "average"))
         if self.learning_rate <= 0:
             raise UserError("--learning_rate must be above 0")
-        if sum(self.selection) == 1:
+        if sum(self.selection) == 1 and len(self.selection) == len(self.data):
             raise UserError("--selection is one image, whose CIDEr is always 0: name 0, or at least 2")
         if self.fusion_epochs + self.epochs + self.scst_epochs < 1:
             raise UserError("--fusion_epochs, --epochs and --scst_epochs must be at least 1 together")
@@ -222,8 +222,7 @@ class CaptionerTrainer:
         model = self.model
         texts = f", and {len(self.text.rows)} captions without images" if self.text else ""
         print(f"{len(self.images)} images to train on{texts}, {len(self.selection)} to select on, {len(model.token_ids)} tokens "
-              f"occur; {model.num_trained() / 1e6:.2f}M trained parameters of "
-              f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M; {self.processes.count} x {self.device}, "
+              f"occur; {model.num_trained() / 1e6:.2f}M trained parameters; {self.processes.count} x {self.device}, "
               f"{str(self.dtype).removeprefix('torch.')}", flush=True)
         for line in self.mixture.left_out() + self.data.left_out():
             print(line, flush=True)

@@ -27,18 +27,26 @@ from runtime import pick_runtime
 
 
 @torch.inference_mode()
-def find_hypotheses(model, features, embeddings, beam_size, batch_size=100):
-    """Each image's beam search hypotheses: lists of (log p, number of tokens including the end, caption, cosine by our CLIP)."""
+def find_hypotheses(model, features, embeddings, beam_size, judged=True, batch_size=100):
+    """Each image's beam search hypotheses: lists of (log p, number of tokens including the end, caption, cosine by our CLIP). Without
+    `judged`, our CLIP is not used, and the cosines are 0."""
     found = []
     for batch in np.array_split(np.arange(len(features)), -(-len(features) // batch_size)):
         some = features[batch, np.zeros_like(batch)].to(model.token_ids.device).float()
         generation = GenerationConfig(beam_size)
-        seen = model.judge.embed_images(some) if embeddings is None else embeddings[batch].to(some.device)
+        seen = None
+        if judged:
+            seen = model.judge.embed_images(some) if embeddings is None else embeddings[batch].to(some.device)
         hypotheses = model.hypotheses(model.image_tokens(some, model.concepts(some, seen)), generation)
-        for rows, cosines in zip(hypotheses, model.cosines(seen, hypotheses)):
+        for rows, cosines in zip(hypotheses, model.cosines(seen, hypotheses) if judged else [[0.0] * len(rows) for rows in hypotheses]):
             found.append([(score, min(len(tokens) + 1, generation.max_length), model.text(tokens), cosine)
                           for (score, tokens), cosine in zip(rows, cosines)])
     return found
+
+
+def needs_clip(model, clip_weights):
+    """Whether our CLIP is needed, which not every encoder has."""
+    return any(clip_weights) or model.config.meaning > 0 or model.config.concept_source == "clip"
 
 
 def choose(found, length_penalty, clip_weight):
@@ -72,15 +80,17 @@ def main():
         raise UserError("--beam_size must be at least 1")
     if arguments.write:
         check_writable(arguments.checkpoint)
-    images = read_captions(arguments.annotation_file, arguments.images_root)
+    images = [image for image in read_captions(arguments.annotation_file, arguments.images_root) if image.captions]
+    if not images:
+        raise UserError(f"{arguments.annotation_file} has no captions")
     model = Captioner.load(arguments.checkpoint, arguments.decoder_weights, runtime=pick_runtime("auto", pick_device())).to(pick_device())
     features = FeatureCache(model.encoder, [image.path for image in images], arguments.cache, device=pick_device())
     embeddings = Folds(arguments.folds, model.judge.text_digest).of([image.path for image in images])[:, 0] if arguments.folds else None
     references = tokenize({str(i): image.captions for i, image in enumerate(images)})
-    scores = {}
+    judged, scores = needs_clip(model, arguments.clip_weight), {}
     print("CIDEr    beams  length penalty  CLIP's weight")
     for beam_size in arguments.beam_size:
-        found = find_hypotheses(model, features, embeddings, beam_size)
+        found = find_hypotheses(model, features, embeddings, beam_size, judged)
         for length_penalty, clip_weight in itertools.product(arguments.length_penalty, arguments.clip_weight):
             captions = choose(found, length_penalty, clip_weight)
             score, _ = cider(references, tokenize({str(i): [caption] for i, caption in enumerate(captions)}))

@@ -56,6 +56,8 @@ def main():
     arguments = parser.parse_args()
     settings = LlavaSettings(arguments.instruction)
     if arguments.beam_size is not None:
+        if arguments.beam_size < 1:
+            raise UserError("--beam_size must be at least 1")
         settings = replace(settings, num_beams=arguments.beam_size)
     llava = arguments.model != "p2"
     if llava and (arguments.rollout or arguments.decoder_weights or arguments.checkpoint):
@@ -64,6 +66,8 @@ def main():
         raise UserError("--checkpoint needs the --decoder_weights that it was trained with")
     # Check the arguments before loading a model.
     paths = [arguments.images] if arguments.images.is_file() else list_images(arguments.images).values()
+    if any(Path(path).resolve().parent == arguments.out_dir.resolve() for path in paths):
+        raise UserError(f"{arguments.out_dir} holds the pictures: name another folder for the figures")
     try:
         arguments.out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

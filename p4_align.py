@@ -78,7 +78,7 @@ class Settings(LlavaOptions):
     batch_size: int = option(32, "pictures per update, over all processes")
     stage2_batch_size: int = option(0, "the same in stage 2; 0: as in stage 1")
     per_picture: int = option(4, "maximum number of samples in a picture's row")
-    accumulation: int = option(1, "split each batch into so many parts, to save memory")
+    accumulation: int = option(1, "number of parts that each batch is split into, to save memory")
     learning_rate: float = option(1e-3, "of the projection in stage 1")
     stage2_learning_rate: float = option(1e-3, "of the projection in stage 2")
     vision_learning_rate: float = option(
@@ -97,13 +97,15 @@ class Settings(LlavaOptions):
     max_tokens: int = option(96, "of an answer; longer ones are truncated")
     cache: str = option("", "folder for the features of a frozen encoder; default: run it in every step")
     views: int = option(1, "of each image: 1, the image as it is; more: random crops too, every other one mirrored")
-    max_hours: float = option(0.0, "stop after so long, ready to resume; 0: no limit")
+    max_hours: float = option(0.0, "stop after so many hours, ready to resume; 0: no limit")
 
     def __post_init__(self):
         self.mix = tuple(self.mix)
         self.data, self.instructions = (tuple(str(path) for path in np.atleast_1d(paths) if path)
                                         for paths in (self.data, self.instructions))
         check_settings(self, ("batch_size", "per_picture", "accumulation", "max_tokens", "views", "own_width"), signed=("vision_layer",))
+        if self.own_layers and self.own_width % 64:
+            raise UserError(f"--own_width is {self.own_width}, but must be a multiple of 64, the width of a head")
         if self.projection not in ("linear", "mlp"):
             raise UserError(f"--projection is {self.projection}: choose from linear, mlp")
         if self.weigh not in ("tokens", "answers"):

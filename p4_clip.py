@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options
+from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options, whole_numbers
 from clip_data import Pictures, VirtualPictures, joined, partial_sentences, sample_of
 from clip_small import SMALL_WEIGHTS, USUAL, ClipConfig, ClipSmall, Folds, ImageHead, Summary, TextEncoder, keep_loss, multi_positive_loss
 from dataset import clean_captions, read_folders
@@ -78,11 +78,11 @@ class Settings:
     selection: tuple = option(
         (500,), "number of pictures at the end of each train.json to hold out: one number, or one for each folder")
     seed: int = 0
-    max_hours: float = option(0.0, "stop after so long, ready to resume; 0: no limit")
+    max_hours: float = option(0.0, "stop after so many hours, ready to resume; 0: no limit")
 
     def __post_init__(self):
         self.data, self.text = tuple(map(str, self.data)), tuple(map(str, self.text))
-        self.selection = tuple(map(int, self.selection))
+        self.selection = whole_numbers("selection", self.selection)
         check_settings(self, ("batch_size", "views", "captions", "epochs"), ("warmup", "average", "dropout", "text_dropout"))
         if self.folds == 1:
             raise UserError("--folds must be at least 2: a head learns from the other parts")
@@ -258,12 +258,10 @@ class CrossFit(ClipTrainer):
 
     def __init__(self, config, settings, device=None):
         self.embedded = {}  # {id of a Sentences: its text embeddings}
-        super().__init__(config, settings, device)
+        super().__init__(ClipSmall.read_metadata(settings.of)[1], settings, device)  # not `config`: another model's
 
     def make_model(self, encoder, text):
-        model = ClipSmall.load(self.settings.of, encoder, text)
-        self.config = model.config
-        return model
+        return ClipSmall.load(self.settings.of, encoder, text)
 
     def measure(self, caches):
         """Nothing: the finished model's statistics are used."""

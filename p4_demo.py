@@ -22,7 +22,7 @@ from cli import ArgumentParser, UserError, printable, run
 from clip_model import load_clip
 from devices import pick_device
 from images import load_picture, thumbnail
-from llava import Llava, LlavaSettings, default_model
+from llava import SMALL, Llava, LlavaSettings, default_model
 from picture_index import DEFAULT_INDEX, PictureIndex
 from runtime import RUNTIME_HELP, pick_runtime
 
@@ -61,6 +61,10 @@ class Models:
 
     def take_in(self, folder):
         """Index a folder, by one thread at a time, while searches continue; yields status messages."""
+        folder = os.path.expanduser(folder.strip())
+        if not folder:
+            yield "name a folder of this machine"
+            return
         if not self.indexing.acquire(blocking=False):
             yield "another folder is being indexed: wait until it is done"
             return
@@ -85,7 +89,10 @@ class Models:
         """Yield LLaVA's answer as far as it is generated; concurrent visitors wait for each other."""
         with self.talking:
             if self.llava is None:
-                self.llava = Llava(self.llava_name or default_model())
+                self.llava_name = self.llava_name or default_model()
+                self.llava = Llava(self.llava_name)
+            if Path(self.llava_name).name == SMALL.name:  # it was not trained on conversations
+                turns = turns[-1:]
             settings = LlavaSettings(max_new_tokens=120, num_beams=beams, temperature=temperature)
             yield from self.llava.talk(load_picture(path, 336), turns, settings, stopped)
 
@@ -103,8 +110,8 @@ def frame(document):
     return f'<iframe sandbox="allow-scripts" srcdoc="{html.escape(document, quote=True)}"></iframe>' if document else ""
 
 
-def build(models, remember):
-    """The page. `remember`: whether LLaVA gets the chat's earlier questions and answers."""
+def build(models):
+    """The page."""
     import gradio as gr
 
     running = {}  # {session: event that stops its current answer}; a later question replaces the event
@@ -112,6 +119,11 @@ def build(models, remember):
     def end(request: gr.Request):
         if request.session_hash in running:
             running[request.session_hash].set()
+
+    def leave(request):
+        """Stop the session's current answer, since there is a new question or picture."""
+        if before := running.pop(request.session_hash, None):
+            before.set()
 
     def show(hits, fits, chosen):
         pictures = []
@@ -126,11 +138,15 @@ def build(models, remember):
     def search(text, top, chosen):
         if not text.strip():
             raise gr.Error("Write what you look for.")
-        return show(*models.find(text, None, int(top)), chosen)
+        try:
+            return show(*models.find(text, None, int(top)), chosen)
+        except UserError as error:
+            raise gr.Error(str(error)) from None
 
-    def search_like(path, top, chosen):
+    def search_like(path, top, chosen, request: gr.Request):
         if not path:
             return gr.skip(), gr.skip(), chosen, gr.skip()
+        leave(request)
         try:
             hits, _ = models.find(None, path, int(top))
         except UserError as error:
@@ -145,12 +161,12 @@ def build(models, remember):
         except UserError as error:
             raise gr.Error(str(error)) from None
 
-    def choose(chosen, event: gr.SelectData):
+    def choose(chosen, event: gr.SelectData, request: gr.Request):
+        leave(request)
         return Chosen(chosen.paths, chosen.paths[event.index]), []
 
     def ask(question, history, request: gr.Request):
-        if before := running.pop(request.session_hash, None):  # a new question stops the previous answer
-            before.set()
+        leave(request)
         return "", [*history, {"role": "user", "content": question.strip() or QUESTION}]
 
     def answer(chosen, history, beams, temperature, request: gr.Request):
@@ -160,9 +176,9 @@ def build(models, remember):
         turns = turns_of(history)
         stopped = running[request.session_hash] = threading.Event()
         try:
-            for text in models.talk(chosen.path, turns if remember else turns[-1:], int(beams), temperature, stopped):
+            for text in models.talk(chosen.path, turns, int(beams), temperature, stopped):
                 if stopped.is_set() and running.get(request.session_hash) is not stopped:
-                    return  # there is a later question
+                    return  # there is a later question, or another picture
                 yield [*history, {"role": "assistant", "content": text}]
         except UserError as error:
             yield [*history, {"role": "assistant", "content": str(error)}]
@@ -199,7 +215,7 @@ def build(models, remember):
         asked = question.submit(ask, [question, chat], [question, chat])
         asked.then(answer, [chosen, chat, beams, temperature], chat, concurrency_limit=4)
         stop.click(end, queue=False)
-        folder.submit(models.take_in, folder, state)
+        folder.submit(models.take_in, folder, state, concurrency_limit=None)
     return demo
 
 
@@ -241,7 +257,7 @@ def main():
     for line in models.take_in(arguments.folder):
         models.status = line
         print(printable(line), file=sys.stderr, flush=True)
-    demo = build(models, remember=arguments.llava is not None)
+    demo = build(models)
     try:
         demo.launch(server_name="127.0.0.1", server_port=arguments.port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True,
                     css=STYLE, theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]), footer_links=[],

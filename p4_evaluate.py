@@ -30,9 +30,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from answers import answer_all
+from answers import answer_all, digest_of_model
 from cli import ArgumentParser, UserError, add_options, option, printable, run, take_options
 from files import check_output, write_json
 from grounding import FORMS, overlaps, parse_box, read_references
@@ -80,6 +80,12 @@ def other_pictures(asked, seed=0):
 def grey(picture):
     """A grey picture of the same size."""
     return Image.new("RGB", picture.size, (127, 127, 127))
+
+
+def padded(picture):
+    """The picture in the middle of a square, on LLaVA-1.5's grey, as that was trained for boxes; its processor would crop the square."""
+    side = max(picture.size)
+    return ImageOps.pad(picture, (side, side), color=(122, 116, 104))
 
 
 def commonest_answers(asked):
@@ -156,15 +162,18 @@ class Evaluation:
 
     def __init__(self, model, asked, options, settings, what):
         self.model, self.asked, self.options, self.settings, self.what = model, asked, options, settings, what
+        self.squares = what["task"] == "boxes" and options.form == "llava"
         self.parts, self.unread = [], {}
 
     def answers(self, name, pictures=None, change=None):
         """The answers to all questions with their own pictures, with others, or with changed ones: a list; "" if a picture is unreadable."""
-        output = f"{self.options.out}.{name}"
+        output, pad = f"{self.options.out}.{name}", change
+        if self.squares:
+            pad = padded if change is None else lambda picture: padded(change(picture))
         shown = pictures or [item.picture for item in self.asked]
-        asked = {item.name: (picture, self.options.prompt.format(item.query)) for item, picture in zip(self.asked, shown)}
+        asked = {item.name: (picture, self.options.prompt.replace("{}", item.query)) for item, picture in zip(self.asked, shown)}
         found, unread = answer_all(self.model, asked, self.settings, output, self.what | {"shown": name}, self.options.batch_size,
-                                   f"{name} picture", change)
+                                   f"{name} picture", pad)
         self.parts.append(Path(f"{output}.part"))
         self.unread |= {asked[name][0]: reason for name, reason in unread.items()}
         return [found.get(item.name, "") for item in self.asked]
@@ -335,7 +344,8 @@ def main():
         options = replace(options, prompt=FORMS[options.form][2])
     name = options.model or default_model()
     print(f"with {name}", file=sys.stderr)
-    what = {"task": task, "model": str(name), "batch_size": options.batch_size, "prompt": options.prompt} | asdict(settings)
+    what = {"task": task, "model": str(name), "batch_size": options.batch_size, "prompt": options.prompt, "form": options.form,
+            "weights": digest_of_model(name)} | asdict(settings)
     evaluation = Evaluation(Llava(name), asked, options, settings, what)
     if task == "boxes":
         found = evaluate_boxes(evaluation)

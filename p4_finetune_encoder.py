@@ -33,12 +33,12 @@ import torch.nn.functional as F
 from safetensors.torch import save
 
 from captioner import EMBEDDED_DECODER, Captioner, CaptionerConfig
-from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options
+from cli import ArgumentParser, UserError, add_options, check_settings, option, run, take_options, whole_numbers
 from clip_data import SAMPLE, joined, partial_sentences
 from clip_small import ClipConfig, ClipSmall, TextEncoder, multi_positive_loss
 from dataset import CaptionData, Mixture, clean_captions, collate, data_digest, token_ids
 from devices import Processes, autocast, pick_device
-from encoder import CLASSIFIER, EMBEDDED, TUNED, load_encoder
+from encoder import CLASSIFIER, EMBEDDED, TUNED, architecture_of, load_encoder
 from files import write_whole
 from retrieval import Ranks
 from tokenizer import BPETokenizer
@@ -73,10 +73,10 @@ class Settings:
     keep: float = option(1.0, "weight of this loss")
     selection: tuple = option((300,), "number of pictures at the end of each train.json to hold out: one number, or one for each folder")
     seed: int = 0
-    max_hours: float = option(0.0, "stop after so long, ready to resume; 0: no limit")
+    max_hours: float = option(0.0, "stop after so many hours, ready to resume; 0: no limit")
 
     def __post_init__(self):
-        self.data, self.selection = tuple(map(str, self.data)), tuple(map(int, self.selection))
+        self.data, self.selection = tuple(map(str, self.data)), whole_numbers("selection", self.selection)
         check_settings(self, ("epochs", "batch_size", "captions"), ("warmup", "average"))
         if min(self.learning_rate, self.encoder_learning_rate) <= 0:
             raise UserError("the learning rates must be above 0")
@@ -90,6 +90,8 @@ class EncoderTrainer:
     def __init__(self, settings, device=None):
         self.settings, self.device = settings, device or pick_device()
         names = settings.encoder.split("+")
+        if any(name.endswith(TUNED) for name in names):
+            raise UserError(f"{settings.encoder} is fine-tuned already: name the encoder that it was made from")
         self.files = [Path(settings.output) / f"{name}{TUNED}.safetensors" for name in names]
         self.state_file = [prepare_output(file) for file in self.files][0]
         mixture = Mixture(settings.data, settings.selection)
@@ -242,7 +244,7 @@ def write_encoder(path, encoder, training):
     normalisation statistics need the precision."""
     import timm
 
-    classifier = timm.get_pretrained_cfg(encoder.name).classifier
+    classifier = timm.get_pretrained_cfg(architecture_of(encoder.name)).classifier
     state = encoder.model.state_dict() | {f"{classifier}.{part.removeprefix('class_')}": getattr(encoder, part) for part in CLASSIFIER}
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     tensors = {name: value.half() if value.ndim > 1 else value for name, value in tensors.items()}

@@ -64,7 +64,7 @@ class Settings:
     caption: float = option(0.25, "weight of this loss")
     selection: int = option(500, "number of images at the end of train.json to hold out")
     seed: int = 0
-    max_hours: float = option(0.0, "stop after so long, ready to resume; 0: no limit")
+    max_hours: float = option(0.0, "stop after so many hours, ready to resume; 0: no limit")
 
     def __post_init__(self):
         try:

@@ -131,6 +131,8 @@ def evaluate(arguments):
     for data in arguments.data:
         images = read_captions(Path(data) / f"{arguments.split}.json", Path(data) / "images" / arguments.split)
         images = [image for image in images if image.captions][-arguments.last:]
+        if len({image.path.name for image in images}) < len(images):
+            raise UserError(f"{data} has two pictures of the same name in different folders, which the index would mix up")
         with tempfile.TemporaryDirectory() as folder:
             for image in images:
                 (Path(folder) / image.path.name).symlink_to(image.path.resolve())

@@ -135,17 +135,29 @@ def open_client(where):
     try:
         where.mkdir(parents=True, exist_ok=True)
         (where / MARK).touch()
-        if (where / "LOCK").exists():
-            with open(where / "LOCK", "rb") as file:
-                flock(file, LOCK_EX | LOCK_NB)
-                flock(file, LOCK_UN)
+        refuse_locked(where)
         return MilvusClient(str(where))
     except PermissionError as error:
         raise UserError(f"cannot keep an index in {where}: {error.strerror}") from None
-    except BlockingIOError:
-        raise UserError(f"the index {where} is open in another process, a search page perhaps: one at a time; or use a Milvus server") from None
+    except UserError:
+        raise
     except Exception as error:  # damaged ones raise all kinds of errors
+        release(where)
+        refuse_locked(where)  # by another process, just now
         raise DamagedIndex(f"the index {where} is damaged or cannot be opened ({first_line(error)})") from None
+
+
+def refuse_locked(where):
+    """Raise UserError if another process has opened the local index."""
+    if not (Path(where) / "LOCK").exists():
+        return
+    with open(Path(where) / "LOCK", "rb") as file:
+        try:
+            flock(file, LOCK_EX | LOCK_NB)
+            flock(file, LOCK_UN)
+        except BlockingIOError:
+            raise UserError(f"the index {where} is open in another process, a search page perhaps: one at a time; or use a Milvus "
+                            "server") from None
 
 
 def release(where):
@@ -378,10 +390,14 @@ class PictureIndex:
     def find(self, vector, top=15, without=None, folder=None, since=None):
         """Hits of a query. `without`: another query; pictures more similar to it than to the first, or above the threshold of AVOIDED, are
         left out."""
-        hits = self.search(vector, top if without is None else min(MOST, 10 * top + 100), folder, since)
-        if without is not None:
-            mean, deviation = self.spread_of(without)
-            bar = mean + AVOIDED * deviation if deviation else np.inf
-            unwanted = {hit.path: hit.score for hit in self.search(without, MOST, folder, since)}
-            hits = [hit for hit in hits if unwanted.get(hit.path, -1) < min(hit.score, bar)][:top]
+        if without is None:
+            return self.search(vector, top, folder, since)
+        mean, deviation = self.spread_of(without)
+        bar = mean + AVOIDED * deviation if deviation else np.inf
+        unwanted = {hit.path: hit.score for hit in self.search(without, MOST, folder, since)}
+        for count in min(MOST, 10 * top + 100), MOST:
+            found = self.search(vector, count, folder, since)
+            hits = [hit for hit in found if unwanted.get(hit.path, -1) < min(hit.score, bar)][:top]
+            if len(hits) == top or len(found) < count:
+                break
         return hits

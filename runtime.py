@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import json
 import logging
+import os
 import sys
 import threading
 import warnings
@@ -129,6 +130,7 @@ class Network:
             kept, content = read_json(self.file.with_suffix(".json"), "record"), self.file.read_bytes()
             if kept["sha256"] == hashlib.sha256(content).hexdigest():
                 self.facts = kept["facts"]
+                os.utime(self.file)  # the networks used last are kept
                 return self.core.import_model(content, "CPU", self.options)
         except (UserError, OSError, LookupError, TypeError, RuntimeError):
             pass

@@ -47,7 +47,7 @@ class Run:
         scaler: GradScaler for fp16.
         clip: maximum gradient norm; 0: no clipping.
         after: called after each optimizer step, before the average is updated.
-        max_hours: stop after so long; 0: never. since: start of the hours, as time.monotonic() gives it; default: now.
+        max_hours: stop after so many hours; 0: never. since: start of the hours, as time.monotonic() gives it; default: now.
         log, tensorboard: file of the log; folder for TensorBoard, or "".
         first: initial values of `progress`, beside the numbers of updates (`step`) and seconds.
     Attributes: `progress`, a dict of plain values, saved with the state; `about`, values to add to each line of the log; `stopped`, whether
@@ -327,8 +327,8 @@ def bound_scale(log_scale):
 def check_finite(value, what):
     """Return the value, a loss or a gradient's norm. Raises UserError if it is not finite."""
     if not math.isfinite(value):
-        raise UserError(f"the {what} is {value}: training has come apart and stops here. What was saved before is good as it was; "
-                        "a lower learning rate helps")
+        raise UserError(f"the {what} is {value}: training diverged and has stopped. The last saved state is intact; try a "
+                        "lower learning rate")
     return value
 
 
@@ -414,7 +414,7 @@ def load_state(path, settings, optimizer, parameters, device, scaler=None):
     except Exception:  # for damaged files torch raises almost anything
         raise UserError(DAMAGED.format(path)) from None
     if missing := settings.keys() - before.keys():
-        raise UserError(f"{path} is of an unfinished run of an older form, which knew no {min(missing)}: delete it, or name another output")
+        raise UserError(f"{path} was saved by an older version, which had no setting {min(missing)}: delete it, or name another output")
     changed = [key for key in settings if before.get(key) != settings[key]]
     if changed:
         raise UserError(f"{path} is of an unfinished run with another {changed[0]} ({before.get(changed[0])}, "
@@ -425,7 +425,7 @@ def load_state(path, settings, optimizer, parameters, device, scaler=None):
                 raise ValueError
             parameter.detach().copy_(state["parameters"][name])
         optimizer.load_state_dict(state["optimizer"])
-        if scaler:
+        if scaler and state["scaler"]:  # empty if another GPU ran it in bf16
             scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
         if device == "cuda" and state["cuda_random"] is not None:

@@ -94,6 +94,8 @@ def read_vqa(questions, annotations=None, images=None):
     content = read_json(questions, "questions file")
     try:
         if isinstance(content, list):
+            if not content:
+                raise UserError(f"{questions} has no questions")
             root = Path(images) if images else Path(questions).parent / "images"
             return [Asked(str(number), root / entry["folder"] / entry["image"], entry["question"],
                           [entry["answer"]] * int(entry["agree"]) + [f"\0{i}" for i in range(10 - int(entry["agree"]))],

@@ -224,7 +224,7 @@ def speed(results):
         value, share = ways["images per second"][name], results["derived"]["of the encoder"][name]
         rows.append([title, f"{value:.1f} ({count / max(seconds[name]):.1f}–{count / min(seconds[name]):.1f})",
                      "1" if name == "encoder" else f"{share:.2f}"])
-    return Table(["way", "images/s", "of the encoder"], rows, "python3 report/bench.py data/images/val --count 200")
+    return Table(["way", "images/s", "of the encoder"], rows, "python3 report/bench.py data/images/val --count 200 --beam_size 3")
 
 
 def llava(results):

@@ -96,7 +96,7 @@ def main():
 def train(arguments, subset, kind, seed, checkpoint):
     options = {"data": subset, "decoder": arguments.decoder, "output": checkpoint, "epochs": arguments.epochs,
                "views": arguments.views, "seed": seed, "scst_epochs": 0, "selection": 0} | kind
-    command = [sys.executable, str(ROOT / "p2_train.py"), *(f"--{name}={value}" for name, value in options.items())]
+    command = [sys.executable, str(ROOT / "p2_train.py"), *(f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items())]
     if checkpoint.exists() and not checkpoint.with_suffix(".state.pt").exists():
         return  # trained, but not scored yet
     if subprocess.run(command).returncode or checkpoint.with_suffix(".state.pt").exists():

@@ -231,7 +231,7 @@ def main():
     if not deleted:
         raise UserError("the captions have no content words")
     results = {"conditions": {"images": len(deleted), "content_words": words, "area": AREA, "draws": DRAWS,
-                              "seed": arguments.seed, "beam_size": 3, "encoder": model.encoder.name},
+                              "seed": arguments.seed, "beam_size": model.generation.beam_size, "encoder": model.encoder.name},
                "deletion": summarize(deleted, ("most", "corrected"), ("random", "moved", "least"))}
     show(f"Fall of a content word's log-probability, {len(deleted)} images, {words} words", results["deletion"],
          ["most", "corrected", "random", "moved", "least", "most - random", "most - moved", "most - least"])

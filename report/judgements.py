@@ -13,8 +13,6 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from scipy.stats import kendalltau
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -69,6 +67,10 @@ def read_judgements(folder, kind, captions):
 
 def taus(scores, pairs):
     """Kendall's tau-b and tau-c between the pairs' scores and every single grade."""
+    try:
+        from scipy.stats import kendalltau
+    except ImportError:
+        raise UserError("Kendall's tau needs a package: pip install scipy") from None
     repeated = [score for score, (_, _, grades) in zip(scores, pairs) for _ in grades]
     judged = [grade for _, _, grades in pairs for grade in grades]
     return {f"tau-{variant}": float(kendalltau(repeated, judged, variant=variant).statistic) for variant in "bc"}

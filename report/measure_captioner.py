@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 from chair import Chair
 from cli import ArgumentParser, UserError, run
 from dataset import load_references
-from files import read_json, write_json
+from files import check_writable, read_json, write_json
 from metrics import clip_scorer, evaluate
 from significance import compare, paired_bootstrap
 
@@ -30,11 +30,15 @@ def main():
     arguments = parser.parse_args()
     if not len(arguments.data) == len(arguments.captions) == len(arguments.before):
         raise UserError("--data, --captions and --before must name as many")
+    check_writable(arguments.results)
     found = {"command": "python3 report/measure_captioner.py --data coco flickr8k --captions <of hw3_2.sh> --before <of the model before>"}
     for folder, captions, before in zip(arguments.data, arguments.captions, arguments.before):
         images = folder / "images" / "val"
         references = load_references(folder / "val.json", images)
         systems = [read_json(file, "predictions file") for file in (captions, before)]
+        for file, system in zip((captions, before), systems):
+            if missing := [key for key in references if key not in system]:
+                raise UserError(f"{file} has no caption for {missing[0]}")
         (corpus, each, statistics), (old, old_each, old_statistics) = evaluate(systems, references, clip_scorer(images, None, "")[0])
         chair, old_chair = (Chair([system[key] for key in references], [image.captions for image in references.values()]) for system in systems)
         differences = compare(each, old_each, statistics, old_statistics) | {"CHAIRs": paired_bootstrap(chair.images - old_chair.images)}

@@ -17,7 +17,9 @@ def test_all_kinds_of_coco_have_names():
     ("A baseball player swings his bat at a ball", ["person", "baseball bat", "sports ball"]),
     ("a roll of toilet paper at the bus stop", []),
     ("Buses, mice and glasses of wine", ["bus", "mouse"]),
-    ("THE CHILD'S kitties", ["cat"]),
+    ("THE CHILD'S kitties in a man’s lap", ["person", "cat", "person"]),
+    ("Two men watch a motor bike and a dirt-bike", ["person", "motorcycle", "motorcycle"]),
+    ("a jet ski beside a toilet seat and a catcher's mitt", ["toilet", "person", "baseball glove"]),
     ("", []),
 ])
 def test_kinds_that_a_caption_names(caption, kinds):

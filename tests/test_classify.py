@@ -248,11 +248,11 @@ def test_nothing_that_is_read_is_overwritten(refused):
     Path("link.csv").symlink_to("id2label.json")
     Path("same.csv").hardlink_to("id2label.json")
     Path("classes.csv").write_text(json.dumps(CLASSES))
-    refused("images", "id2label.json", "link.csv", says="link.csv would be written over id2label.json")
-    refused("images", "id2label.json", "same.csv", says="same.csv would be written over id2label.json")
-    refused("images", "classes.csv", "classes.csv", says="classes.csv would be written over classes.csv")
+    refused("images", "id2label.json", "link.csv", says="link.csv would overwrite id2label.json")
+    refused("images", "id2label.json", "same.csv", says="same.csv would overwrite id2label.json")
+    refused("images", "classes.csv", "classes.csv", says="classes.csv would overwrite classes.csv")
     refused("images", "id2label.json", "labels.csv", "--bars", "0_0.png", "--figure", "images/1_1.png",
-            says="images/1_1.png would be written over images/1_1.png")
+            says="images/1_1.png would overwrite images/1_1.png")
 
 
 def test_mistakes_are_one_line(refused):

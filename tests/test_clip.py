@@ -264,7 +264,8 @@ def test_a_loaded_clip_embeds_as_the_trained_one(place, trained):
 def test_folds_embed_each_picture_by_a_head_that_has_not_seen_it(place, trained, capsys):
     """So what is written of a picture does not change with its captions, but what is written of others may."""
     def embeddings(name):
-        CrossFit(CONFIG, settings(folds=3, of=str(trained), output=name), "cpu").fit()
+        # The finished model's own options count, not those of the command line.
+        CrossFit(replace(CONFIG, image_size=32, width=8), settings(folds=3, of=str(trained), output=name), "cpu").fit()
         return load_file(name)["embeddings"]
 
     first, paths = embeddings("first.safetensors"), [place / "data" / "images" / "train" / f"{i}.png" for i in range(24)]

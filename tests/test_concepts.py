@@ -23,7 +23,7 @@ from attention import p2_attention, teacher_forced
 from captioner import Captioner, CaptionerConfig, Projection, read_metadata
 from cli import UserError
 from clip_small import ClipConfig, Folds
-from concepts import MISSING, ClassWords, ClipWords, Concepts
+from concepts import MISSING, ClassWords, ClipWords, Concepts, embed_texts
 from dataset import Folder, collate
 from files import fingerprints
 from generation import GenerationConfig
@@ -152,6 +152,13 @@ def make_captioner(tmp_path, token_ids=None, **config):
         if not (config.fusion == "prefix" and "norm" in name):
             torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def test_more_concepts_than_there_are_are_refused(tmp_path):
+    with pytest.raises(UserError, match="concepts is 1001, but there are only 1000"):
+        make_captioner(tmp_path, concepts=1001)
+    with pytest.raises(UserError, match="projection_dim is 0"):
+        make_captioner(tmp_path, projection_dim=0)
 
 
 @pytest.mark.parametrize("config", [{}, {"fusion": "prefix"}, {"projection_layers": 1}, {"fusion": "prefix", "prompt_length": 2}])
@@ -305,16 +312,28 @@ def test_our_clip_chooses_among_the_beams(tmp_path):
         GenerationConfig(sample=True, clip_weight=1.0)
 
 
-def test_nouns_near_the_picture_in_our_clips_space(words, tmp_path):
+def test_nouns_near_the_picture_in_our_clips_space(words):
     judge = FakeJudge(lambda text: (0.0, 1.0) if "zebra" in text else (1.0, 0.1))
-    source = ClipWords(words, judge, tmp_path)
+    source = ClipWords(words, judge)
     concepts = source.recognise(looking_at((0.0, 2.0), (1.0, 0.0)), 3)
     assert words.names[concepts.numbers[0, 0]] == "zebra" and "a photo of a zebra" in judge.asked
     assert len(judge.asked) == len(words.nouns) == len(words.names) - 1000
     assert (concepts.numbers >= 1000).all() and concepts.probabilities[0, 0] > 10 * concepts.probabilities[0, 1]
     assert source.meanings("zebra") == [words.nouns["zebra"]]
-    again = ClipWords(words, FakeJudge(None), tmp_path)  # from the cache: nothing is embedded
-    torch.testing.assert_close(again.vectors, source.vectors, atol=1e-3, rtol=0)
+
+
+def test_embeddings_of_texts_are_kept_and_damaged_ones_made_anew(tmp_path, capsys):
+    judge = FakeJudge(lambda text: (0.0, 1.0) if "zebra" in text else (1.0, 0.1))
+    vectors = embed_texts(judge, ["a zebra", "a horse"], tmp_path)
+    torch.testing.assert_close(embed_texts(FakeJudge(None), ["a zebra", "a horse"], tmp_path), vectors)
+    (file,) = tmp_path.iterdir()
+    for content in b"", file.read_bytes()[:100]:
+        file.write_bytes(content)
+        torch.testing.assert_close(embed_texts(judge, ["a zebra", "a horse"], tmp_path), vectors)
+        assert len(file.read_bytes()) > 100
+    assert not capsys.readouterr().err
+    torch.testing.assert_close(embed_texts(judge, ["a zebra", "a horse"], file / "folder"), vectors)
+    assert "cannot be kept" in capsys.readouterr().err
 
 
 def test_captions_of_similar_pictures_name_what_a_picture_shows(tmp_path):
@@ -501,6 +520,8 @@ def test_meanings_of_training_pictures_are_those_of_a_clip_that_has_not_seen_the
                                               output="p.safetensors"), "cpu")
     assert torch.equal(again.model.centres, model.centres.half().float())  # those of --init
     assert again.fit()
+    with pytest.raises(UserError, match="other model options"):
+        p2_train.CaptionerTrainer(CONFIG, settings(init="o.safetensors", output="q.safetensors"), "cpu")
 
 
 def test_the_meaning_of_a_caption_without_a_picture_is_as_far_from_it_as_a_pictures_is(place, judged):

@@ -453,6 +453,12 @@ def test_any_change_makes_a_new_cache(vit, photos, tmp_path):
     assert len(files) == 5
 
 
+def test_a_system_without_fallocate_caches_too(vit, photos, tmp_path, monkeypatch):
+    expected = cache_of(vit, photos, tmp_path / "one").data
+    monkeypatch.delattr(os, "posix_fallocate")  # macOS
+    np.testing.assert_array_equal(cache_of(vit, photos, tmp_path / "other").data, expected)
+
+
 def test_unreadable_training_images_are_all_named_at_once(vit, photos, tmp_path):
     cut_in_half(photos[2])
     photos[6].write_bytes(b"")

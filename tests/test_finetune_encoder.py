@@ -110,6 +110,10 @@ def test_what_cannot_be_is_said_in_a_line(place):
         state = {name: value for name, value in load_file(f"{CNN}.safetensors").items() if not name.startswith("classifier")}
         save_file(state, f"{CNN}.safetensors")
         EncoderTrainer(settings())
+    with pytest.raises(UserError, match="is fine-tuned already"):
+        EncoderTrainer(settings(encoder=f"{CNN}_captions"))
+    with pytest.raises(UserError, match="--selection takes whole numbers"):
+        settings(selection=("abc",))
     with pytest.raises(UserError, match="above 0"):
         settings(contrast=0.0, caption=0.0)
     with pytest.raises(UserError, match="p4_finetune_encoder.py makes such files"):

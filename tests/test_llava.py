@@ -273,7 +273,10 @@ def test_an_interrupted_comparison_goes_on_with_its_next_setting(llava_folder, p
 
 
 @pytest.mark.parametrize("text, message", [
-    ("one:\n  instruction:\n", "instruction must be a text"),
+    ("one:\n  instruction:\n", "instruction is None, but must be a text"),
+    ("one:\n  num_beams: '3'\n", "num_beams is '3', but must be a whole number"),
+    ("one:\n  one_sentence: 1\n", "one_sentence is 1, but must be true or false"),
+    ("one:\n  5: 2\n  foo: 1\n", "no option 5"),
     ("- a\n- b\n", "not a list of `name:`"),
     ("one: text\n", "not a list of `name:`"),
     ("one:\n  instructions: x\n", "no option instructions"),

@@ -437,8 +437,10 @@ def test_a_config_stands_before_the_command_line(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("lora_rank: 8\nlearning_rate: 2e-4\nlora_targets: [q, v]\nfsdp: true\nall: false\ncache:\n")
     assert with_config(["--data", "d", "--config", str(file), "--lora_rank", "4"]) == [
-        "--lora_rank=8", "--learning_rate=2e-4", "--lora_targets", "q", "v", "--fsdp", "--no-all", "--cache=",
+        "--lora_targets", "q", "v", "--lora_rank=8", "--learning_rate=2e-4", "--fsdp", "--no-all", "--cache=",
         "--data", "d", "--lora_rank", "4"]
+    file.write_text("mix: [a, b]")
+    assert with_config(["one", "two", "--config", str(file), "--mix", "c"]) == ["one", "two", "--mix", "a", "b", "--mix", "c"]
     assert with_config(["--data", "d"]) == ["--data", "d"]
     for text, message in (("- a", "option: value"), ("config: a", "option: value"), ("a: [", "is not YAML")):
         file.write_text(text)

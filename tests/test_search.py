@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import picture_index
 from cli import UserError
 from clip_model import DualEncoder
 from images import resize_to_square
-from picture_index import PictureIndex
+from picture_index import MOST, Hit, PictureIndex
 from retrieval import auroc
 
 pytest.importorskip("pymilvus")
@@ -129,6 +130,20 @@ def test_conditions(opened, photos):
     assert not index.search(index.query("red"), 40, folder=photos / "elsewhere")
     without = index.find(index.query("red"), 40, without=index.query("blue"))
     assert set(names(without)) == {"red", "yellow"}  # nearer to red than to blue
+
+
+def test_pictures_behind_many_to_leave_out_are_found(opened, monkeypatch):
+    index, asked = opened(), []
+    everything = [Hit(str(i), 1 - i / 1000, "", 0) for i in range(1000)]
+
+    def search(vector, top, *conditions):
+        asked.append(top)
+        return [replace(hit, score=2.0) for hit in everything[:500]] if vector == "unwanted" else everything[:top]
+
+    monkeypatch.setattr(index, "search", search)
+    monkeypatch.setattr(index, "spread_of", lambda vector: (0.0, 0.0))
+    assert index.find("wanted", 5, without="unwanted") == everything[500:505]
+    assert asked == [MOST, 150, MOST]
 
 
 def test_only_what_is_new_is_looked_at(opened, photos):
@@ -346,7 +361,7 @@ def test_commands(tmp_path, photos, monkeypatch, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["query"], "a sentence, or a picture"), (["query", "red", "--like", "x.png"], "a sentence, or a picture"),
     (["query", "red"], "there is no index"), (["query", "red", "--top", "0"], "--top"), (["query", "red", "--since", "May"], "--since"),
-    (["index", "nowhere"], "is not a folder"), (["query", "red", "--sheet", "notes.txt"], "no PNG file")])
+    (["index", "nowhere"], "is not a folder"), (["query", "red", "--sheet", "notes.txt"], "not a PNG file")])
 def test_mistakes(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")

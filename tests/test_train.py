@@ -306,6 +306,9 @@ def test_a_decoder_goes_on_from_another_and_keeps_what_it_knew(tmp_path):
     assert not before["wte.weight"][zebra].any() and after["wte.weight"][zebra].any()
     with pytest.raises(UserError, match="is of another size"):
         run("second.txt", "third.safetensors", init=first, n_layer=2)
+    with pytest.raises(UserError, match="lower --min_count"):
+        run("second.txt", "fourth.safetensors", min_count=9)
+    assert not (tmp_path / "fourth.safetensors").exists()
 
 
 def test_pretrained_decoder_learns_resumes_and_loads_in_hugging_face(tmp_path, monkeypatch):

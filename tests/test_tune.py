@@ -59,10 +59,10 @@ def test_a_checkpoint_is_tuned_and_says_so(tmp_path, monkeypatch, capsys):
     # People's captions are what three beams with a length penalty of 1 say.
     wanted = model.generate(features, GenerationConfig(3, 1.0))
     (tmp_path / "images").mkdir()
-    for i in range(6):
+    for i in [*range(6), 5.5]:
         Image.new("RGB", (8, 8)).save(tmp_path / f"images/{i}.png")
-    (tmp_path / "val.json").write_text(json.dumps({
-        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(6)],
+    (tmp_path / "val.json").write_text(json.dumps({  # the last image has no caption
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in [*range(6), 5.5]],
         "annotations": [{"id": i, "image_id": i, "caption": f"{wanted[i]} {'abcdef'[i]}"} for i in range(6)]}))
     monkeypatch.setattr(p2_tune.Captioner, "load", lambda *arguments, **options: model)
     monkeypatch.setattr(p2_tune, "FeatureCache", lambda *arguments, **options: Features(features))
@@ -81,6 +81,14 @@ def test_a_checkpoint_is_tuned_and_says_so(tmp_path, monkeypatch, capsys):
     assert [loaded.generation.beam_size, loaded.generation.length_penalty, loaded.generation.clip_weight] == [float(part) for part in best[1:]]
     loaded.judge = model.judge
     assert loaded.generate(features) == model.generate(features, loaded.generation)
+
+
+def test_without_weights_our_clip_is_not_needed(tmp_path):
+    model, features = make_model(tmp_path), torch.randn(4, 4, 12).half().float()
+    model.judge = None
+    assert not p2_tune.needs_clip(model, [0.0, 0.0]) and p2_tune.needs_clip(model, [0.0, 1.0])
+    found = p2_tune.find_hypotheses(model, Features(features), None, 3, judged=False)
+    assert p2_tune.choose(found, 1.0, 0.0) == model.generate(features, GenerationConfig(3, 1.0))
 
 
 def test_checkpoints_of_before_are_searched_with_three_beams(tmp_path):
@@ -148,7 +156,7 @@ def test_what_cannot_be_averaged_is_refused(tmp_path, monkeypatch):
                                  ([*paths, "--weights", "0", "0"], "one above"), ([*paths, "--weights", "2", "-1"], "at least 0")):
         with pytest.raises(UserError, match=complaint):
             call_average(monkeypatch, tmp_path / "mean.safetensors", *arguments)
-    with pytest.raises(UserError, match="would be written over"):
+    with pytest.raises(UserError, match="would overwrite"):
         call_average(monkeypatch, paths[1], *paths)
     metadata, tensors = read_metadata(paths[1]), load_file(paths[1])
     save_file(tensors, paths[1], {"captioner": json.dumps(metadata | {"encoder_hash": "another"})})
@@ -165,7 +173,7 @@ def test_only_a_checkpoint_is_written_over(tmp_path, monkeypatch):
     make_model(tmp_path).save(tmp_path / "one.safetensors")
     (tmp_path / "two.safetensors").write_bytes((tmp_path / "one.safetensors").read_bytes())
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is no safetensors file"):
+    with pytest.raises(UserError, match="is not a safetensors file"):
         call_average(monkeypatch, tmp_path / "notes.txt", tmp_path / "one.safetensors", tmp_path / "two.safetensors")
     call_average(monkeypatch, tmp_path / "mean.safetensors", tmp_path / "one.safetensors", tmp_path / "two.safetensors")
     call_average(monkeypatch, tmp_path / "mean.safetensors", tmp_path / "one.safetensors", tmp_path / "two.safetensors")

@@ -12,7 +12,7 @@ are held out; the epoch with the best CIDEr on them becomes the checkpoint. The 
 of a picture, the captioner gets the concepts that would be recognised in one (CapDec: Nukrai et al. 2022, arXiv:2211.00575; ViECap).
 
 A run that was killed, or stopped by SIGTERM or --max_hours, resumes when the same command is given again, on any number
-of processes: bit for bit if the number is the same.
+of processes: on a CPU bit for bit, if the number is the same.
 """
 
 import math
